@@ -1,0 +1,245 @@
+"""One frozen record per stage; the only place where a default lives.
+
+A recipe is YAML with these keys. Unknown keys are refused, and every fault in a file is reported at once.
+Values follow the method's decisions (docs/paper.md); field comments say where a number comes from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ensemblelora.errors import ConfigError
+
+__all__ = [
+    "AdapterConfig",
+    "AffinityConfig",
+    "BoostingConfig",
+    "DataConfig",
+    "EnsembleConfig",
+    "EstimationConfig",
+    "EvaluationConfig",
+    "GradientsConfig",
+    "GroupingConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]
+
+
+class _Stage(BaseModel):
+    """Common rules: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Stage):
+    """Which tasks, and how many rows of each."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names of shipped cards, card files, or folders.")
+    max_train_examples: int | None = Field(None, ge=1, description="Rows kept per task, chosen by seed; none: all.")
+    max_validation_examples: int | None = Field(None, ge=1)
+    max_test_examples: int | None = Field(None, ge=1)
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="Cut from train where a card names no split.")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="Cut from train where a card names no test split.")
+    max_length: int = Field(512, ge=8, description="Tokens per row; the context is cut from the left, never the answer.")
+    overlap: Literal["refuse", "report"] = Field("report", description="What to do with rows shared by splits or tasks.")
+
+
+class ModelConfig(_Stage):
+    """The base model: a hub id, a local folder, a .gguf file, or ``smollm2-135m``."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    trust_remote_code: Literal[False] = False
+
+
+class AdapterConfig(_Stage):
+    """The adapter, in PEFT's own words."""
+
+    method: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1, description="The paper uses 4 on 8B models; small models need more.")
+    lora_alpha: float = Field(16.0, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["auto"] | tuple[str, ...] = Field("auto", description="auto: the attention projections.")
+    layers_to_transform: tuple[int, ...] | None = Field(None, description="Adapt only these layers; none: all.")
+
+
+class GradientsConfig(_Stage):
+    """Projected gradients at the base model."""
+
+    output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = "auto"
+    proj_type: Literal["rademacher", "gaussian", "none"] = "rademacher"
+    proj_dim: int = Field(400, ge=1, description="Paper, Table 3: error is flat from 400 on.")
+    max_tokens_per_batch: int = Field(4096, ge=1)
+
+
+class EstimationConfig(_Stage):
+    """The subset oracle's convex fit."""
+
+    l2_penalty: Literal["auto"] | float = Field("auto", description="In curvature units, scaled with 1/N_S; auto: by validation.")
+    l2_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+    balance: Literal["example", "task"] = Field("example", description="Whether each example or each task counts once.")
+    max_iter: int = Field(100, ge=1)
+    tolerance: float = Field(1e-6, gt=0)
+
+
+class AffinityConfig(_Stage):
+    """Which subsets are asked about, and what of the answers enters the matrix."""
+
+    subset_size: int = Field(3, ge=1, description="Paper: 3.")
+    n_subsets: int = Field(200, ge=1, description="Paper: 200; every subset when there are fewer.")
+    min_pair_count: int = Field(3, ge=0, description="Every pair of tasks meets at least so often.")
+    score: Literal["nll", "accuracy"] = Field("nll", description="nll enters with its sign turned: higher is better.")
+    row_scale: Literal["none", "sd"] = "none"
+
+
+class GroupingConfig(_Stage):
+    """How many groups, which, and when not to group at all."""
+
+    n_groups: Literal["auto"] | int = "auto"
+    max_groups: int = Field(6, ge=1, description="Paper varies 2 to 6.")
+    rounding: Literal["best", "threshold"] = Field("best", description="threshold: the paper's, with components.")
+    threshold: float = Field(1.0, ge=1.0, description="c in the paper's c/n threshold.")
+    n_restarts: int = Field(20, ge=1)
+    n_random_partitions: int = Field(20, ge=0)
+    refine: bool = Field(True, description="Let a local search on predicted performance improve the rounded groups.")
+    max_memory_bytes: int | None = Field(None, ge=1, description="Refuse group counts whose adapters need more.")
+    max_latency_ratio: float | None = Field(None, ge=1, description="Inference forward passes against one adapter.")
+
+
+class TrainingConfig(_Stage):
+    """Fine-tuning one adapter, in transformers' own words."""
+
+    learning_rate: float = Field(5e-4, gt=0, description="Paper: 2e-5 at 8B; this suits 135M.")
+    num_train_epochs: int = Field(3, ge=1, description="Paper: 10.")
+    max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens in one optimiser step.")
+    max_examples_per_batch: int = Field(16, ge=1)
+    warmup_ratio: float = Field(0.06, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    loss: Literal["label_softmax", "vocab_softmax"] = "label_softmax"
+    sampling: Literal["proportional", "sqrt", "uniform"] = "proportional"
+    evaluations_per_epoch: int = Field(1, ge=1)
+    gradient_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+
+
+class BoostingConfig(_Stage):
+    """Adapters added where a group still errs."""
+
+    n_rounds: int = Field(1, ge=0, description="At most; stops earlier where held-out loss does not drop. Paper: 1.")
+    boosting_rate: float = Field(1.0, gt=0, le=1, description="Shrinkage; the paper uses 0.1 without line search.")
+    direction: Literal["dual", "projected", "steps"] = "dual"
+    l2_penalty: float = Field(1.0, gt=0, description="Ridge of the residual fit, in curvature units.")
+    line_search: bool = True
+    n_steps: int = Field(32, ge=1, description="Optimiser steps of direction: steps.")
+    learning_rate: float = Field(5e-4, gt=0, description="Of direction: steps.")
+    tolerance: float = Field(1e-4, ge=0, description="Smallest relative drop of training loss that counts.")
+
+
+class EnsembleConfig(_Stage):
+    """How members are combined."""
+
+    weights: Literal["task", "global", "uniform", "own"] = "task"
+    combine: Literal["logits", "probabilities"] = "logits"
+    own_group_prior: float = Field(0.9, gt=0, le=1, description="Prior weight of a task's own group.")
+    kl_penalty: Literal["auto"] | float = Field("auto", description="Pull to the prior; auto: by 5-fold validation.")
+
+
+class EvaluationConfig(_Stage):
+    """The final table."""
+
+    baselines: tuple[Literal["base", "shared"], ...] = ("base", "shared")
+    n_bootstrap: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    max_tokens_per_batch: int = Field(8192, ge=1)
+
+
+class RunConfig(_Stage):
+    """Everything one run needs."""
+
+    out: str = Field("runs/latest", description="The run folder.")
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    gradients: GradientsConfig = GradientsConfig()
+    estimation: EstimationConfig = EstimationConfig()
+    affinity: AffinityConfig = AffinityConfig()
+    grouping: GroupingConfig = GroupingConfig()
+    training: TrainingConfig = TrainingConfig()
+    boosting: BoostingConfig = BoostingConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def parse_config(values: dict[str, Any], *, source: str = "config") -> RunConfig:
+    """Check a nested dict and return the frozen config.
+
+    Raises:
+        ConfigError: Names every fault at once: key, what arrived, what was expected.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [_describe_fault(fault) for fault in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(faults)) from None
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML recipe and apply ``a.b=c`` overrides.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or holds any wrong key or value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: cannot be read ({error}); give a YAML recipe") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected a mapping of stages, got {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, source=str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the fully resolved config as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as training.num_train_epochs=1")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} holds a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+
+
+def _describe_fault(fault: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is a loose mapping
+    where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "float", "literal['auto']"))
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key; see `ensemblelora config --help` or docs for the known ones"
+    if fault["type"] == "missing":
+        return f"{where}: missing"
+    return f"{where}: got {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -1,0 +1,173 @@
+"""The command line's two streams: results on stdout, talk on stderr.
+
+Talk is progress, log lines, warnings and errors; a program that reads stdout never sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pydantic_core
+import typer
+
+from ensemblelora import progress
+from ensemblelora.errors import EnsembleLoraError
+
+__all__ = ["describe_failure", "say", "show_json", "show_rows", "show_table", "talking"]
+
+# Libraries that draw bars or advise on stderr by themselves; a user who sets one of these keeps it.
+_QUIET_LIBRARIES = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@contextmanager
+def talking(*, quiet: bool = False, verbose: int = 0, debug: bool = False) -> Iterator[None]:
+    """Show progress and log lines on stderr while the body runs.
+
+    Args:
+        quiet: Show errors only.
+        verbose: 1 adds what the library notes, 2 its details and other libraries' warnings.
+        debug: Everything anyone says.
+    """
+    from rich.console import Console  # 50 ms that --help need not wait for
+
+    console = Console(stderr=True, highlight=False)
+    if not debug:
+        for name, value in _QUIET_LIBRARIES.items():
+            os.environ.setdefault(name, value)
+    ours = logging.ERROR if quiet else logging.WARNING - 10 * min(verbose, 2)
+    theirs = logging.WARNING if verbose > 1 else logging.ERROR
+    handler = _ConsoleHandler(console)
+    loggers = {"": logging.DEBUG if debug else theirs, "ensemblelora": logging.DEBUG if debug else ours}
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        if quiet:
+            yield
+        else:
+            with progress.announcing(console):
+                yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def say(text: str) -> None:
+    """Write one line of talk."""
+    typer.echo(text, err=True)
+
+
+def show_json(value: object) -> None:
+    """Write a result as JSON; records become objects, arrays lists, NaN null."""
+    data = pydantic_core.to_json(value, indent=2, inf_nan_mode="null", fallback=_to_list)
+    typer.echo(data.decode())
+
+
+def show_table(*parts: object) -> None:
+    """Write rich tables and lines on stdout, 100 columns wide where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=100)
+    for part in parts:
+        console.print(part)
+
+
+def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
+    """Write a result whose shape is its own: one row a key; records within become columns.
+
+    The unit is read off the end of a name: ``_seconds``, ``_bytes``, ``flops``.
+    """
+    from rich.table import Table
+
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    records = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    columns = list(dict.fromkeys(name for record in records.values() for name in record))
+    for name in ("", *(columns or [""])):
+        table.add_column(name.replace("_", " "), justify="left" if not name else "right")
+    for key, value in plain.items():
+        table.add_row(key.replace("_", " "), _write(key, value))
+    for key, record in records.items():
+        table.add_row(key, *(_write(name, record.get(name)) for name in columns))
+    show_table(table)
+
+
+def describe_failure(error: BaseException, *, debug: bool = False) -> int:
+    """Write one line on what went wrong, and say with which code to exit.
+
+    Args:
+        error: What a command raised.
+        debug: Write the traceback first.
+
+    Returns:
+        2 for wrong usage, config or data; 1 for anything else.
+    """
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    code = error.exit_code if isinstance(error, (EnsembleLoraError, typer.TyperException)) else 1
+    if not isinstance(error, (EnsembleLoraError, typer.TyperException, OSError)):
+        message = _describe_unexpected(error)
+    if message.strip():  # typer shows the help of a command without arguments, and raises an empty message
+        say(f"error: {' '.join(message.split())}")
+    return code
+
+
+def _describe_unexpected(error: BaseException) -> str:
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return (
+            "out of memory; lower --set training.max_tokens_per_batch=..., gradients.max_tokens_per_batch "
+            "or data.max_length, or see what a run needs with --dry-run"
+        )
+    return f"unexpected {name}: {error} (a fault of ensemblelora or of its installation; --debug shows where)"
+
+
+def _write(name: str, value: object) -> str:
+    from ensemblelora.report import wording
+
+    if value is None or isinstance(value, str):
+        return value or wording.NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        units = {"seconds": wording.format_seconds, "bytes": wording.format_bytes, "flops": wording.format_flops}
+        write = units.get(name.rpartition("_")[2])
+        return write(value) if write else f"{value:,}" if isinstance(value, int) else wording.format_number(value)
+    return ", ".join(_write(name, item) for item in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _to_list(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines through the console that draws the bars, so that neither breaks the other."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one log line, with its level unless it is mere information."""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        self._console.print(f"{level}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,108 @@
+"""Which examples go where: cutting splits by group, and keeping a stratified few.
+
+Everything works on positions, strata and groups, before any text is rendered, and depends on nothing but them and a seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemblelora.seeding import generator_for
+
+__all__ = ["cut_by_group", "draw_pool", "subsample"]
+
+_Stratum = TypeVar("_Stratum", bound=Hashable)
+
+
+def cut_by_group(
+    strata: Sequence[Hashable], groups: Sequence[Hashable], fractions: Sequence[float], *, seed: int
+) -> tuple[list[int], ...]:
+    """Cut examples into parts of given sizes so that no group is in two parts and strata are spread evenly.
+
+    Groups are dealt out, largest first and otherwise in random order, each to the part where it lowers
+    ``sum((got - wanted)^2 / wanted)`` most. With groups of one example this is Sainte-Lague's apportionment: each
+    part's share of each stratum is right to within one example.
+
+    Args:
+        strata: (n_examples,). What to spread evenly, such as labels.
+        groups: (n_examples,). What must stay together.
+        fractions: Share of each part, above zero; they sum to one, and the first part wins ties.
+        seed: Orders groups of equal size.
+
+    Returns:
+        Positions in each part, ascending.
+    """
+    strata = _merge_rare(strata)
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for position, group in enumerate(groups):
+        members[group].append(position)
+    blocks = list(members.values())
+    shuffled = generator_for(seed, "cut").permutation(len(blocks))
+    order = sorted(shuffled, key=lambda b: -len(blocks[b]))
+
+    totals = Counter(strata)
+    wanted = [{stratum: fraction * n for stratum, n in totals.items()} for fraction in fractions]
+    missing = [dict(share) for share in wanted]
+    parts: tuple[list[int], ...] = tuple([] for _ in fractions)
+    for b in order:
+        counts = Counter(strata[position] for position in blocks[b])
+        gains = [sum(n * (2 * missing[p][s] - n) / wanted[p][s] for s, n in counts.items()) for p in range(len(parts))]
+        chosen = int(np.argmax(gains))
+        parts[chosen].extend(blocks[b])
+        for stratum, n in counts.items():
+            missing[chosen][stratum] -= n
+    return tuple(sorted(part) for part in parts)
+
+
+def subsample(strata: Sequence[Hashable], limit: int | None, *, seed: int) -> list[int]:
+    """Keep ``limit`` examples, each stratum in proportion and none left out where the limit allows.
+
+    Args:
+        strata: (n_examples,).
+        limit: How many to keep; None keeps all.
+        seed: Chooses within each stratum.
+
+    Returns:
+        Positions kept, ascending.
+    """
+    n = len(strata)
+    if limit is None or n <= limit:
+        return list(range(n))
+    merged = _merge_rare(strata)
+    generator = generator_for(seed, "subsample")
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for position in generator.permutation(n):
+        members[merged[position]].append(int(position))
+    names = sorted(members, key=str)
+    quotas = _share(np.array([len(members[name]) for name in names]), limit)
+    return sorted(p for name, quota in zip(names, quotas, strict=True) for p in members[name][:quota])
+
+
+def draw_pool(n_rows: int, size: int | None, *, seed: int) -> list[int]:
+    """Draw rows to look at, ascending, without looking at any: all when ``size`` is None or large enough."""
+    if size is None or n_rows <= size:
+        return list(range(n_rows))
+    return sorted(int(row) for row in generator_for(seed, "pool").choice(n_rows, size, replace=False))
+
+
+def _share(sizes: NDArray[np.int64], limit: int) -> list[int]:
+    # Largest remainder, after one place for each stratum where there is room.
+    floor = np.minimum(sizes, 1) if limit >= len(sizes) else np.zeros_like(sizes)
+    exact = sizes / sizes.sum() * limit
+    quotas = np.maximum(np.floor(exact).astype(np.int64), floor)
+    while quotas.sum() > limit:
+        quotas[np.argmax(np.where(quotas > floor, quotas - exact, -np.inf))] -= 1
+    while quotas.sum() < limit:
+        quotas[np.argmax(np.where(quotas < sizes, exact - quotas, -np.inf))] += 1
+    return [int(quota) for quota in quotas]
+
+
+def _merge_rare(strata: Sequence[Hashable]) -> list[Hashable]:
+    """Put strata of a single example together: they can't be spread, and free text would make each row its own."""
+    counts = Counter(strata)
+    return [stratum if counts[stratum] > 1 else None for stratum in strata]

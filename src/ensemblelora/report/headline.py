@@ -1,0 +1,163 @@
+"""The report's first lines: one sentence that says what came out, and the numbers worth reading first."""
+
+from __future__ import annotations
+
+from ensemblelora.report.document import Tile
+from ensemblelora.report.records import Difference, MethodCosts, PlanRecord, ResultsRecord, RunRecord
+from ensemblelora.report.wording import (
+    count,
+    format_bytes,
+    format_interval,
+    format_number,
+    format_percent,
+    format_points,
+    format_seconds,
+    format_signed,
+)
+
+__all__ = ["METHOD_LABELS", "describe_difference", "method_label", "write_headline", "write_tiles"]
+
+METHOD_LABELS = {
+    "base": "Base model",
+    "shared": "One adapter for all",
+    "singles": "One adapter per task",
+    "ensemble": "Ensemble",
+}
+
+
+def method_label(method: str) -> str:
+    """Return what the report calls a method."""
+    return METHOD_LABELS.get(method, method)
+
+
+def write_headline(run: RunRecord) -> str:
+    """Say in one sentence whether the tasks were grouped, how, and what that gained, with its interval."""
+    if run.results is None or "ensemble" not in run.results.methods:
+        return _headline_of_plan(run.plan)
+    return _headline_of_results(run, run.results)
+
+
+def describe_difference(difference: Difference, confidence: float) -> str:
+    """Say by how much ``a`` is above ``b``, and whether that can be told from no difference.
+
+    Accuracy and macro-F1 are in percentage points; a loss is in its own unit and lower is better.
+    """
+    is_rate = difference.metric in ("accuracy", "macro_f1")
+    scale, digits, unit = (100.0, 1, " points") if is_rate else (1.0, 3, "")
+    change = f"{format_signed(scale * (difference.difference or 0.0), digits)}{unit}"
+    interval = format_interval(difference.low, difference.high, scale=scale, digits=digits)
+    return f"{change} ({confidence:.0%} interval {interval})" if interval else change
+
+
+def write_tiles(run: RunRecord) -> tuple[Tile, ...]:
+    """Choose the few numbers to show large: what is known at the point the run has reached."""
+    tiles = [_tile_of_groups(run.plan)]
+    if run.results is not None and "ensemble" in run.results.methods:
+        tiles.append(_tile_of_accuracy(run.results, run.plan))
+    else:
+        tiles.append(_tile_of_prediction(run.plan))
+    if run.costs is not None:
+        tiles += [tile for tile in (_tile_of_flops(run.costs.methods), _tile_of_bytes(run.costs.methods)) if tile]
+        seconds = [stage.wall_seconds for stage in run.costs.stages if stage.wall_seconds is not None]
+        if seconds:
+            tiles.append(Tile("Wall time", format_seconds(sum(seconds)), count(len(run.costs.stages), "stage")))
+    return tuple(tiles)
+
+
+def _headline_of_plan(plan: PlanRecord) -> str:
+    n_groups = len(plan.groups)
+    if n_groups == 1:
+        return f"One adapter for all {count(plan.n_tasks, 'task')}: no grouping is predicted to do better."
+    start = f"{count(plan.n_tasks, 'task')} in {n_groups} groups"
+    chosen = next((point for point in plan.curve if point.n_groups == n_groups), None)
+    if chosen is None or chosen.gain is None:
+        return f"{start}, one adapter for each, is the plan."
+    error = "" if chosen.gain_se is None else f" ± {format_number(chosen.gain_se)} (1 SE)"
+    direction = "less" if chosen.gain >= 0 else "more"
+    return (
+        f"{start}: predicted to lose {format_number(abs(chosen.gain))}{error} {direction} on validation rows "
+        "than one adapter for all."
+    )
+
+
+def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
+    n_tasks, n_groups = run.plan.n_tasks, len(run.plan.groups)
+    tasks = count(n_tasks, "task")
+    rival = "base" if n_groups == 1 else "shared"
+    shape = f"One adapter for all {tasks}" if n_groups == 1 else f"Training {tasks} in {n_groups} groups"
+    against = "the base model as it is" if rival == "base" else "one adapter for all"
+    metric = "accuracy" if results.methods["ensemble"].mean("accuracy", run.plan.task_names) is not None else "nll"
+    difference = results.find_difference("ensemble", rival, metric)
+    if difference is None:
+        return f"{shape}: {_compare_means(results, run.plan, metric, rival, against)}."
+    return f"{shape} {_judge(difference, against, run.config.evaluation.confidence)}."
+
+
+def _judge(difference: Difference, against: str, confidence: float) -> str:
+    """Say raised, lowered, or not shown to differ, as the interval allows."""
+    is_rate = difference.metric == "accuracy"
+    what = "mean test accuracy" if is_rate else "mean test loss"
+    value, low, high = difference.difference or 0.0, difference.low, difference.high
+    size = f"{format_points(value)} points" if is_rate else format_number(abs(value))
+    scale, digits = (100.0, 1) if is_rate else (1.0, 3)
+    interval = f"{confidence:.0%} interval {format_interval(low, high, scale=scale, digits=digits)}"
+    if low is None or high is None:
+        return f"{'raised' if value >= 0 else 'lowered'} {what} by {size} against {against}"
+    if low <= 0 <= high:
+        change = describe_difference(difference, confidence)
+        return f"made no difference that this run can show against {against}: {change} in {what}"
+    return f"{'raised' if value > 0 else 'lowered'} {what} by {size} against {against} ({interval})"
+
+
+def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival: str, against: str) -> str:
+    show = format_percent if metric == "accuracy" else format_number
+    mine = results.methods["ensemble"].mean(metric, plan.task_names)
+    what = "mean test accuracy" if metric == "accuracy" else "mean test loss"
+    text = f"{what} {show(mine)}"
+    if rival in results.methods:
+        text += f" against {show(results.methods[rival].mean(metric, plan.task_names))} for {against}"
+    return text
+
+
+def _tile_of_groups(plan: PlanRecord) -> Tile:
+    sizes = ", ".join(str(len(group)) for group in plan.groups)
+    return Tile("Groups", str(len(plan.groups)), f"of {count(plan.n_tasks, 'task')} (sizes {sizes})")
+
+
+def _tile_of_accuracy(results: ResultsRecord, plan: PlanRecord) -> Tile:
+    others = [
+        f"{format_percent(value)} {method_label(method).lower()}"
+        for method, scores in results.ordered_methods.items()
+        if method != "ensemble" and (value := scores.mean("accuracy", plan.task_names)) is not None
+    ]
+    mean = results.methods["ensemble"].mean("accuracy", plan.task_names)
+    if mean is None:
+        loss = results.methods["ensemble"].mean("nll", plan.task_names)
+        return Tile("Mean test loss", format_number(loss), "nats, lower is better")
+    return Tile("Mean test accuracy", format_percent(mean), "; ".join(others))
+
+
+def _tile_of_prediction(plan: PlanRecord) -> Tile:
+    mean = plan.predicted.plan.mean_nll
+    shared = plan.predicted.shared.mean_nll
+    return Tile("Predicted loss", format_number(mean), f"{format_number(shared)} with one adapter for all")
+
+
+def _tile_of_flops(methods: dict[str, MethodCosts]) -> Tile | None:
+    totals = {}
+    for method in ("shared", "ensemble"):
+        costs = methods.get(method)
+        if costs is None or costs.train_flops is None:
+            return None
+        totals[method] = costs.train_flops + (costs.select_flops or 0.0)
+    ratio = totals["ensemble"] / totals["shared"] if totals["shared"] else None
+    return Tile("Compute", f"{format_number(ratio, 2)}×", "of one adapter's training, selection included")
+
+
+def _tile_of_bytes(methods: dict[str, MethodCosts]) -> Tile | None:
+    costs = methods.get("ensemble")
+    if costs is None or costs.adapter_bytes is None:
+        return None
+    passes = costs.inference_forward_passes
+    detail = "" if passes is None else f"{format_number(passes, 1)} forward passes to predict"
+    return Tile("Adapters", format_bytes(costs.adapter_bytes), detail)

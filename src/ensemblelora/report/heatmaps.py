@@ -1,0 +1,167 @@
+"""The report's heat maps: the affinity between tasks, and the weights of the ensemble."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblelora.report.document import Figure
+from ensemblelora.report.plotting import complete, or_none, safe, short_label
+from ensemblelora.report.records import AffinityRecord
+from ensemblelora.report.wording import format_signed, group_letter, join_names
+
+__all__ = ["MAX_LABELLED_TASKS", "draw_affinity", "draw_weights", "remove_levels"]
+
+Matrix = npt.NDArray[np.float64]
+
+# More labels than this can't be read; such a heat map shows colours and keeps its names for the table.
+MAX_LABELLED_TASKS = 60
+_N_SCALE_STEPS = 7
+
+
+def remove_levels(matrix: Matrix) -> Matrix:
+    """Return what is left of a symmetric affinity after each task's own level: A_ij - a_i - a_j, blank diagonal.
+
+    Clustering into whole groups ignores a constant added to a row (docs/paper.md), yet such constants, the tasks'
+    difficulties, are most of what the raw matrix would show. The levels are the least-squares fit of a_i + a_j to
+    the pairs.
+
+    Args:
+        matrix: (n_tasks, n_tasks); NaN where unknown.
+    """
+    n = len(matrix)
+    pairs = np.where(np.eye(n, dtype=bool), np.nan, (matrix + matrix.T) / 2)
+    first, second = np.nonzero(np.triu(np.isfinite(pairs), k=1))
+    if n < 3 or not len(first):
+        return pairs
+    design = np.zeros((len(first), n))
+    design[np.arange(len(first)), first] = 1
+    design[np.arange(len(first)), second] = 1
+    values = pairs[first, second]
+    levels = np.linalg.lstsq(design.T @ design, design.T @ values, rcond=None)[0]
+    return np.asarray(pairs - levels[:, None] - levels[None, :])
+
+
+def draw_affinity(
+    affinity: AffinityRecord, names: Sequence[str], groups: Sequence[Sequence[int]], *, by_group: bool
+) -> Figure:
+    """Draw the affinity map in the order given or ordered by group, groups framed."""
+    order = [task for group in groups for task in group] if by_group else list(range(len(names)))
+    values = remove_levels(affinity.matrix)
+    reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
+    heat_map = _heat_map(values[np.ix_(order, order)], "diverging", reach=reach or 1.0)
+    axes = _task_axes([names[task] for task in order])
+    if len(names) <= MAX_LABELLED_TASKS:
+        heat_map.update(_pair_hover(affinity, order))
+    else:
+        heat_map.update(hovertemplate="%{y} with %{x}: %{z:+.4f}<extra></extra>")
+    figure = complete([heat_map], {**axes, "shapes": _frames(groups) if by_group else []})
+    return Figure(
+        name="affinity-grouped" if by_group else "affinity-given",
+        title="Ordered by group" if by_group else "In the order given",
+        alt=_describe_affinity(values, names, groups, by_group=by_group),
+        spec=figure,
+    )
+
+
+def draw_weights(
+    weights: Sequence[Sequence[float]], names: Sequence[str], groups: Sequence[Sequence[int]], routed: Sequence[bool]
+) -> Figure:
+    """Draw the weight every task gives every group, tasks ordered by group, own groups framed."""
+    order = [task for group in groups for task in group]
+    values = np.array([weights[task] for task in order], dtype=np.float64)
+    heat_map = _heat_map(values, "sequential", reach=1.0)
+    heat_map.update(hovertemplate="<b>%{y}</b>: %{z:.3f} on group %{x}<extra></extra>", zmin=0)
+    if len(names) <= MAX_LABELLED_TASKS:
+        # Weights near 1 stand on the darkest colour, where only the inverse of the text colour can be read.
+        heat_map.update(texttemplate="%{text}", text=[[f"{value:.2f}" for value in row] for row in values])
+    letters = [group_letter(group) for group in range(len(groups))]
+    axes = _task_axes([names[task] for task in order])
+    axes["xaxis"] = {"type": "category", "side": "top", "title": {"text": "group"}, "showgrid": False, "ticks": ""}
+    heat_map.update(x=letters)
+    spec = complete([heat_map], {**axes, "shapes": _own_frames(groups)})
+    strays = [names[task] for task in range(len(names)) if not _leads_own_group(weights[task], task, groups)]
+    lead = f"{join_names(strays)} weigh another group more" if strays else "every task weighs its own group most"
+    alt = f"Weights of {len(names)} tasks on {len(groups)} groups: {lead}; {sum(routed)} use one group alone."
+    return Figure("weights", "Ensemble weights", alt, spec, height=90 + max(24, 34 - len(names) // 4) * len(names))
+
+
+def _heat_map(values: Matrix, scale: str, *, reach: float) -> dict[str, Any]:
+    steps = [[step / (_N_SCALE_STEPS - 1), f"var(--{scale}-{step})"] for step in range(_N_SCALE_STEPS)]
+    # Four digits of single precision are more than a colour shows, and a quarter of the bytes.
+    rounded = np.round(values, 5).astype(np.float32) if len(values) > MAX_LABELLED_TASKS else np.round(values, 5)
+    z = rounded if len(values) > MAX_LABELLED_TASKS else [[or_none(value) for value in row] for row in rounded]
+    return {"type": "heatmap", "z": z, "zmin": -reach, "zmax": reach, "colorscale": steps, "showscale": False} | (
+        {"xgap": 1, "ygap": 1} if len(values) <= MAX_LABELLED_TASKS else {}
+    )
+
+
+def _task_axes(names: Sequence[str]) -> dict[str, Any]:
+    """Return category axes with a task per row and column, the first row on top."""
+    n = len(names)
+    axis = {
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": [safe(name) for name in names],
+        "showgrid": False,
+        "showticklabels": n <= MAX_LABELLED_TASKS,
+        "tickmode": "array",
+        "tickvals": list(range(n)),
+        "ticktext": [short_label(name) for name in names],
+        "tickfont": {"size": 11 if n <= 30 else 8},
+        "range": [-0.5, n - 0.5],
+    }
+    return {"xaxis": {**axis, "tickangle": -60}, "yaxis": {**axis, "range": [n - 0.5, -0.5]}}
+
+
+def _pair_hover(affinity: AffinityRecord, order: Sequence[int]) -> dict[str, Any]:
+    """Return what hovering over a pair says: its affinity, raw and without levels, and how often it met."""
+    counts = affinity.counts
+    cells = [
+        [[or_none(round(affinity.matrix[i, j], 5)), None if counts is None else int(counts[i, j])] for j in order]
+        for i in order
+    ]
+    lines = ["<b>%{y}</b> with <b>%{x}</b>", "without own levels %{z:+.4f}", "mean score %{customdata[0]:.4f}"]
+    if counts is not None:
+        lines.append("met in %{customdata[1]} subsets")
+    return {"customdata": cells, "hovertemplate": "<br>".join(lines) + "<extra></extra>"}
+
+
+def _frames(groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return a frame around each group's block on the diagonal."""
+    ends = np.cumsum([0, *(len(group) for group in groups)]) - 0.5
+    return [_frame(float(low), float(high), float(low), float(high)) for low, high in itertools.pairwise(ends)]
+
+
+def _own_frames(groups: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    ends = np.cumsum([0, *(len(group) for group in groups)]) - 0.5
+    return [
+        _frame(group - 0.5, group + 0.5, float(ends[group]), float(ends[group + 1])) for group in range(len(groups))
+    ]
+
+
+def _frame(x0: float, x1: float, y0: float, y1: float) -> dict[str, Any]:
+    line = {"color": "var(--ink)", "width": 2}
+    return {"type": "rect", "x0": x0, "x1": x1, "y0": y0, "y1": y1, "line": line}
+
+
+def _describe_affinity(values: Matrix, names: Sequence[str], groups: Sequence[Sequence[int]], *, by_group: bool) -> str:
+    start = f"Affinity of {len(names)} tasks, " + ("ordered by group" if by_group else "in the order given")
+    upper = np.where(np.triu(np.ones_like(values, dtype=bool), k=1) & np.isfinite(values), values, np.nan)
+    if not np.isfinite(upper).any():
+        return f"{start}; no pair has a value."
+    best = np.unravel_index(np.nanargmax(upper), upper.shape)
+    worst = np.unravel_index(np.nanargmin(upper), upper.shape)
+    pair = f"{names[best[0]]} and {names[best[1]]} go best together ({format_signed(upper[best])})"
+    return f"{start}; {pair}, {names[worst[0]]} and {names[worst[1]]} worst ({format_signed(upper[worst])})." + (
+        f" Frames show {len(groups)} groups." if by_group else ""
+    )
+
+
+def _leads_own_group(row: Sequence[float], task: int, groups: Sequence[Sequence[int]]) -> bool:
+    own = next(group for group, members in enumerate(groups) if task in members)
+    return row[own] >= max(row)

@@ -1,0 +1,230 @@
+"""The sections on the plan: the groups, the affinity behind them, and what each number of groups would give."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ensemblelora.report.charts import draw_curve
+from ensemblelora.report.document import (
+    Block,
+    Cell,
+    Column,
+    FigureRow,
+    GroupCard,
+    Groups,
+    Legend,
+    Row,
+    Section,
+    Table,
+    Text,
+)
+from ensemblelora.report.heatmaps import MAX_LABELLED_TASKS, draw_affinity, remove_levels
+from ensemblelora.report.plotting import N_GROUP_COLOURS
+from ensemblelora.report.records import AffinityRecord, CurvePoint, PlanRecord, Prediction, RunRecord
+from ensemblelora.report.wording import (
+    count,
+    format_bytes,
+    format_number,
+    format_percent,
+    format_signed,
+    group_letter,
+    join_names,
+)
+
+__all__ = ["write_affinity", "write_curve", "write_plan"]
+
+_MAX_MATRIX_TABLE = 24
+
+
+def write_plan(run: RunRecord) -> Section:
+    """Show the groups, the reason, and the predicted performance of the plan beside its rivals."""
+    plan = run.plan
+    decisions = {
+        "group": f"Train {count(len(plan.groups), 'adapter')}, one for each group of tasks.",
+        "one adapter": "Train one adapter for all tasks.",
+        "one per task": "Train one adapter per task.",
+    }
+    opening = decisions.get(plan.decision, plan.decision)
+    blocks: list[Block] = [Text(f"{opening} {plan.reason}".strip()), Groups(_cards(plan))]
+    table = _prediction_table(plan)
+    return Section("plan", "The plan", [*blocks, table] if table else blocks)
+
+
+def write_affinity(run: RunRecord) -> Section | None:
+    """Show how well the tasks go together, before and after ordering them by group."""
+    affinity, plan = run.affinity, run.plan
+    if affinity is None or plan.n_tasks < 2:
+        return None
+    values = remove_levels(affinity.matrix)
+    reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
+    figures = tuple(draw_affinity(affinity, plan.task_names, plan.groups, by_group=choice) for choice in (False, True))
+    legend = Legend(f"worse together {format_signed(-reach)}", f"{format_signed(reach)} better together", "diverging")
+    caption = (
+        "Each cell: how much better than usual the two tasks do in training sets that hold both, once each task's own "
+        "level (its difficulty, and how well it goes with everything) is taken off. Grouping is blind to those levels."
+    )
+    blocks: list[Block] = [Text(_explain_affinity(values, affinity, plan)), FigureRow(figures, caption, legend)]
+    if plan.n_tasks <= _MAX_MATRIX_TABLE:
+        blocks.append(_matrix_table(values, plan))
+    elif plan.n_tasks > MAX_LABELLED_TASKS:
+        blocks.append(Text("Hover over a cell for the names; there are too many tasks to label.", is_quiet=True))
+    return Section("affinity", "Which tasks go together", blocks)
+
+
+def write_curve(run: RunRecord) -> Section | None:
+    """Show what each number of groups is predicted to give, and other ways of grouping beside it."""
+    plan = run.plan
+    blocks: list[Block] = []
+    if any(point.gain is not None for point in plan.curve):
+        caption = (
+            "Mean validation loss saved against one adapter for all tasks (above 0 is better), with one standard "
+            "error, judged on rows that did not choose the groups. It covers validation rows, not training seeds."
+        )
+        blocks.append(FigureRow((draw_curve(plan.curve, len(plan.groups)),), caption))
+    if plan.curve:
+        blocks.append(_curve_table(plan.curve, len(plan.groups)))
+    if plan.comparisons:
+        blocks.append(_comparison_table(plan))
+    return Section("curve", "How many groups", blocks) if blocks else None
+
+
+def _cards(plan: PlanRecord) -> tuple[GroupCard, ...]:
+    return tuple(
+        GroupCard(
+            group_letter(group),
+            group % N_GROUP_COLOURS,
+            tuple(plan.task_names[task] for task in tasks),
+            count(len(tasks), "task"),
+        )
+        for group, tasks in enumerate(plan.groups)
+    )
+
+
+def _prediction_table(plan: PlanRecord) -> Table | None:
+    ways = {
+        "The plan": plan.predicted.plan,
+        "One adapter for all": plan.predicted.shared,
+        "One adapter per task": plan.predicted.singles,
+        "Base model": plan.predicted.base,
+    }
+    known = {label: way for label, way in ways.items() if way.mean_nll is not None}
+    if not known:
+        return None
+    lowest = min(way.mean_nll for way in known.values() if way.mean_nll is not None)
+    rows = tuple(
+        Row((Cell(label), _loss_cell(way, lowest), _accuracy_cell(way)))
+        for label, way in known.items()
+    )
+    columns = (Column("Training", is_number=False), Column("Mean loss"), Column("Mean accuracy"))
+    note = "Means over tasks, ± one standard error. Predicted from gradients at the base model; nothing is trained yet."
+    return Table("Predicted performance on validation rows", columns, rows, note)
+
+
+def _loss_cell(way: Prediction, lowest: float) -> Cell:
+    return Cell(format_number(way.mean_nll), _plus_minus(way.mean_nll_se), is_best=way.mean_nll == lowest)
+
+
+def _accuracy_cell(way: Prediction) -> Cell:
+    error = "" if way.mean_accuracy_se is None else f"± {format_number(100 * way.mean_accuracy_se, 1)}"
+    return Cell(format_percent(way.mean_accuracy), error)
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f"± {format_number(error)}"
+
+
+def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRecord) -> str:
+    group_of = np.empty(plan.n_tasks, dtype=int)
+    for group, tasks in enumerate(plan.groups):
+        group_of[list(tasks)] = group
+    is_pair = np.triu(np.isfinite(values), k=1)
+    is_inside = group_of[:, None] == group_of[None, :]
+    inside, outside = values[is_pair & is_inside], values[is_pair & ~is_inside]
+    text = f"All {count(plan.n_tasks * (plan.n_tasks - 1) // 2, 'pair')} of tasks"
+    if affinity.counts is not None and plan.n_tasks > 2:
+        met = affinity.counts[np.triu_indices(plan.n_tasks, k=1)]
+        text += f", each met in {_range_of(met)} of the training sets asked about"
+        if (met == 0).any():
+            text += f"; {count(int((met == 0).sum()), 'pair')} never met and is filled in by a linear surrogate"
+    if not len(inside) or not len(outside):
+        return f"{text}."
+    means = f"{format_signed(inside.mean())} inside the groups and {format_signed(outside.mean())} across them"
+    return f"{text}. The mean affinity is {means}."
+
+
+def _range_of(numbers: np.ndarray) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _matrix_table(values: np.ndarray, plan: PlanRecord) -> Table:
+    order = [task for group in plan.groups for task in group]
+    names = [plan.task_names[task] for task in order]
+    groups = plan.group_by_name
+    rows = tuple(
+        Row(
+            (
+                Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+                *(Cell(format_signed(_number(values[i, j]))) for j in order),
+            )
+        )
+        for name, i in zip(names, order, strict=True)
+    )
+    columns = (Column("Task", is_number=False), *(Column(name) for name in names))
+    return Table("Affinity without own levels, ordered by group", columns, rows, summary="The affinities as a table")
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
+    rows = tuple(
+        Row(
+            (
+                Cell(str(point.n_groups), tag="the plan" if point.n_groups == n_chosen else ""),
+                Cell(format_number(point.predicted_nll)),
+                Cell(format_signed(point.gain), _plus_minus(point.gain_se)),
+                Cell(format_number(point.gap)),
+                Cell(format_bytes(point.adapter_bytes)),
+                Cell(_times(point.latency_ratio), tag="" if point.allowed else "over budget"),
+            )
+        )
+        for point in curve
+    )
+    labels = ("Predicted loss", "Saved", "Gap to bound", "Adapters", "Forward passes")
+    columns = (Column("Groups", is_number=False), *(Column(label) for label in labels))
+    note = "Gap to bound: how far the clustering is from the best possible objective at that number; 0 is proven best."
+    return Table("What each number of groups would give and cost", columns, rows, note)
+
+
+def _times(ratio: float | None) -> str:
+    return format_number(ratio, 1) if ratio is None else f"{format_number(ratio, 1)}×"
+
+
+def _comparison_table(plan: PlanRecord) -> Table:
+    chosen = plan.predicted.plan
+    gain = next((point for point in plan.curve if point.n_groups == len(plan.groups)), None)
+    own = Row(
+        (
+            Cell("the plan"),
+            Cell(str(len(plan.groups))),
+            Cell(format_number(chosen.mean_nll)),
+            Cell(format_signed(gain.gain if gain else None), _plus_minus(gain.gain_se if gain else None)),
+        ),
+        is_summary=True,
+    )
+    rows = [
+        Row(
+            (
+                Cell(item.name),
+                Cell("" if item.n_groups is None else str(item.n_groups)),
+                Cell(format_number(item.predicted_nll), _plus_minus(item.predicted_nll_sd)),
+                Cell(format_signed(item.gain), _plus_minus(item.gain_se)),
+            )
+        )
+        for item in plan.comparisons
+    ]
+    columns = (Column("Grouping", is_number=False), Column("Groups"), Column("Predicted loss"), Column("Saved"))
+    note = f"Judged by the same prediction on the same rows: {join_names([item.name for item in plan.comparisons])}."
+    return Table("Other ways of grouping", columns, (*rows, own), note)

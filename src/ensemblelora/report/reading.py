@@ -1,0 +1,148 @@
+"""Read and check a run folder for the report.
+
+Every file but the plan may be missing: a run is reported as far as it has come.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ensemblelora.artifacts import (
+    AFFINITY_FILE,
+    CONFIG_FILE,
+    COSTS_FILE,
+    ENSEMBLE_FILE,
+    ENVIRONMENT_FILE,
+    PLAN_FILE,
+    RESULTS_FILE,
+    load_arrays,
+)
+from ensemblelora.errors import StoreError, UsageError
+from ensemblelora.report.records import (
+    AffinityRecord,
+    ConfigRecord,
+    CostsRecord,
+    EnsembleRecord,
+    EnvironmentRecord,
+    PlanRecord,
+    ResultsRecord,
+    RunRecord,
+)
+
+__all__ = ["load_record"]
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def load_record(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        UsageError: If there is no plan yet.
+        StoreError: If a file is damaged, holds a value of the wrong type, or does not fit the plan.
+    """
+    plan = _read(folder / PLAN_FILE, PlanRecord)
+    if plan is None:
+        raise UsageError(
+            f"{folder}: no {PLAN_FILE} to report; plan first with `ensemblelora plan` or `ensemblelora run`"
+        )
+    _check_plan(folder / PLAN_FILE, plan)
+    ensemble = _read(folder / ENSEMBLE_FILE, EnsembleRecord)
+    if ensemble is not None:
+        _check_ensemble(folder / ENSEMBLE_FILE, ensemble, plan)
+    return RunRecord(
+        name=folder.resolve().name,
+        plan=plan,
+        config=_read_config(folder / CONFIG_FILE),
+        environment=_read(folder / ENVIRONMENT_FILE, EnvironmentRecord) or EnvironmentRecord(),
+        affinity=_read_affinity(folder / AFFINITY_FILE, plan.n_tasks),
+        ensemble=ensemble,
+        results=_read(folder / RESULTS_FILE, ResultsRecord),
+        costs=_read(folder / COSTS_FILE, CostsRecord),
+    )
+
+
+def _read(path: Path, kind: type[Record]) -> Record | None:
+    if not path.exists():
+        return None
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"{path}: can't be read ({error.strerror}); check the file's permissions") from None
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+
+
+def _read_config(path: Path) -> ConfigRecord:
+    if not path.exists():
+        return ConfigRecord()
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise StoreError(f"{path}: expected a mapping of stages, got {type(values).__name__}; run again")
+        return ConfigRecord.model_validate({**values, "text": text})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StoreError(f"{path}: can't be read as YAML ({' '.join(str(error).split())}); run again") from None
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+
+
+def _read_affinity(path: Path, n_tasks: int) -> AffinityRecord | None:
+    if not path.exists():
+        return None
+    arrays = load_arrays(path)
+    for name in ("matrix", "counts"):
+        values = arrays.get(name)
+        if values is None and name == "counts":
+            continue
+        if values is None or values.shape != (n_tasks, n_tasks) or values.dtype.kind not in "fiu":
+            found = "nothing" if values is None else f"{values.dtype} {values.shape}"
+            raise StoreError(
+                f"{path}: expected numbers of shape {(n_tasks, n_tasks)} under {name!r}, got {found}; "
+                "delete it and run again"
+            )
+    counts = arrays.get("counts")
+    return AffinityRecord(arrays["matrix"].astype(np.float64), None if counts is None else counts.astype(np.float64))
+
+
+def _check_plan(path: Path, plan: PlanRecord) -> None:
+    """Refuse a plan in which a task is in no group or in two, since every table is read off the groups."""
+    fault = None
+    if len(set(plan.task_names)) < plan.n_tasks:
+        fault = f"task names {list(plan.task_names)} are not distinct"
+    elif not all(plan.groups) or sorted(itertools.chain(*plan.groups)) != list(range(plan.n_tasks)):
+        fault = f"groups {[list(group) for group in plan.groups]} don't hold each of {plan.n_tasks} tasks once"
+    predictions = plan.predicted
+    for way in (predictions.plan, predictions.shared, predictions.singles, predictions.base):
+        if any(len(values) not in (0, plan.n_tasks) for values in (way.nll, way.nll_se, way.accuracy, way.accuracy_se)):
+            fault = f"predictions are not one per task for {plan.n_tasks} tasks"
+    if fault:
+        raise StoreError(f"{path}: {fault}; delete it and run again")
+
+
+def _check_ensemble(path: Path, ensemble: EnsembleRecord, plan: PlanRecord) -> None:
+    n_groups = len(plan.groups)
+    wanted = (plan.n_tasks, n_groups)
+    if ensemble.weights and (len(ensemble.weights), *{len(row) for row in ensemble.weights}) != wanted:
+        raise StoreError(f"{path}: weights are not of shape {wanted}, tasks by groups; delete it and run again")
+    strays = [item.group for item in (*ensemble.members, *ensemble.boosting) if not 0 <= item.group < n_groups]
+    if strays:
+        raise StoreError(f"{path}: names group {strays[0]}, the plan has {n_groups}; delete it and run again")
+
+
+def _damaged(path: Path, error: ValidationError) -> StoreError:
+    faults = error.errors(include_url=False, include_context=False)
+    first = faults[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    got = repr(first["input"])
+    got = got if len(got) <= 60 else f"{got[:57]}..."
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return StoreError(f"{path}: {where}: got {got}: {reason}{more}; delete the file and run again")

@@ -1,0 +1,198 @@
+"""The sections on what was measured: predictions checked, test scores, weights, boosting, linearity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblelora.report.charts import draw_prediction, draw_scores
+from ensemblelora.report.document import Block, Bullets, Cell, Column, FigureRow, Legend, Row, Section, Table, Text
+from ensemblelora.report.headline import describe_difference, method_label
+from ensemblelora.report.heatmaps import draw_weights
+from ensemblelora.report.plotting import N_GROUP_COLOURS
+from ensemblelora.report.records import BoostingRound, EnsembleRecord, Linearity, ResultsRecord, RunRecord
+from ensemblelora.report.wording import count, format_number, format_percent, format_signed, group_letter, join_names
+
+__all__ = [
+    "compute_rank_correlation",
+    "write_boosting",
+    "write_linearity",
+    "write_prediction_check",
+    "write_weights",
+]
+
+_LOW_R2 = 0.5
+
+
+def write_prediction_check(run: RunRecord) -> Section | None:
+    """Show the losses that were predicted before training against those measured after it."""
+    points = run.results.predicted_vs_measured if run.results else ()
+    both = [point for point in points if point.predicted_nll is not None and point.measured_nll is not None]
+    if not both:
+        return None
+    figures = [draw_prediction(both, as_change=False)]
+    text = _agreement("loss", [point.predicted_nll or 0.0 for point in both], [point.measured_nll or 0.0 for point in both])
+    from_base = [point for point in both if point.base_nll is not None]
+    if from_base:
+        figures.append(draw_prediction(from_base, as_change=True))
+        changes = [
+            [(loss or 0.0) - (point.base_nll or 0.0) for point, loss in zip(from_base, losses, strict=True)]
+            for losses in (
+                [point.predicted_nll for point in from_base],
+                [point.measured_nll for point in from_base],
+            )
+        ]
+        text += " " + _agreement("change from the base model", *changes)
+    caption = (
+        "Dotted: equality. Losses differ between tasks mostly by how hard the tasks are, so the changes are the "
+        "stricter test of the prediction."
+    )
+    return Section("prediction", "Predicted against measured", [Text(text), FigureRow(tuple(figures), caption)])
+
+
+def write_weights(run: RunRecord) -> Section | None:
+    """Show how much each task listens to each group's adapter."""
+    ensemble, plan = run.ensemble, run.plan
+    if ensemble is None or not ensemble.weights or len(plan.groups) < 2:
+        return None
+    routed = ensemble.routed or (False,) * plan.n_tasks
+    figure = draw_weights(ensemble.weights, plan.task_names, plan.groups, routed)
+    names = [name for name, is_routed in zip(plan.task_names, routed, strict=False) if is_routed]
+    text = (
+        f"{count(len(names), 'task')} of {plan.n_tasks} can be answered by one group alone without measurable loss, "
+        f"which makes predicting cheaper: {join_names(names)}."
+        if names
+        else "No task can be answered by one group alone without measurable loss."
+    )
+    caption = "Weights of a row sum to 1. Frames: the task's own group. Fitted on validation rows."
+    legend = Legend("0", "1", "sequential")
+    return Section("weights", "Ensemble weights", [Text(text), FigureRow((figure,), caption, legend)])
+
+
+def write_boosting(run: RunRecord) -> Section | None:
+    """List the attempts to add an adapter where a group still errs."""
+    if run.ensemble is None:
+        return None
+    rounds = run.ensemble.boosting
+    if not rounds:
+        return Section("boosting", "Boosting", [Text(_no_boosting(run.ensemble))])
+    n_accepted = sum(item.accepted for item in rounds)
+    text = (
+        f"{count(n_accepted, 'booster')} of {len(rounds)} tried {'was' if n_accepted == 1 else 'were'} kept. A booster is "
+        "fitted to what the group with the largest training loss still gets wrong, and kept only if the loss on "
+        "held-out rows drops."
+    )
+    columns = (
+        Column("Round", is_number=False),
+        Column("Group", is_number=False),
+        Column("Training loss"),
+        Column("Held-out loss"),
+        Column("Rate"),
+        Column("Outcome", is_number=False),
+    )
+    table = Table("Boosting rounds", columns, tuple(_boosting_row(item) for item in rounds))
+    return Section("boosting", "Boosting", [Text(text), table])
+
+
+def write_linearity(run: RunRecord) -> Section | None:
+    """Show how far training moved, and how well the linear model behind the plan holds there."""
+    if run.results is None or not (run.results.linearity.tasks or run.results.linearity.distances):
+        return None
+    linearity = run.results.linearity
+    blocks: list[Block] = [Text(_judge_linearity(linearity))]
+    if linearity.tasks:
+        blocks.append(_linearity_table(linearity, run))
+    if linearity.distances:
+        blocks.append(_distance_table(linearity))
+    return Section("linearity", "Does the linear model hold", blocks)
+
+
+def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation, ties ranked by their mean; none where a side does not vary."""
+    ranks = np.array([_rank(np.asarray(first, dtype=np.float64)), _rank(np.asarray(second, dtype=np.float64))])
+    if (ranks.std(axis=1) == 0).any():
+        return None
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def _rank(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _agreement(what: str, predicted: Sequence[float], measured: Sequence[float]) -> str:
+    error = float(np.mean(np.abs(np.subtract(predicted, measured))))
+    correlation = compute_rank_correlation(predicted, measured) if len(predicted) > 2 else None
+    ranks = "" if correlation is None else f"; rank correlation {format_number(correlation, 2)}"
+    return f"Mean absolute error of the predicted {what}: {format_number(error)} over {count(len(predicted), 'task')}{ranks}."
+
+
+def _no_boosting(ensemble: EnsembleRecord) -> str:
+    boosters = [member.name for member in ensemble.members if member.kind == "booster"]
+    return f"Boosters: {join_names(boosters)}." if boosters else "No boosting was tried."
+
+
+def _boosting_row(item: BoostingRound) -> Row:
+    return Row(
+        (
+            Cell(str(item.round)),
+            Cell(group_letter(item.group), colour=item.group % N_GROUP_COLOURS),
+            _change_cell(item.train_loss_before, item.train_loss_after),
+            _change_cell(item.heldout_before, item.heldout_after),
+            Cell(format_number(item.rate, 3)),
+            Cell("kept" if item.accepted else "not kept", item.reason),
+        )
+    )
+
+
+def _change_cell(before: float | None, after: float | None) -> Cell:
+    change = None if before is None or after is None else after - before
+    return Cell(f"{format_number(before)} → {format_number(after)}", "" if change is None else format_signed(change))
+
+
+def _judge_linearity(linearity: Linearity) -> str:
+    values = {name: item.r2_over_zero_order for name, item in linearity.tasks.items()}
+    low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
+    text = (
+        "The plan takes the model to be linear in the adapter's weights around the base model. R² says how much of what "
+        "training changed in the outputs that linear model explains: 1 is all, 0 no better than predicting no change."
+    )
+    if not any(value is not None for value in values.values()):
+        return text
+    if low:
+        return f"{text} It is below {_LOW_R2} on {join_names(low)}: what the plan says of them is a guess."
+    return f"{text} It is at least {_LOW_R2} on every task measured."
+
+
+def _linearity_table(linearity: Linearity, run: RunRecord) -> Table:
+    groups = run.plan.group_by_name
+    known = [name for name in run.plan.ordered_names if name in linearity.tasks]
+    rows = tuple(
+        Row(
+            (
+                Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+                Cell(format_number(value, 2), share=None if value is None else min(1.0, max(0.0, value))),
+            )
+        )
+        for name in known
+        for value in (linearity.tasks[name].r2_over_zero_order,)
+    )
+    columns = (Column("Task", is_number=False), Column("R²"))
+    return Table("R² of the linear model over no change, held-out rows", columns, rows)
+
+
+def _distance_table(linearity: Linearity) -> Table:
+    rows = tuple(
+        Row(
+            (
+                Cell(name),
+                Cell(format_percent(distance.relative_to_model, 2)),
+                Cell(format_percent(distance.relative_to_adapter_init, 1)),
+            )
+        )
+        for name, distance in linearity.distances.items()
+    )
+    columns = (Column("Adapter", is_number=False), Column("Of the model's norm"), Column("Of the adapter's norm at start"))
+    return Table("How far training moved each adapter", columns, rows)

@@ -1,0 +1,148 @@
+"""Label scores of a batch: the one place where a language model's output becomes numbers about answers.
+
+In: a model and a :class:`~ensemblelora.data.batching.Batch`. Out: ``z``, float32 ``(examples, K_max)``, higher is
+better, ``-inf`` past an example's own number of choices. Only scored positions reach the output layer, and label
+tokens only meet their own rows of it, so the vocabulary never costs more than the answers do.
+
+==============  ===============================================================================
+kind            z
+==============  ===============================================================================
+verbalizer      logits of the K label tokens at the answer position (one row an example)
+options         log-likelihood of each choice's tokens, divided as the card says (a row a choice)
+sequence        mean log-likelihood of the answer's tokens (one column)
+classification  logits of the classifier head
+==============  ===============================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ensemblelora.data.batching import Batch
+
+__all__ = ["Scores", "cross_entropy", "score_batch", "score_rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one forward pass says about a batch."""
+
+    z: Tensor
+    """(examples, K_max) label scores, -inf past an example's choices."""
+    token_logprobs: Tensor
+    """(n_scored,) log-probability of each predicted token; NaN where only label tokens were looked at."""
+
+
+def score_batch(network: nn.Module, batch: Batch, *, normalize: bool = False) -> Scores:
+    """Run one forward pass and score every example.
+
+    Args:
+        network: The transformers model, adapters in place.
+        batch: Right-padded rows and the positions to score.
+        normalize: Make verbalizer scores log-probabilities over the vocabulary instead of plain logits.
+
+    Reference:
+        docs/paper.md, row "output h"; tokenisation and scoring as lm-evaluation-harness does it.
+    """
+    device = next(network.parameters()).device
+    ids, mask = (torch.from_numpy(a).to(device) for a in (batch.input_ids, batch.attention_mask))
+    if len(batch.kinds) and batch.kinds[0] == "classification":
+        logits = network(input_ids=ids, attention_mask=mask).logits.float()
+        return Scores(z=_mask_choices(logits, batch, logits.shape[1]), token_logprobs=logits.new_empty(0))
+    hidden = network.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[operator]
+    rows, columns = torch.from_numpy(batch.positions).to(device).unbind(1)
+    return _score_positions(network, batch, hidden[rows, columns], normalize=normalize)
+
+
+def score_rows(scores: Scores, batch: Batch) -> Tensor:
+    """Pick each row's own score out of ``z``, for batches with a row a choice: ``(rows,)``."""
+    return scores.z[torch.from_numpy(batch.row_example), torch.from_numpy(batch.row_choice)]
+
+
+def cross_entropy(z: Tensor, batch: Batch, *, loss: str = "label_softmax") -> Tensor:
+    """Loss of each example, ``(examples,)``: softmax over its own labels; for a sequence, its mean token NLL.
+
+    ``vocab_softmax`` takes the score of the right answer as a log-probability as it is (``normalize=True`` scores).
+    """
+    labels = torch.from_numpy(batch.labels).to(z.device)
+    picked = z.gather(1, labels[:, None])[:, 0]
+    if loss == "vocab_softmax":
+        return -picked
+    is_sequence = torch.tensor([kind == "sequence" for kind in batch.kinds], device=z.device)
+    return torch.where(is_sequence, -picked, torch.logsumexp(z, dim=1) - picked)
+
+
+def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normalize: bool) -> Scores:
+    # hidden (n_scored, h); targets (n_scored,), -1 marks a verbalizer row
+    device = hidden.device
+    targets = torch.from_numpy(batch.targets).to(device)
+    row_of = torch.from_numpy(batch.position_row).to(device)
+    row_example, row_choice = (torch.from_numpy(a).to(device) for a in (batch.row_example, batch.row_choice))
+    is_label = targets < 0
+    n_examples, width = len(batch.labels), max(int(batch.n_choices.max()), 1)
+    token_logprobs = torch.full((len(targets),), torch.nan, device=device)
+    z = torch.full((n_examples, width), -torch.inf, device=device)
+
+    spelled = torch.nonzero(~is_label)[:, 0]
+    if len(spelled):
+        logits = _output_layer(network, hidden[spelled])  # (n_spelled, V)
+        logprobs = -functional.cross_entropy(logits, targets[spelled], reduction="none")
+        token_logprobs = token_logprobs.index_put((spelled,), logprobs)
+        divisors = torch.from_numpy(batch.divisors).to(device)
+        sums = torch.zeros(len(row_example), device=device).index_add(0, row_of[spelled], logprobs) / divisors
+        rows = torch.unique(row_of[spelled])
+        z = z.index_put((row_example[rows], row_choice[rows]), sums[rows])
+
+    labelled = torch.nonzero(is_label)[:, 0]
+    if len(labelled):
+        examples = row_example[row_of[labelled]]
+        tokens = torch.from_numpy(batch.label_tokens).to(device)[examples]  # (n_labelled, K_max), -1 pads
+        z = z.index_put((examples,), _label_logits(network, hidden[labelled], tokens, normalize=normalize, width=width))
+    return Scores(z=z, token_logprobs=token_logprobs)
+
+
+def _label_logits(network: nn.Module, hidden: Tensor, tokens: Tensor, *, normalize: bool, width: int) -> Tensor:
+    head = network.get_output_embeddings()  # type: ignore[operator]
+    absent = tokens < 0
+    if normalize or not _is_plain_head(network):
+        logits = _output_layer(network, hidden)
+        if normalize:
+            logits = torch.log_softmax(logits, dim=-1)
+        picked = logits.gather(1, tokens.clamp(min=0))
+    else:
+        weight = head.weight[tokens.clamp(min=0)]  # (n, K_max, h): only the labels' rows of the output layer
+        picked = torch.einsum("nh,nkh->nk", hidden.float(), weight.float())
+        if head.bias is not None:
+            picked = picked + head.bias[tokens.clamp(min=0)].float()
+    picked = picked.masked_fill(absent, -torch.inf)
+    return functional.pad(picked, (0, width - picked.shape[1]), value=-torch.inf)
+
+
+def _output_layer(network: nn.Module, hidden: Tensor) -> Tensor:
+    """Vocabulary logits in float32, with the scalings some families put after their output layer."""
+    head = network.get_output_embeddings()  # type: ignore[operator]
+    logits: Tensor = head(hidden.to(head.weight.dtype)).float()
+    config = network.config
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _is_plain_head(network: nn.Module) -> bool:
+    # An adapted or quantised output layer is more than its weight rows, so it is run as a whole.
+    plain = type(network.get_output_embeddings()) is nn.Linear  # type: ignore[operator]
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    return plain and all(getattr(network.config, name, None) is None for name in names)
+
+
+def _mask_choices(logits: Tensor, batch: Batch, n_outputs: int) -> Tensor:
+    n_choices = torch.from_numpy(batch.n_choices).to(logits.device)
+    return logits.masked_fill(torch.arange(n_outputs, device=logits.device) >= n_choices[:, None], -torch.inf)

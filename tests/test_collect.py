@@ -1,0 +1,165 @@
+"""Features against their slow twin: autograd, one example at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ensemblelora.adapters import THETA0, activate
+from ensemblelora.config import GradientsConfig
+from ensemblelora.data.batching import collate
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.gradients.collect import collect_features, compute_features, find_active_linears, make_projector
+from ensemblelora.gradients.output import choose_mode, compute_outputs
+from ensemblelora.scoring import score_batch
+from ensemblelora.store import FeatureStore
+from tests.tiny import CLASSIFIERS, DECODERS, disturb, make_adapted, make_split
+
+EXACT = GradientsConfig(proj_type="none")
+
+
+def autograd_features(adapted, split: EncodedSplit, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs (n, c) and unprojected gradients (n, c, p') by one backward pass per example and output."""
+    linears = find_active_linears(adapted, [split])
+    outputs, gradients = [], []
+    with activate(adapted, THETA0, trainable=True):
+        for example in range(split.n_examples):
+            batch = collate([(split, example)], adapted.base.pad_token_id)
+            z = score_batch(adapted.network, batch).z
+            k = int(split.n_choices.max())
+            z = torch.nn.functional.pad(z, (0, k - z.shape[1]), value=-torch.inf)
+            u = compute_outputs(z, torch.from_numpy(batch.labels), torch.from_numpy(batch.n_choices), mode)[0]
+            rows = []
+            for value in u:
+                adapted.peft.zero_grad(set_to_none=True)
+                if value.requires_grad and value.grad_fn is not None:
+                    value.backward(retain_graph=True)
+                parts = []
+                for module in linears.values():
+                    for p in (module.weight, module.bias):
+                        if p is not None:
+                            parts.append((torch.zeros_like(p) if p.grad is None else p.grad).flatten())
+                rows.append(torch.cat(parts).numpy().copy())
+            outputs.append(u.detach().numpy())
+            gradients.append(np.stack(rows))
+    return np.stack(outputs), np.stack(gradients)
+
+
+def hook_features(adapted, split: EncodedSplit, mode: str, config=EXACT, examples=None):
+    projector = make_projector(config, seed=0)
+    linears = find_active_linears(adapted, [split])
+    chosen = range(split.n_examples) if examples is None else examples
+    with activate(adapted, THETA0):
+        batch = collate([(split, e) for e in chosen], adapted.base.pad_token_id)
+        return compute_features(adapted, linears, projector, batch, mode, with_gram=True)
+
+
+CASES = [
+    ("llama", "lm", "verbalizer", 2, "margin"),
+    ("llama", "lm", "verbalizer", 3, "contrast"),
+    ("llama", "lm", "verbalizer", 4, "logodds"),
+    ("llama", "lm", "options", 4, "contrast"),
+    ("llama", "lm", "options", 2, "margin"),
+    ("llama", "lm", "options", 3, "logodds"),
+    ("llama", "lm", "sequence", 1, "sequence"),
+    ("llama", "sequence_classification", "classification", 3, "contrast"),
+    ("bert", "sequence_classification", "classification", 3, "contrast"),
+    ("gpt2", "lm", "options", 3, "contrast"),
+    ("gptj", "lm", "verbalizer", 3, "contrast"),
+    ("qwen2", "lm", "sequence", 1, "sequence"),
+]
+
+
+@pytest.mark.parametrize(("family", "head", "kind", "n_choices", "mode"), CASES)
+def test_hooks_equal_autograd_per_example(family: str, head: str, kind: str, n_choices: int, mode: str) -> None:
+    adapted = make_adapted(family, head=head)
+    split = make_split(kind, n_choices=n_choices)
+    outputs, gradients = autograd_features(adapted, split, mode)
+    fast = hook_features(adapted, split, mode)
+    np.testing.assert_allclose(fast.outputs, outputs, rtol=1e-4, atol=1e-5)
+    scale = np.abs(gradients).max()
+    np.testing.assert_allclose(fast.features, gradients, rtol=1e-4, atol=1e-5 * scale)
+    np.testing.assert_allclose(fast.squared_norms, (gradients**2).sum((1, 2)), rtol=1e-4)
+    gram = np.einsum("ncp,mcp->cnm", gradients, gradients)
+    np.testing.assert_allclose(fast.gram, gram, rtol=1e-3, atol=1e-4 * np.abs(gram).max())
+
+
+def test_ragged_choices_equal_autograd() -> None:
+    adapted, split = make_adapted(), make_split("options", n_choices=4, ragged=True)
+    outputs, gradients = autograd_features(adapted, split, "contrast")
+    fast = hook_features(adapted, split, "contrast")
+    np.testing.assert_allclose(fast.outputs, outputs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fast.features, gradients, rtol=1e-4, atol=1e-5 * np.abs(gradients).max())
+
+
+def test_a_has_no_gradient_at_the_start_and_has_one_after_a_warm_up() -> None:
+    adapted, split = make_adapted(), make_split("verbalizer")
+    assert all(".lora_B" in name for name in find_active_linears(adapted, [split]))
+    disturb(adapted)
+    names = find_active_linears(adapted, [split])
+    assert any(".lora_A" in name for name in names)
+    assert any(".lora_B" in name for name in names)
+    outputs, gradients = autograd_features(adapted, split, "contrast")
+    fast = hook_features(adapted, split, "contrast")
+    np.testing.assert_allclose(fast.features, gradients, rtol=1e-4, atol=1e-5 * np.abs(gradients).max())
+    np.testing.assert_allclose(fast.outputs, outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_features_do_not_depend_on_the_batch_or_its_padding() -> None:
+    adapted, split = make_adapted(), make_split("options", n=5)
+    config = GradientsConfig(proj_dim=64)
+    together = hook_features(adapted, split, "contrast", config)
+    for example in range(split.n_examples):
+        alone = hook_features(adapted, split, "contrast", config, examples=[example])
+        np.testing.assert_allclose(alone.features[0], together.features[example], rtol=1e-4, atol=1e-4)
+
+
+def test_projected_features_are_the_exact_ones_projected() -> None:
+    adapted, split = make_adapted(), make_split("verbalizer", n_choices=3)
+    config = GradientsConfig(proj_dim=48)
+    exact = hook_features(adapted, split, "contrast").features
+    fast = hook_features(adapted, split, "contrast", config).features
+    projector, expected, start = make_projector(config, seed=0), 0.0, 0
+    for name, module in find_active_linears(adapted, [split]).items():
+        for part, size in ((f"{name}.weight", module.weight.numel()),):
+            expected = expected + exact[:, :, start : start + size] @ projector.matrix(part, 0, size)
+            start += size
+    np.testing.assert_allclose(fast, expected, rtol=1e-3, atol=1e-5 * np.abs(fast).max() + 1e-6)
+
+
+def test_store_holds_every_example_in_order_and_is_not_computed_twice(tmp_path: Path) -> None:
+    adapted = make_adapted()
+    splits = [make_split("verbalizer", n=7, task="a"), make_split("options", n=5, task="b", ragged=True)]
+    identity = {(s.task, s.split): "x" for s in splits}
+    store, config = FeatureStore(tmp_path), GradientsConfig(proj_dim=32, max_tokens_per_batch=24)
+    health = collect_features(adapted, splits, store, config, seed=0, fingerprints=identity)
+    assert health.n_tokens > 0
+    assert health.batch_error < 1e-5
+    for split in splits:
+        block = store.read(split.task, split.split)
+        mode = choose_mode(split.kind, int(split.n_choices.max()), "auto")
+        expected = hook_features(adapted, split, mode, config)
+        assert block.ids == split.ids
+        np.testing.assert_array_equal(block.labels, split.labels)
+        np.testing.assert_allclose(block.features, expected.features, rtol=1e-3, atol=1e-4)
+    again = collect_features(adapted, splits, store, config, seed=0, fingerprints=identity)
+    assert again.n_tokens == 0
+    changed = collect_features(adapted, splits, store, config, seed=0, fingerprints=dict.fromkeys(identity, "y"))
+    assert changed.n_tokens == health.n_tokens
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_decoder_family_gives_features(family: str) -> None:
+    features = hook_features(make_adapted(family), make_split("verbalizer"), "contrast", GradientsConfig(proj_dim=16))
+    assert features.features.shape == (6, 2, 16)
+    assert np.abs(features.features).min(axis=(1, 2)).max() > 0
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_head_counts_among_the_trained_coordinates(family: str) -> None:
+    adapted = make_adapted(family, head="sequence_classification")
+    names = find_active_linears(adapted, [make_split("classification")])
+    assert any("classifier" in name or "score" in name for name in names)
