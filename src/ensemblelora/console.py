@@ -100,8 +100,10 @@ def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
     records = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     columns = list(dict.fromkeys(name for record in records.values() for name in record))
-    for name in ("", *(columns or [""])):
-        table.add_column(name.replace("_", " "), justify="left" if not name else "right")
+    table.add_column()
+    for name in columns or [""]:
+        is_text = any(isinstance(record.get(name), str) for record in records.values())
+        table.add_column(name.replace("_", " "), justify="left" if is_text or not name else "right")
     for key, value in plain.items():
         table.add_row(key.replace("_", " "), _write(key, value))
     for key, record in records.items():
@@ -123,6 +125,8 @@ def describe_failure(error: BaseException, *, debug: bool = False) -> int:
         traceback.print_exception(error, file=sys.stderr)
     message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     code = error.exit_code if isinstance(error, (EnsembleLoraError, typer.TyperException)) else 1
+    if isinstance(error, typer.TyperException) and message.strip():
+        message = f"{message.rstrip('.')}; see --help"
     if not isinstance(error, (EnsembleLoraError, typer.TyperException, OSError)):
         message = _describe_unexpected(error)
     if message.strip():  # typer shows the help of a command without arguments, and raises an empty message
@@ -170,4 +174,4 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one log line, with its level unless it is mere information."""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        self._console.print(f"{level}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"{level}{self.format(record)}", markup=False, highlight=False, soft_wrap=True)

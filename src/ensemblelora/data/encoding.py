@@ -158,15 +158,19 @@ def choose_kind(task: Task, tokenizer: Tokenizer) -> Kind:
         return "options"
     if not _has_fixed_choices(task):
         if card.scoring == "verbalizer":
-            raise DataError(f"task {task.name!r}: choices vary from row to row, so a verbalizer can't score them; "
-                            "set scoring: options")  # fmt: skip
+            raise DataError(
+                f"task {task.name!r}: choices vary from row to row, so a verbalizer can't score them; "
+                "set scoring: options"
+            )
         return "options"
     labels = _encode_labels(task, tokenizer)
     firsts = [label[0] for label in labels if label]
     if card.scoring == "verbalizer" and (len(firsts) < len(labels) or len(set(firsts)) < len(firsts)):
         choices = ", ".join(map(repr, _first_example(task).choices))
-        raise DataError(f"task {task.name!r}: of the labels {choices} two begin with the same token, so their logits "
-                        "can't be told apart; choose other words, or set scoring: options")  # fmt: skip
+        raise DataError(
+            f"task {task.name!r}: of the labels {choices} two begin with the same token, so their logits "
+            "can't be told apart; choose other words, or set scoring: options"
+        )
     is_verbalizer = len(set(firsts)) == len(labels) and all(len(label) == 1 for label in labels)
     if card.scoring == "verbalizer" and not is_verbalizer:
         logger.info("task %r: labels of several tokens, scored as options", task.name)
@@ -239,8 +243,13 @@ def _encode_rows(
                 break  # one row: the choices are compared at its last position
             ending = _end_of_answer(task, tokenizer)
             if len(answer) + len(ending) + max(len(start), 1) > max_length + 1:
-                faults.append((example.id, f"the answer has {len(answer) + len(ending)} tokens, more than max_length "
-                                           f"{max_length} leaves, and answers are never cut"))  # fmt: skip
+                faults.append(
+                    (
+                        example.id,
+                        f"the answer has {len(answer) + len(ending)} tokens, more than max_length "
+                        f"{max_length} leaves, and answers are never cut",
+                    )
+                )
                 break
             divisor = _choose_divisor(task, kind, choice, len(answer) + len(ending))
             rows.append(_fit_row(start, context, answer + ending, divisor, max_length))

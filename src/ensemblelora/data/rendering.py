@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ensemblelora.data.task import Example, TaskCard
@@ -45,17 +45,18 @@ class Renderer:
 def compile_card(card: TaskCard, columns: Collection[str]) -> Renderer:
     """Compile a card's templates against the columns of its data.
 
-    The renderer's functions raise DataError, without the task's name: an unknown column, a target outside the choices,
-    a number with decimals (regression) or a list of labels (multi-label) where one class is expected.
+    The renderer's functions raise DataError, without the task's name: a missing field, a target outside the choices, a
+    number with decimals (regression) or a list of labels (multi-label) where one class is expected.
 
     Args:
         card: The card.
         columns: Names of the data's columns.
 
     Raises:
-        DataError: If a template is not valid Jinja.
+        DataError: Names every template that is not valid Jinja, and every name in one that is no column.
     """
     environment = _make_environment()
+    _check_fields(card, columns, environment)
     text = _compile_field("doc_to_text", card.doc_to_text, columns, environment)
     target = _compile_target(card, columns, environment)
     choices = _compile_choices(card, columns, environment)
@@ -126,34 +127,56 @@ def _regex_replace(text: str, pattern: str, replacement: str = "", count: int = 
     return re.sub(pattern, replacement, text, count=count)
 
 
-def _compile_field(
-    key: str, text: str, columns: Collection[str], environment: ImmutableSandboxedEnvironment
-) -> _Field:
+def _check_fields(card: TaskCard, columns: Collection[str], environment: ImmutableSandboxedEnvironment) -> None:
+    keys = ("doc_to_text", "doc_to_choice", "doc_to_target", "group")
+    fields = {key: getattr(card, key) for key in keys}
+    faults: list[str] = []
+    unknown: list[str] = []
+    for key, text in fields.items():
+        if not isinstance(text, str) or text in columns or not text:
+            continue
+        if "{" not in text and not (key == "doc_to_choice" and text.startswith("[")):
+            unknown.append(f"{key}: unknown column {text!r}")  # plain words would be the same for every row
+            continue
+        try:
+            names = _find_names(environment.parse(text)) - set(environment.globals) - set(columns)
+        except TemplateSyntaxError as error:
+            faults.append(f"{key}: not a valid template ({error.message}): {_shorten(text)}")
+            continue
+        unknown += [f"{key}: unknown column {name!r}" for name in sorted(names)]
+    if unknown:
+        faults.append(f"{', '.join(unknown)} (columns: {', '.join(columns)})")
+    if faults:
+        raise DataError("; ".join(faults))
+
+
+def _find_names(template: nodes.Template) -> set[str]:
+    """Names a template can't do without; one that it tests for or gives a default may be missing."""
+    optional = {
+        node.node.name
+        for node in template.find_all((nodes.Test, nodes.Filter))
+        if node.name in ("defined", "undefined", "default", "d") and isinstance(node.node, nodes.Name)
+    }
+    return meta.find_undeclared_variables(template) - optional
+
+
+def _compile_field(key: str, text: str, columns: Collection[str], environment: ImmutableSandboxedEnvironment) -> _Field:
     if text in columns:
         return lambda row: row[text]
-    try:
-        template = environment.from_string(text)
-        names = meta.find_undeclared_variables(environment.parse(text))
-    except TemplateSyntaxError as error:
-        raise DataError(f"{key}: not a valid template ({error.message}): {text!r}") from None
-    unknown = sorted(names - set(columns))
+    template = environment.from_string(text)
 
     def render(row: Row) -> str:
         try:
             return template.render(row)
         except UndefinedError as error:
-            if unknown:
-                raise DataError(f"{key}: unknown column {unknown[0]!r}; columns: {', '.join(columns)}") from None
-            raise DataError(f"{key}: {error.message}; columns: {', '.join(columns)}") from None
+            raise DataError(f"{key}: {error.message} (columns: {', '.join(columns)})") from None
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{key}: {_one_line(error)}") from None
 
     return render
 
 
-def _compile_target(
-    card: TaskCard, columns: Collection[str], environment: ImmutableSandboxedEnvironment
-) -> _Field:
+def _compile_target(card: TaskCard, columns: Collection[str], environment: ImmutableSandboxedEnvironment) -> _Field:
     if isinstance(card.doc_to_target, int):
         fixed = card.doc_to_target
         return lambda row: fixed
@@ -190,8 +213,9 @@ def _compile_choices(
         if not isinstance(value, (list, tuple)):
             raise DataError(f"doc_to_choice: expected a list, got {_shorten(value)}")
         names = tuple(_as_text(item, "doc_to_choice") for item in value)
-        _check_choices(names)
-        return names
+        if len(names) < 2:
+            raise DataError(f"doc_to_choice: expected two choices or more, got {_shorten(list(names))}")
+        return names  # real data holds rows with the same option twice; they stay
 
     return render
 
@@ -206,19 +230,25 @@ def _check_choices(names: tuple[str, ...]) -> None:
 def _find_label(value: Any, names: tuple[str, ...]) -> int:
     """Index of the target among the choices."""
     if isinstance(value, (list, tuple, dict)):
-        raise DataError(f"the target is a list ({_shorten(value)}): multi-label tasks are not supported, only one "
-                        "right choice a row")  # fmt: skip
+        raise DataError(
+            f"the target is a list ({_shorten(value)}): multi-label tasks are not supported, only one "
+            "right choice a row"
+        )
     if isinstance(value, float):
-        raise DataError(f"the target is the number {value}: regression is not supported, only classes; bin the values, "
-                        "or give whole numbers from 0")  # fmt: skip
+        raise DataError(
+            f"the target is the number {value}: regression is not supported, only classes; bin the values, "
+            "or give whole numbers from 0"
+        )
     if value is None:
         raise DataError("the target is missing")
     if isinstance(value, int) and 0 <= value < len(names):
         return int(value)
     if isinstance(value, str) and value in names:
         return names.index(value)
-    raise DataError(f"label {value!r} is not one of {_shorten(list(names))} (nor an index into them); correct the row, "
-                    "or the card's doc_to_choice")  # fmt: skip
+    raise DataError(
+        f"label {value!r} is not one of {_shorten(list(names))} (nor an index into them); correct the row, "
+        "or the card's doc_to_choice"
+    )
 
 
 def _as_answer(value: Any) -> str:

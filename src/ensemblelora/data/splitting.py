@@ -1,6 +1,6 @@
 """Which examples go where: cutting splits by group, and keeping a stratified few.
 
-Everything works on positions, strata and groups, before any text is rendered, and depends on nothing but them and a seed.
+Everything works on positions, strata and groups, before any text is rendered, and depends only on them and a seed.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -73,7 +73,7 @@ class TaskCard(BaseModel):
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check_together(self) -> TaskCard:
         if (self.output_type == "multiple_choice") != (self.doc_to_choice is not None):
             raise ValueError("doc_to_choice belongs to output_type multiple_choice, and only there")
         if self.output_type != "multiple_choice" and (self.scoring or self.head != "lm"):

@@ -1,1 +1,43 @@
+"""The subset oracle: what any set of tasks trained together would give, predicted from gradients alone.
 
+``fit_subsets`` solves the convex fits, ``score_subsets`` and :class:`Oracle` answer with predicted loss and accuracy of
+every task. Input: :class:`~ensemblelora.store.FeatureBlock` per task and split. No torch.
+"""
+
+from __future__ import annotations
+
+from ensemblelora.estimation.oracle import (
+    Oracle,
+    PenaltyTrial,
+    TaskFeatures,
+    build_oracle,
+    choose_l2_penalty,
+    score_subsets,
+)
+from ensemblelora.estimation.scoring import (
+    RowOutcomes,
+    SubsetScores,
+    compute_clustered_se,
+    mean_loss_gradients,
+    predict_outcomes,
+    predict_rows,
+)
+from ensemblelora.estimation.solver import Fit, compute_penalties, fit_subsets
+
+__all__ = [
+    "Fit",
+    "Oracle",
+    "PenaltyTrial",
+    "RowOutcomes",
+    "SubsetScores",
+    "TaskFeatures",
+    "build_oracle",
+    "choose_l2_penalty",
+    "compute_clustered_se",
+    "compute_penalties",
+    "fit_subsets",
+    "mean_loss_gradients",
+    "predict_outcomes",
+    "predict_rows",
+    "score_subsets",
+]

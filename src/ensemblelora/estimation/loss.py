@@ -14,7 +14,14 @@ import numpy.typing as npt
 
 from ensemblelora.store import FeatureBlock
 
-__all__ = ["LinearRows", "compute_curvature_trace", "compute_hessian", "compute_logits", "compute_row_nll", "sum_losses"]
+__all__ = [
+    "LinearRows",
+    "compute_curvature_trace",
+    "compute_hessian",
+    "compute_logits",
+    "compute_row_nll",
+    "sum_losses",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -70,33 +77,41 @@ def compute_logits(rows: LinearRows, weights: FloatArray) -> FloatArray:
     """
     n, c = rows.outputs.shape
     u = (rows.jacobian @ weights.T).reshape(n, c, -1) + rows.outputs[:, :, None]  # (n, c, k)
-    return np.matmul(rows.decoder, u) + rows.class_offsets[:, :, None]
+    return np.asarray(np.matmul(rows.decoder, u) + rows.class_offsets[:, :, None])
 
 
 def compute_row_nll(logits: FloatArray, labels: npt.NDArray[np.int64]) -> FloatArray:
     """Return each example's cross-entropy, shape ``(n, k)``, from logits of shape ``(n, K, k)``."""
-    top = logits.max(axis=1)
-    log_norm = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    _, log_norm = compute_probabilities(logits)
     return np.asarray(log_norm - logits[np.arange(len(labels)), labels])
+
+
+def compute_probabilities(logits: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return softmax probabilities, shape ``(n, K, k)``, and log-normalisers, shape ``(n, k)``, of ``(n, K, k)``."""
+    top = logits.max(axis=1)
+    probabilities = np.exp(logits - top[:, None])
+    total = probabilities.sum(axis=1)
+    probabilities /= total[:, None]
+    return probabilities, top + np.log(total)
 
 
 def sum_losses(rows: LinearRows, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the weighted sums of cross-entropy, shape ``(k,)``, and their gradients, shape ``(k, d)``."""
     n, c = rows.outputs.shape
     logits = compute_logits(rows, weights)  # (n, K, k)
-    residual, log_norm = _softmax(logits)
+    residual, log_norm = compute_probabilities(logits)
     picked = (np.arange(n), rows.labels)
     losses = rows.weights @ (log_norm - logits[picked])
     residual[picked] -= 1.0
     residual *= rows.weights[:, None, None]
     backward = np.matmul(rows.decoder.T, residual).reshape(n * c, -1)  # (n * c, k)
-    return losses, backward.T @ rows.jacobian
+    return np.asarray(losses), np.asarray(backward.T @ rows.jacobian)
 
 
 def compute_hessian(rows: LinearRows, weights: FloatArray) -> FloatArray:
     """Return the Hessian of the weighted sum of cross-entropies at one weight vector, shape ``(d, d)``."""
     n, c = rows.outputs.shape
-    probabilities, _ = _softmax(compute_logits(rows, weights[None]))
+    probabilities, _ = compute_probabilities(compute_logits(rows, weights[None]))
     p = probabilities[:, :, 0]  # (n, K)
     # A factor B of D^T (diag p - p p^T) D = B^T B keeps the big product symmetric, which BLAS does at half the cost.
     centred = rows.decoder - (p @ rows.decoder)[:, None]  # (n, K, c)
@@ -105,7 +120,7 @@ def compute_hessian(rows: LinearRows, weights: FloatArray) -> FloatArray:
         scaled = np.linalg.norm(factor, axis=1) * rows.jacobian  # (n, d)
     else:
         scaled = np.matmul(factor, rows.jacobian.reshape(n, c, -1)).reshape(-1, rows.jacobian.shape[1])
-    return scaled.T @ scaled
+    return np.asarray(scaled.T @ scaled)
 
 
 def compute_curvature_trace(block: FeatureBlock) -> FloatArray:
@@ -118,12 +133,3 @@ def compute_curvature_trace(block: FeatureBlock) -> FloatArray:
     gram = np.einsum("nad,nbd->nab", features, features)
     centred = block.decoder - (present @ block.decoder)[:, None]  # (n, K, c)
     return np.asarray(np.einsum("nk,nka,nkb,nab->n", present, centred, centred, gram, optimize=True))
-
-
-def _softmax(logits: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return probabilities over axis 1, which may overwrite nothing of ``logits``, and the log-normaliser."""
-    top = logits.max(axis=1)
-    probabilities = np.exp(logits - top[:, None])
-    total = probabilities.sum(axis=1)
-    probabilities /= total[:, None]
-    return probabilities, top + np.log(total)

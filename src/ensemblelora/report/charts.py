@@ -181,7 +181,7 @@ def _score_trace(
             "thickness": 1.5,
             "width": 0,
         },
-        "marker": {"color": colour, "size": 9, "symbol": METHOD_SYMBOLS.get(method, "x"), "line": {"width": 1.5}},
+        "marker": {"color": colour, "size": 9, "symbol": METHOD_SYMBOLS.get(method, "x"), "line": {"color": colour, "width": 1.5}},
         "hovertemplate": "<b>%{text}</b><br>%{fullData.name}: %{x:.1%}<extra></extra>",
     }
 

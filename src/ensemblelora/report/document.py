@@ -148,7 +148,7 @@ class Figure:
     """A figure drawn by plotly.js.
 
     Attributes:
-        name: Its id in the page.
+        name: Its name in the page, unlike any other figure's.
         title: What it shows.
         alt: One sentence that says what there is to see.
         spec: ``data`` and ``layout`` as plotly takes them; colours are names of the page's CSS variables.

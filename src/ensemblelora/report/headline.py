@@ -151,7 +151,7 @@ def _tile_of_flops(methods: dict[str, MethodCosts]) -> Tile | None:
             return None
         totals[method] = costs.train_flops + (costs.select_flops or 0.0)
     ratio = totals["ensemble"] / totals["shared"] if totals["shared"] else None
-    return Tile("Compute", f"{format_number(ratio, 2)}×", "of one adapter's training, selection included")
+    return Tile("Compute", f"{format_number(ratio, 2)}\u00d7", "of one adapter's training, selection included")
 
 
 def _tile_of_bytes(methods: dict[str, MethodCosts]) -> Tile | None:

@@ -108,6 +108,7 @@ def _task_axes(names: Sequence[str]) -> dict[str, Any]:
         "categoryorder": "array",
         "categoryarray": [safe(name) for name in names],
         "showgrid": False,
+        "ticks": "",
         "showticklabels": n <= MAX_LABELLED_TASKS,
         "tickmode": "array",
         "tickvals": list(range(n)),
@@ -154,8 +155,7 @@ def _describe_affinity(values: Matrix, names: Sequence[str], groups: Sequence[Se
     upper = np.where(np.triu(np.ones_like(values, dtype=bool), k=1) & np.isfinite(values), values, np.nan)
     if not np.isfinite(upper).any():
         return f"{start}; no pair has a value."
-    best = np.unravel_index(np.nanargmax(upper), upper.shape)
-    worst = np.unravel_index(np.nanargmin(upper), upper.shape)
+    best, worst = (divmod(int(place), len(names)) for place in (np.nanargmax(upper), np.nanargmin(upper)))
     pair = f"{names[best[0]]} and {names[best[1]]} go best together ({format_signed(upper[best])})"
     return f"{start}; {pair}, {names[worst[0]]} and {names[worst[1]]} worst ({format_signed(upper[worst])})." + (
         f" Frames show {len(groups)} groups." if by_group else ""

@@ -111,10 +111,7 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
     if not known:
         return None
     lowest = min(way.mean_nll for way in known.values() if way.mean_nll is not None)
-    rows = tuple(
-        Row((Cell(label), _loss_cell(way, lowest), _accuracy_cell(way)))
-        for label, way in known.items()
-    )
+    rows = tuple(Row((Cell(label), _loss_cell(way, lowest), _accuracy_cell(way))) for label, way in known.items())
     columns = (Column("Training", is_number=False), Column("Mean loss"), Column("Mean accuracy"))
     note = "Means over tasks, ± one standard error. Predicted from gradients at the base model; nothing is trained yet."
     return Table("Predicted performance on validation rows", columns, rows, note)
@@ -145,7 +142,7 @@ def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRe
         met = affinity.counts[np.triu_indices(plan.n_tasks, k=1)]
         text += f", each met in {_range_of(met)} of the training sets asked about"
         if (met == 0).any():
-            text += f"; {count(int((met == 0).sum()), 'pair')} never met and is filled in by a linear surrogate"
+            text += f" ({count(int((met == 0).sum()), 'pair')} in none, where a linear surrogate fills in)"
     if not len(inside) or not len(outside):
         return f"{text}."
     means = f"{format_signed(inside.mean())} inside the groups and {format_signed(outside.mean())} across them"
@@ -199,7 +196,7 @@ def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
 
 
 def _times(ratio: float | None) -> str:
-    return format_number(ratio, 1) if ratio is None else f"{format_number(ratio, 1)}×"
+    return format_number(ratio, 1) if ratio is None else f"{format_number(ratio, 1)}\u00d7"
 
 
 def _comparison_table(plan: PlanRecord) -> Table:

@@ -29,7 +29,7 @@ def complete(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> 
         "font": {"color": "var(--ink)", "size": 12},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 8, "r": 8, "t": 8, "b": 8, "pad": 2},
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8, "pad": 4},
         "hoverlabel": {
             "bgcolor": "var(--surface)",
             "bordercolor": "var(--line-strong)",

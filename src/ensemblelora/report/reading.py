@@ -132,7 +132,8 @@ def _check_ensemble(path: Path, ensemble: EnsembleRecord, plan: PlanRecord) -> N
     wanted = (plan.n_tasks, n_groups)
     if ensemble.weights and (len(ensemble.weights), *{len(row) for row in ensemble.weights}) != wanted:
         raise StoreError(f"{path}: weights are not of shape {wanted}, tasks by groups; delete it and run again")
-    strays = [item.group for item in (*ensemble.members, *ensemble.boosting) if not 0 <= item.group < n_groups]
+    named = [*(item.group for item in ensemble.members), *(item.group for item in ensemble.boosting)]
+    strays = [group for group in named if not 0 <= group < n_groups]
     if strays:
         raise StoreError(f"{path}: names group {strays[0]}, the plan has {n_groups}; delete it and run again")
 

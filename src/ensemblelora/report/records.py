@@ -209,6 +209,7 @@ class TaskScore(_Record):
 
     kind: str = "verbalizer"
     n_examples: int = 0
+    n_groups: int | None = None
     nll: Number = None
     nll_low: Number = None
     nll_high: Number = None

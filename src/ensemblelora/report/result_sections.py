@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.report.charts import draw_prediction, draw_scores
-from ensemblelora.report.document import Block, Bullets, Cell, Column, FigureRow, Legend, Row, Section, Table, Text
-from ensemblelora.report.headline import describe_difference, method_label
+from ensemblelora.report.charts import draw_prediction
+from ensemblelora.report.document import Block, Cell, Column, FigureRow, Legend, Row, Section, Table, Text
 from ensemblelora.report.heatmaps import draw_weights
 from ensemblelora.report.plotting import N_GROUP_COLOURS
-from ensemblelora.report.records import BoostingRound, EnsembleRecord, Linearity, ResultsRecord, RunRecord
+from ensemblelora.report.records import BoostingRound, EnsembleRecord, Linearity, RunRecord
 from ensemblelora.report.wording import count, format_number, format_percent, format_signed, group_letter, join_names
 
 __all__ = [
@@ -33,7 +32,9 @@ def write_prediction_check(run: RunRecord) -> Section | None:
     if not both:
         return None
     figures = [draw_prediction(both, as_change=False)]
-    text = _agreement("loss", [point.predicted_nll or 0.0 for point in both], [point.measured_nll or 0.0 for point in both])
+    text = _agreement(
+        "loss", [point.predicted_nll or 0.0 for point in both], [point.measured_nll or 0.0 for point in both]
+    )
     from_base = [point for point in both if point.base_nll is not None]
     if from_base:
         figures.append(draw_prediction(from_base, as_change=True))
@@ -80,8 +81,8 @@ def write_boosting(run: RunRecord) -> Section | None:
         return Section("boosting", "Boosting", [Text(_no_boosting(run.ensemble))])
     n_accepted = sum(item.accepted for item in rounds)
     text = (
-        f"{count(n_accepted, 'booster')} of {len(rounds)} tried {'was' if n_accepted == 1 else 'were'} kept. A booster is "
-        "fitted to what the group with the largest training loss still gets wrong, and kept only if the loss on "
+        f"{count(n_accepted, 'booster')} of {len(rounds)} tried {'was' if n_accepted == 1 else 'were'} kept. A booster "
+        "is fitted to what the group with the largest training loss still gets wrong, and kept only if the loss on "
         "held-out rows drops."
     )
     columns = (
@@ -126,7 +127,8 @@ def _agreement(what: str, predicted: Sequence[float], measured: Sequence[float])
     error = float(np.mean(np.abs(np.subtract(predicted, measured))))
     correlation = compute_rank_correlation(predicted, measured) if len(predicted) > 2 else None
     ranks = "" if correlation is None else f"; rank correlation {format_number(correlation, 2)}"
-    return f"Mean absolute error of the predicted {what}: {format_number(error)} over {count(len(predicted), 'task')}{ranks}."
+    tasks = count(len(predicted), "task")
+    return f"Mean absolute error of the predicted {what}: {format_number(error)} over {tasks}{ranks}."
 
 
 def _no_boosting(ensemble: EnsembleRecord) -> str:
@@ -156,8 +158,8 @@ def _judge_linearity(linearity: Linearity) -> str:
     values = {name: item.r2_over_zero_order for name, item in linearity.tasks.items()}
     low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
     text = (
-        "The plan takes the model to be linear in the adapter's weights around the base model. R² says how much of what "
-        "training changed in the outputs that linear model explains: 1 is all, 0 no better than predicting no change."
+        "The plan takes the model to be linear in the adapter's weights around the base model. R² says how much of "
+        "what training changed in the outputs that linear model explains: 1 is all, 0 no better than no change."
     )
     if not any(value is not None for value in values.values()):
         return text
@@ -194,5 +196,9 @@ def _distance_table(linearity: Linearity) -> Table:
         )
         for name, distance in linearity.distances.items()
     )
-    columns = (Column("Adapter", is_number=False), Column("Of the model's norm"), Column("Of the adapter's norm at start"))
+    columns = (
+        Column("Adapter", is_number=False),
+        Column("Of the model's norm"),
+        Column("Of the adapter's norm at start"),
+    )
     return Table("How far training moved each adapter", columns, rows)

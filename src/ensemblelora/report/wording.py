@@ -46,7 +46,7 @@ def format_signed(value: float | None, digits: int = 3) -> str:
 
 def format_percent(value: float | None, digits: int = 1) -> str:
     """Write a rate in [0, 1] as a percentage."""
-    return NOTHING if value is None else f"{format_number(100 * value, digits)}{_SPACE}%"
+    return NOTHING if value is None else f"{format_number(100 * value, digits)}%"
 
 
 def format_points(value: float | None, digits: int = 1) -> str:

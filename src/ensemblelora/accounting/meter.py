@@ -1,0 +1,223 @@
+"""Measured cost of each stage, and the ledger that ``costs.json`` is written from.
+
+A :class:`Meter` wraps one stage and counts wall seconds, peak memory, tokens and FLOPs. Peak process memory is
+sampled by a thread, since the system's own high-water mark can't be set back between stages; a peak shorter than
+the sampling interval can be missed. Torch is asked about its accelerator only if the stage itself loaded it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from ensemblelora.errors import StoreError
+
+__all__ = ["Ledger", "Meter", "MethodCosts", "StageRecord"]
+
+_SAMPLING_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage cost.
+
+    Attributes:
+        stage: The stage's name.
+        wall_seconds: Elapsed time.
+        flops: Floating-point operations, by formula.
+        n_tokens: Tokens the model read, without padding; each pass counts.
+        n_padded_tokens: Positions the model computed, padding included.
+        peak_memory_bytes: Highest resident memory of the process during the stage.
+        peak_accelerator_bytes: Highest memory torch held on the accelerator; none where there is none.
+    """
+
+    stage: str
+    wall_seconds: float = 0.0
+    flops: int = 0
+    n_tokens: int = 0
+    n_padded_tokens: int = 0
+    peak_memory_bytes: int = 0
+    peak_accelerator_bytes: int | None = None
+
+    def joined(self, later: StageRecord) -> StageRecord:
+        """Return the cost of a stage that was interrupted and went on: sums, and the higher of the peaks."""
+        peaks = [peak for peak in (self.peak_accelerator_bytes, later.peak_accelerator_bytes) if peak is not None]
+        return StageRecord(
+            stage=self.stage,
+            wall_seconds=self.wall_seconds + later.wall_seconds,
+            flops=self.flops + later.flops,
+            n_tokens=self.n_tokens + later.n_tokens,
+            n_padded_tokens=self.n_padded_tokens + later.n_padded_tokens,
+            peak_memory_bytes=max(self.peak_memory_bytes, later.peak_memory_bytes),
+            peak_accelerator_bytes=max(peaks, default=None),
+        )
+
+
+@dataclass(frozen=True)
+class MethodCosts:
+    """What one way of serving the tasks costs to choose, to train and to use.
+
+    Attributes:
+        train_flops: FLOPs of fine-tuning.
+        select_flops: FLOPs spent before fine-tuning on deciding what to train.
+        inference_forward_passes: Forward passes per prediction.
+        adapter_bytes: Bytes of all adapters kept.
+        train_seconds: Measured time of fine-tuning.
+    """
+
+    train_flops: int = 0
+    select_flops: int = 0
+    inference_forward_passes: float = 1.0
+    adapter_bytes: int = 0
+    train_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The costs of a run so far: stages in the order they first ran, and methods by name."""
+
+    stages: tuple[StageRecord, ...] = ()
+    methods: Mapping[str, MethodCosts] = dataclasses.field(default_factory=dict)
+
+    def with_stage(self, record: StageRecord, *, is_continued: bool = False) -> Ledger:
+        """Return the ledger with a stage's cost entered.
+
+        Args:
+            record: The cost; a stage that is already there is replaced, since it was done again from the start.
+            is_continued: The stage went on from where an earlier attempt broke off, so the two are joined.
+        """
+        known = {old.stage: old for old in self.stages}
+        old = known.get(record.stage)
+        known[record.stage] = old.joined(record) if old is not None and is_continued else record
+        return dataclasses.replace(self, stages=tuple(known.values()))
+
+    def with_method(self, name: str, costs: MethodCosts) -> Ledger:
+        """Return the ledger with one method's costs entered or replaced."""
+        return dataclasses.replace(self, methods={**self.methods, name: costs})
+
+    @property
+    def total(self) -> StageRecord:
+        """The cost of all stages together."""
+        total = StageRecord("total")
+        for record in self.stages:
+            total = total.joined(record)
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for ``costs.json``."""
+        return {
+            "stages": [dataclasses.asdict(record) for record in self.stages],
+            "methods": {name: dataclasses.asdict(costs) for name, costs in self.methods.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Ledger:
+        """Read what :meth:`to_dict` gave, so that a resumed run goes on counting.
+
+        Raises:
+            StoreError: If a value is missing or unknown.
+        """
+        try:
+            stages = tuple(StageRecord(**record) for record in values["stages"])
+            methods = {name: MethodCosts(**costs) for name, costs in values["methods"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"costs: not a ledger of this version ({error}); delete costs.json and run again"
+            ) from None
+        return cls(stages, methods)
+
+
+class Meter:
+    """Measures one stage; use it in a ``with`` statement, then read :attr:`record`.
+
+    Stages follow each other: the accelerator's peak is set back when a meter starts, so meters do not nest.
+
+    Example:
+        >>> with Meter("features") as meter:
+        ...     meter.add_tokens(90, 128)
+        >>> meter.record.n_padded_tokens
+        128
+    """
+
+    def __init__(self, stage: str) -> None:
+        """Name the stage; counting starts on entering the context."""
+        self._record = StageRecord(stage)
+        self._started = time.perf_counter()
+        self._process = psutil.Process()
+        self._peak = 0
+        self._is_over = threading.Event()
+        self._sampler = threading.Thread(target=self._sample_until_over, name=f"meter-{stage}", daemon=True)
+
+    def __enter__(self) -> Meter:
+        """Start the clock and the memory sampler."""
+        self._started = time.perf_counter()
+        _reset_accelerator_peak()
+        self._sample()
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting; the record is complete even if the stage failed."""
+        self._is_over.set()
+        self._sampler.join()
+        self._sample()
+        self._record = dataclasses.replace(
+            self._record,
+            wall_seconds=time.perf_counter() - self._started,
+            peak_memory_bytes=self._peak,
+            peak_accelerator_bytes=_read_accelerator_peak(),
+        )
+
+    @property
+    def record(self) -> StageRecord:
+        """The counts so far; time and memory are filled in when the stage ends."""
+        return self._record
+
+    def add_tokens(self, n_tokens: int, n_padded_tokens: int) -> None:
+        """Count tokens that a model read: real ones, and the positions computed for them."""
+        self._record = dataclasses.replace(
+            self._record,
+            n_tokens=self._record.n_tokens + n_tokens,
+            n_padded_tokens=self._record.n_padded_tokens + n_padded_tokens,
+        )
+
+    def add_flops(self, flops: int) -> None:
+        """Count floating-point operations, as a formula of :mod:`~ensemblelora.accounting.formulas` gives them."""
+        self._record = dataclasses.replace(self._record, flops=self._record.flops + flops)
+
+    def _sample(self) -> None:
+        self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def _sample_until_over(self) -> None:
+        while not self._is_over.wait(_SAMPLING_SECONDS):
+            self._sample()
+
+
+def _accelerator() -> Any | None:
+    # Looked up, not imported: a stage without torch must not pay for loading it.
+    torch = sys.modules.get("torch")
+    has_one = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda if has_one and torch is not None else None
+
+
+def _reset_accelerator_peak() -> None:
+    cuda = _accelerator()
+    for device in range(cuda.device_count() if cuda else 0):
+        cuda.reset_peak_memory_stats(device)  # type: ignore[union-attr]
+
+
+def _read_accelerator_peak() -> int | None:
+    cuda = _accelerator()
+    if cuda is None:
+        return None
+    return sum(int(cuda.max_memory_allocated(device)) for device in range(cuda.device_count()))

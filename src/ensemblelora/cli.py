@@ -1,0 +1,316 @@
+"""The command line: arguments in, one call, result out.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, config or data, 130 interrupted. ``--help`` imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ensemblelora import __version__
+from ensemblelora.artifacts import CONFIG_FILE
+from ensemblelora.config import RunConfig
+from ensemblelora.console import describe_failure, say, show_json, show_rows, show_table, talking
+from ensemblelora.errors import DataError, UsageError
+from ensemblelora.recipe import describe_config, override, read_demo, read_request
+
+__all__ = ["app", "main"]
+
+_WHOLE = "The whole method"
+_STAGE = "One stage, with what it needs before it"
+_USE = "Use and inspect a run"
+_SETUP = "Set up"
+
+app = typer.Typer(
+    name="ensemblelora",
+    help="Given datasets and a language model: which datasets to fine-tune together, one adapter per group, "
+    "and their ensemble, against one adapter for all.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG|FOLDER", help="A YAML recipe, a run folder, or a folder of CSV and JSONL files, one task each."
+    ),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="The run folder, instead of runs/<name of CONFIG>.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value, such as training.num_train_epochs=1; repeatable."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Root of all randomness.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; auto takes the best.")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="A hub id, a local folder, a .gguf file, or smollm2-135m.")
+]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Write the result as JSON on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Predict time, memory, disk and FLOPs, and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Errors only on stderr.")]
+Verbose = Annotated[
+    int,
+    typer.Option("--verbose", "-v", metavar="", count=True, show_default=False, help="More on stderr; -vv: all of it."),
+]
+Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; by default, this process's own arguments.
+
+    Returns:
+        The exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(arguments, prog_name="ensemblelora", standalone_mode=False)
+    except Exception as error:
+        return describe_failure(error, debug="--debug" in arguments)
+    return code if isinstance(code, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", metavar="", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"ensemblelora {__version__}")
+        raise typer.Exit
+
+
+@app.command(rich_help_panel=_WHOLE)
+def demo(
+    out: Out = None,
+    changes: Changes = None,
+    seed: Seed = None,
+    device: Device = None,
+    model: Model = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Run the whole method on real tasks and a small real model, without a hub."""
+    config = read_demo(_collect_overrides(changes, out=out, seed=seed, device=device, model=model))
+    with talking(quiet=quiet, verbose=verbose, debug=debug):
+        _carry_out(config, "report", as_json=as_json, dry_run=dry_run)
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """A command that runs the pipeline up to a stage; all of these take the same arguments."""
+
+    name: str
+    until: str
+    panel: str
+    purpose: str
+
+
+_PIPELINES = (
+    _Pipeline("plan", "group", _WHOLE, "Say which tasks to train together, and what that would give, before training."),
+    _Pipeline("run", "report", _WHOLE, "Run the whole method; a run that was broken off continues where it was."),
+    _Pipeline("features", "features", _STAGE, "Collect every task's projected gradients at the base model."),
+    _Pipeline("affinity", "affinity", _STAGE, "Ask the oracle about subsets of tasks, and fill the affinity matrix."),
+    _Pipeline("group", "group", _STAGE, "Choose the groups, how many, and whether to group at all."),
+    _Pipeline("train", "train", _STAGE, "Fine-tune one adapter per group."),
+    _Pipeline("boost", "boost", _STAGE, "Add adapters where a group still errs."),
+    _Pipeline("combine", "combine", _STAGE, "Fit every task's weights over the adapters."),
+    _Pipeline("evaluate", "evaluate", _STAGE, "Test the ensemble and its baselines."),
+    _Pipeline("report", "report", _STAGE, "Write the report."),
+)
+
+
+def _add_pipeline(entry: _Pipeline) -> None:
+    @app.command(entry.name, help=entry.purpose, rich_help_panel=entry.panel)
+    def command(
+        source: Source,
+        out: Out = None,
+        changes: Changes = None,
+        seed: Seed = None,
+        device: Device = None,
+        model: Model = None,
+        as_json: AsJson = False,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        verbose: Verbose = 0,
+        debug: Debug = False,
+    ) -> None:
+        config = read_request(source, _collect_overrides(changes, out=out, seed=seed, device=device, model=model))
+        with talking(quiet=quiet, verbose=verbose, debug=debug):
+            _carry_out(config, entry.until, as_json=as_json, dry_run=dry_run)
+
+
+for _entry in _PIPELINES:
+    _add_pipeline(_entry)
+
+
+@app.command(rich_help_panel=_USE)
+def predict(
+    run: RunPath,
+    task: Annotated[str, typer.Option("--task", metavar="NAME", help="Which task's question it is.")],
+    text: Annotated[
+        list[str] | None, typer.Option("--text", metavar="TEXT", help="A text to predict; repeatable.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Rows to predict, a JSON object or text a line.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Predict with a run's ensemble."""
+    if (file is None) == (not text):
+        raise UsageError("predict: give the input as --text or as --file, one of the two")
+    rows: list[Any] = list(text or ()) if file is None else _read_rows(file)
+    with talking(quiet=quiet, verbose=verbose, debug=debug):
+        from ensemblelora.api import load_run
+
+        predictions = load_run(run).predict(task, rows)
+    if as_json:
+        return show_json(predictions)
+    for prediction in predictions:
+        typer.echo(prediction.label)
+
+
+@app.command(rich_help_panel=_USE)
+def ask(
+    run: RunPath,
+    subset: Annotated[str, typer.Option("--subset", metavar="A,B,C", help="Names of tasks to train together.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Ask the oracle what training any subset of tasks together would give, without training."""
+    names = [name.strip() for name in subset.split(",") if name.strip()]
+    with talking(quiet=quiet, verbose=verbose, debug=debug):
+        from ensemblelora.api import load_run
+
+        answer = load_run(run).ask(names)
+    show_json(answer) if as_json else show_rows(answer, title=f"trained together: {', '.join(names)}")
+
+
+@app.command(rich_help_panel=_SETUP)
+def tasks(
+    card: Annotated[str | None, typer.Argument(metavar="CARD", help="A shipped card's name, or a card file.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the shipped task cards, or show one with an example as the model sees it."""
+    from ensemblelora import cards
+
+    with talking(debug=debug):
+        if card is None:
+            listing = cards.list_cards()
+            return show_json(listing) if as_json else show_rows(listing)
+        shown = cards.show_card(card)
+    show_json(shown) if as_json else typer.echo(cards.render_card(shown))
+
+
+@app.command(rich_help_panel=_SETUP)
+def config(
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Write the JSON schema instead.")] = False,
+) -> None:
+    """Write every key of a recipe with its default and meaning; the output is a recipe itself."""
+    show_json(RunConfig.model_json_schema()) if as_json else typer.echo(describe_config(), nl=False)
+
+
+@app.command(rich_help_panel=_SETUP)
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test/--skip-self-test", metavar="", help="Train a tiny model on the device.")
+    ] = True,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+    debug: Debug = False,
+) -> None:
+    """Check versions, device, memory, caches and the demo's packages, and try the method on a tiny model."""
+    from ensemblelora.doctor import examine, render_findings
+
+    with talking(quiet=quiet, verbose=verbose, debug=debug):
+        findings = examine(device=device or "auto", self_test=self_test)
+    show_json(findings) if as_json else typer.echo(render_findings(findings))
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _carry_out(config: RunConfig, until: str, *, as_json: bool, dry_run: bool) -> None:
+    """Run or estimate, and show the result."""
+    from ensemblelora import pipeline
+
+    if dry_run:
+        estimate = pipeline.estimate(config)
+        return show_json(estimate) if as_json else show_rows(estimate)
+    try:
+        result = pipeline.run(config, until=until)
+    except KeyboardInterrupt:
+        say(f"interrupted; {_say_how_to_continue(Path(config.out))}")
+        raise
+    if as_json:
+        names = ("folder", "plan", "results", "costs", "report")
+        return show_json({name: getattr(result, name) for name in names})
+    if result.plan is None:
+        return typer.echo(str(result.folder))
+    from ensemblelora.summary import summarize
+
+    show_table(*summarize(result.folder))
+
+
+def _collect_overrides(changes: list[str] | None, **flags: Path | str | int | None) -> tuple[str, ...]:
+    """Write the flags that stand for a config key as changes, which win over ``--set``."""
+    keys = {"device": "model.device", "model": "model.name"}
+    named = {keys.get(flag, flag): value for flag, value in flags.items() if value is not None}
+    return (
+        *(changes or ()),
+        *(override(key, value if isinstance(value, int) else str(value)) for key, value in named.items()),
+    )
+
+
+def _say_how_to_continue(folder: Path) -> str:
+    file = folder / CONFIG_FILE
+    if file.exists():
+        return f"continue with: ensemblelora run {shlex.quote(str(file))}"
+    return "nothing was begun: give the same command again"
+
+
+def _read_rows(file: Path) -> list[Any]:
+    """Read a JSON value a line, or plain text lines where they are no JSON."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: can't be read ({error}); give a JSONL or text file") from None
+    rows = [_read_row(line, f"{file} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{file}: no rows; give a JSON object or a text a line")
+    return rows
+
+
+def _read_row(line: str, where: str) -> Any:
+    if not line.lstrip().startswith(("{", '"')):
+        return line
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); give a JSON object or a text a line") from None

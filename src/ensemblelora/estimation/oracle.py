@@ -1,0 +1,290 @@
+"""The subset oracle: predicted performance of any set of tasks trained together, without training.
+
+Input: features of every task for train and validation, under one or more projection seeds. Output:
+:class:`~ensemblelora.estimation.scoring.SubsetScores`. Fits are kept, so a subset is solved once. Predictions are
+averaged over projection seeds; weights never are, since each seed has its own coordinates. Cost and memory: see
+:mod:`ensemblelora.estimation.solver`, plus 8 d bytes per kept fit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblelora.config import EstimationConfig
+from ensemblelora.errors import DataError
+from ensemblelora.estimation.scoring import RowOutcomes, SubsetScores, predict_outcomes, score_outcomes
+from ensemblelora.estimation.solver import Subset, check_subsets, fit_subsets
+from ensemblelora.store import FeatureBlock
+
+__all__ = ["Oracle", "PenaltyTrial", "TaskFeatures", "build_oracle", "choose_l2_penalty", "score_subsets"]
+
+FloatArray = npt.NDArray[np.float64]
+
+_logger = logging.getLogger(__name__)
+
+# Enough for a choice among seven penalties: the table's rows differ by far more than the spread over subsets.
+_MAX_TRIAL_SUBSETS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFeatures:
+    """Features of every task under one projection seed, train and validation in the same task order."""
+
+    train: tuple[FeatureBlock, ...]
+    validation: tuple[FeatureBlock, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse tasks that don't match."""
+        names = [[block.task for block in blocks] for blocks in (self.train, self.validation)]
+        if names[0] != names[1] or not names[0]:
+            raise DataError(f"train features of tasks {names[0]}, validation features of {names[1]}: expected the same")
+        for train, validation in zip(self.train, self.validation, strict=True):
+            if (train.mode, train.proj_dim) != (validation.mode, validation.proj_dim) or not validation.ids:
+                raise DataError(
+                    f"task {train.task!r}: train features are {train.mode} of dimension {train.proj_dim}, validation "
+                    f"{validation.mode} of {validation.proj_dim} with {len(validation.ids)} rows; collect both again"
+                )
+
+
+@dataclass(frozen=True)
+class PenaltyTrial:
+    """One row of the table that the relative ridge is chosen from.
+
+    Attributes:
+        l2_penalty: Relative ridge.
+        nll: Mean predicted validation nll over the subsets' own tasks, then over subsets.
+        distance: Mean norm of the fitted weights.
+        converged: Share of fits that met their tolerance.
+    """
+
+    l2_penalty: float
+    nll: float
+    distance: float
+    converged: float
+
+
+@dataclass(frozen=True, eq=False)
+class _KnownFit:
+    weights: FloatArray  # (d,)
+    converged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    weights: FloatArray  # (k, d)
+    converged: npt.NDArray[np.bool_]  # (k,)
+
+
+@dataclass(frozen=True, eq=False)
+class Oracle:
+    """Answers what any subset of tasks would give; made by :func:`build_oracle`.
+
+    Attributes:
+        replicates: Features under each projection seed; rows must be the same.
+        l2_penalty: Relative ridge, shared by subsets of every size.
+        config: Settings of the fits.
+        penalty_table: What the penalty was chosen from; empty if it was given.
+    """
+
+    replicates: tuple[TaskFeatures, ...]
+    l2_penalty: float
+    config: EstimationConfig
+    penalty_table: tuple[PenaltyTrial, ...] = ()
+    # A memory, not a value: equal questions give equal answers with or without it.
+    _known: tuple[dict[Subset, _KnownFit], ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse replicates of different rows, and start one memory of fits per replicate."""
+        if not self.replicates:
+            raise DataError("an oracle needs the features of at least one projection seed")
+        ids = [[block.ids for block in replicate.validation] for replicate in self.replicates]
+        if any(other != ids[0] for other in ids[1:]):
+            raise DataError("projection seeds hold different validation rows; collect them from the same data")
+        if not self._known:
+            object.__setattr__(self, "_known", tuple({} for _ in self.replicates))
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of their indices."""
+        return tuple(block.task for block in self.replicates[0].train)
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.replicates[0].train)
+
+    @property
+    def n_fits(self) -> int:
+        """Subset fits solved so far, over all projection seeds."""
+        return sum(len(known) for known in self._known)
+
+    def validation_groups(self, task: int) -> npt.NDArray[np.int64]:
+        """Return the codes of validation rows that belong together, shape ``(n_val,)``."""
+        return self.replicates[0].validation[task].groups
+
+    def take_replicates(self, which: Sequence[int]) -> Oracle:
+        """Return an oracle of some of the projection seeds that shares this one's fits."""
+        return Oracle(
+            tuple(self.replicates[r] for r in which),
+            self.l2_penalty,
+            self.config,
+            self.penalty_table,
+            tuple(self._known[r] for r in which),
+        )
+
+    def score(self, subsets: Sequence[Subset]) -> SubsetScores:
+        """Predict the performance of every subset on every task.
+
+        Args:
+            subsets: Tuples of distinct task indices; ``()`` asks about the base model.
+
+        Raises:
+            UsageError: If a subset names a task twice or one that is not there.
+        """
+        fits = self._fit(subsets)
+        shape = (len(subsets), self.n_tasks)
+        columns = {name: np.empty(shape) for name in ("nll", "nll_se", "accuracy", "accuracy_se", "macro_f1")}
+        for task in range(self.n_tasks):
+            outcomes = self._predict(fits, task)
+            for name, values in zip(columns, score_outcomes(outcomes, self.validation_groups(task)), strict=True):
+                columns[name][:, task] = values
+        return SubsetScores(
+            subsets=tuple(_normalise(subset) for subset in subsets),
+            **columns,
+            distances=np.mean([np.linalg.norm(fit.weights, axis=1) for fit in fits], axis=0),
+            converged=np.all([fit.converged for fit in fits], axis=0),
+            l2_penalty=self.l2_penalty,
+        )
+
+    def row_outcomes(self, subsets: Sequence[Subset], task: int) -> tuple[RowOutcomes, ...]:
+        """Return one task's row by row outcomes under every subset, one entry per projection seed."""
+        return tuple(self._predict(self._fit(subsets), task))
+
+    def row_nll(self, subsets: Sequence[Subset], task: int) -> FloatArray:
+        """Return one task's loss on every validation row, averaged over projection seeds, shape ``(k, n_val)``."""
+        return np.asarray(np.mean([outcome.nll for outcome in self.row_outcomes(subsets, task)], axis=0))
+
+    def _predict(self, fits: Sequence[_Stack], task: int) -> list[RowOutcomes]:
+        return [
+            predict_outcomes(replicate.validation[task], fit.weights)
+            for replicate, fit in zip(self.replicates, fits, strict=True)
+        ]
+
+    def _fit(self, subsets: Sequence[Subset]) -> list[_Stack]:
+        """Return the weights of every subset in every replicate, solving those not known yet."""
+        wanted = [_normalise(subset) for subset in subsets]
+        stacks = []
+        for replicate, known in zip(self.replicates, self._known, strict=True):
+            missing = [subset for subset in dict.fromkeys(wanted) if subset and subset not in known]
+            if missing:
+                known.update(_solve(replicate, missing, self.l2_penalty, self.config))
+            base = _KnownFit(np.zeros(replicate.train[0].proj_dim), True)
+            stacks.append(_stack([known[subset] if subset else base for subset in wanted], base.weights.size))
+        return stacks
+
+
+def build_oracle(
+    replicates: Sequence[TaskFeatures], config: EstimationConfig, *, subsets: Sequence[Subset] = ()
+) -> Oracle:
+    """Make an oracle, choosing the relative ridge if the config says ``auto``.
+
+    Args:
+        replicates: Features under each projection seed; the ridge is chosen with the first.
+        config: Settings of the fits.
+        subsets: What the ridge is chosen on; none: every single task and all tasks together.
+
+    Raises:
+        DataError: If the features of tasks or seeds don't match.
+    """
+    if config.l2_penalty != "auto":
+        return Oracle(tuple(replicates), config.l2_penalty, config)
+    first = replicates[0]
+    penalty, table = choose_l2_penalty(first.train, first.validation, subsets, config)
+    return Oracle(tuple(replicates), penalty, config, table)
+
+
+def choose_l2_penalty(
+    train: Sequence[FeatureBlock],
+    validation: Sequence[FeatureBlock],
+    subsets: Sequence[Subset],
+    config: EstimationConfig,
+) -> tuple[float, tuple[PenaltyTrial, ...]]:
+    """Choose the relative ridge with the least predicted validation loss, before any training.
+
+    Every subset counts once, by the mean nll of its own tasks. Singles and the full set join the subsets asked about,
+    since one penalty must serve every size; of many subsets an evenly spaced part is used.
+
+    Args:
+        train: One block per task.
+        validation: One block per task.
+        subsets: Tuples of task indices; may be empty.
+        config: Its ``l2_grid`` holds the candidates.
+
+    Returns:
+        The penalty (of equals the largest) and the whole table, by rising penalty.
+    """
+    features = TaskFeatures(tuple(train), tuple(validation))
+    asked = _choose_trial_subsets(check_subsets(subsets, len(train)), len(train))
+    table = tuple(_try_penalty(features, asked, penalty, config) for penalty in sorted(set(config.l2_grid)))
+    best = min(reversed(table), key=lambda trial: trial.nll)
+    if len(table) > 1 and best in (table[0], table[-1]):
+        _logger.info("the best l2_penalty, %g, is at the edge of estimation.l2_grid; widen the grid", best.l2_penalty)
+    return best.l2_penalty, table
+
+
+def score_subsets(
+    train: Sequence[FeatureBlock],
+    validation: Sequence[FeatureBlock],
+    subsets: Sequence[Subset],
+    config: EstimationConfig,
+) -> SubsetScores:
+    """Fit every subset and predict its performance on every task; see :meth:`Oracle.score`."""
+    features = TaskFeatures(tuple(train), tuple(validation))
+    return build_oracle([features], config, subsets=subsets).score(subsets)
+
+
+def _try_penalty(
+    features: TaskFeatures, subsets: Sequence[Subset], penalty: float, config: EstimationConfig
+) -> PenaltyTrial:
+    scores = Oracle((features,), penalty, config).score(subsets)
+    own = [scores.nll[s, list(subset)].mean() for s, subset in enumerate(scores.subsets)]
+    return PenaltyTrial(
+        float(penalty), float(np.mean(own)), float(scores.distances.mean()), float(scores.converged.mean())
+    )
+
+
+def _choose_trial_subsets(subsets: Sequence[Subset], n_tasks: int) -> list[Subset]:
+    step = max(1, -(-len(subsets) // _MAX_TRIAL_SUBSETS))
+    singles = [(i,) for i in range(0, n_tasks, max(1, -(-n_tasks // _MAX_TRIAL_SUBSETS)))]
+    return list(dict.fromkeys([*subsets[::step], *singles, tuple(range(n_tasks))]))
+
+
+def _solve(
+    replicate: TaskFeatures, subsets: Sequence[Subset], penalty: float, config: EstimationConfig
+) -> dict[Subset, _KnownFit]:
+    fit = fit_subsets(
+        replicate.train,
+        subsets,
+        l2_penalty=penalty,
+        balance=config.balance,
+        max_iter=config.max_iter,
+        tolerance=config.tolerance,
+    )
+    return {
+        subset: _KnownFit(weights, bool(converged))
+        for subset, weights, converged in zip(subsets, fit.weights, fit.converged, strict=True)
+    }
+
+
+def _stack(fits: Sequence[_KnownFit], dimension: int) -> _Stack:
+    weights = np.array([fit.weights for fit in fits]).reshape(len(fits), dimension)
+    return _Stack(weights, np.array([fit.converged for fit in fits], dtype=bool))
+
+
+def _normalise(subset: Subset) -> Subset:
+    return tuple(sorted(int(i) for i in subset))

@@ -1,0 +1,128 @@
+"""How well the first-order expansion at theta0 describes the trained adapters, on held-out rows.
+
+In: trained members and validation splits. Out: per task, the R^2 of ``u* + grad u . (X - theta0)`` over the
+zero-order prediction ``u*`` for its own group's adapter. The product with the true step is exact: the gradient pass
+projects onto the members' own steps instead of random directions.
+Cost: one gradient pass and two forward passes over a few validation rows.
+Source: paper, section 2.2 (the error term of the expansion); docs/paper.md, row "approximation error".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
+from ensemblelora.config import GradientsConfig
+from ensemblelora.data.batching import collate, plan_batches
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.gradients.collect import compute_features, find_active_linears
+from ensemblelora.gradients.output import choose_mode, compute_outputs
+from ensemblelora.scoring import score_batch
+
+__all__ = ["Linearity", "measure_linearity"]
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """One task under its own group's adapter."""
+
+    r2_over_zero_order: float
+    """1 - sum (u_X - u_lin)^2 / sum (u_X - u*)^2"""
+    rms_relative_error: float
+    """root of sum (u_X - u_lin)^2 / sum u_X^2"""
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Projects gradients onto given parameter steps, one column a member."""
+
+    steps: Mapping[str, Tensor]
+    """layer part -> (rows, m)"""
+    proj_dim: int
+    proj_type: str = "steps"
+
+    def project(self, module: str, gradients: Tensor) -> Tensor:
+        return gradients @ self.steps[module].to(gradients.device)
+
+
+def measure_linearity(
+    adapted: AdaptedModel,
+    validation: Sequence[EncodedSplit],
+    member_of: Sequence[str],
+    config: GradientsConfig,
+    *,
+    max_rows: int,
+    meter: Meter,
+) -> tuple[Linearity, ...]:
+    """Measure every task under its own member.
+
+    Args:
+        adapted: The model with its trained members.
+        validation: One held-out split per task.
+        member_of: The adapter that serves each task.
+        config: The outputs that were differentiated.
+        max_rows: Examples per task.
+        meter: Told how many tokens were read.
+    """
+    members = list(dict.fromkeys(member_of))
+    with activate(adapted, THETA0):
+        linears = find_active_linears(adapted, validation)
+        steps = _Steps(_collect_steps(adapted, members, list(linears)), proj_dim=len(members))
+        found = []
+        for split, member in zip(validation, member_of, strict=True):
+            found.append(_measure_task(adapted, linears, steps, split, member, members.index(member), config, max_rows, meter))
+    return tuple(found)
+
+
+def _measure_task(
+    adapted: AdaptedModel,
+    linears: Mapping[str, torch.nn.Linear],
+    steps: _Steps,
+    split: EncodedSplit,
+    member: str,
+    column: int,
+    config: GradientsConfig,
+    max_rows: int,
+    meter: Meter,
+) -> Linearity:
+    mode = choose_mode(split.kind, int(split.n_choices.max()), config.output, task=split.task)
+    rows = np.linspace(0, split.n_examples - 1, min(max_rows, split.n_examples)).astype(int)
+    missed = moved = size = 0.0
+    for chosen in plan_batches(split.example_lengths[rows], split.row_counts[rows], config.max_tokens_per_batch):
+        batch = collate([(split, int(rows[i])) for i in chosen], adapted.base.pad_token_id)
+        base = compute_features(adapted, linears, steps, batch, mode)  # type: ignore[arg-type]
+        with activate(adapted, member), torch.inference_mode():
+            z = score_batch(adapted.network, batch).z
+            labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
+            true = compute_outputs(z, labels, n_choices, mode).float().cpu().numpy().astype(np.float64)
+        linear = base.outputs + base.features[:, :, column]
+        missed += float(((true - linear) ** 2).sum())
+        moved += float(((true - base.outputs) ** 2).sum())
+        size += float((true**2).sum())
+        meter.add_tokens(2 * batch.n_real_tokens, 2 * batch.n_padded_tokens)
+    return Linearity(
+        r2_over_zero_order=1.0 - missed / moved if moved else float("nan"),
+        rms_relative_error=(missed / size) ** 0.5 if size else float("nan"),
+        n_rows=len(rows),
+    )
+
+
+def _collect_steps(adapted: AdaptedModel, members: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
+    """Each member's change from theta0 in the coordinates that have a gradient there, ``(rows, m)`` per layer part."""
+    start = trainable_linears(adapted, THETA0)
+    ends = [trainable_linears(adapted, member) for member in members]
+    steps: dict[str, Tensor] = {}
+    for layer in layers:
+        weights = [(end[layer].weight - start[layer].weight).detach().float().flatten() for end in ends]
+        steps[f"{layer}.weight"] = torch.stack(weights, dim=1)
+        if start[layer].bias is not None:
+            biases = [(end[layer].bias - start[layer].bias).detach().float().flatten() for end in ends]
+            steps[f"{layer}.bias"] = torch.stack(biases, dim=1)
+    return steps

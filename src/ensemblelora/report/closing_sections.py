@@ -1,0 +1,160 @@
+"""The sections on cost, warnings, and how to make the run again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable
+
+from ensemblelora.artifacts import CONFIG_FILE
+from ensemblelora.report.document import Block, Bullets, Cell, Column, Fold, Row, Section, Table, Text
+from ensemblelora.report.headline import method_label
+from ensemblelora.report.records import CostsRecord, MethodCosts, RunRecord, StageCosts
+from ensemblelora.report.wording import format_bytes, format_flops, format_number, format_percent, format_seconds
+
+__all__ = ["write_costs", "write_reproduction", "write_warnings"]
+
+
+def write_costs(run: RunRecord) -> Section | None:
+    """Show FLOPs, memory and time by stage and by method, each with a bar against the largest of its column."""
+    costs = run.costs
+    if costs is None or not (costs.stages or costs.methods):
+        return None
+    blocks: list[Block] = [Text(_summarize(costs))]
+    if costs.stages:
+        blocks.append(_stage_table(costs.stages))
+    if costs.methods:
+        blocks.append(_method_table(costs.methods))
+    return Section("costs", "What it cost", blocks)
+
+
+def write_warnings(run: RunRecord) -> Section:
+    """List what to keep in mind before believing the plan."""
+    if run.plan.warnings:
+        return Section("warnings", "Warnings", [Bullets(run.plan.warnings, is_warning=True)])
+    return Section("warnings", "Warnings", [Text("None were raised.")])
+
+
+def write_reproduction(run: RunRecord) -> Section:
+    """Say how to make the run again: command, environment, and the config folded away."""
+    place = run.config.out or run.name
+    command = f"ensemblelora run {shlex.quote(f'{place}/{CONFIG_FILE}')}"
+    blocks: list[Block] = [
+        Text(
+            "The run folder's config holds every setting, defaults included. A finished stage is not run again; give "
+            "another folder with --out to start afresh."
+        ),
+        Fold(command, language="sh"),
+    ]
+    facts = _environment(run)
+    if facts:
+        columns = (Column("What", is_number=False), Column("Used here", is_number=False))
+        rows = tuple(Row((Cell(name), Cell(value))) for name, value in facts)
+        blocks.append(Table("Environment", columns, rows))
+    if run.config.text:
+        blocks.append(Fold(run.config.text.strip(), summary=f"The config ({CONFIG_FILE})", language="yaml"))
+    return Section("reproduce", "Make it again", blocks)
+
+
+def _summarize(costs: CostsRecord) -> str:
+    seconds = sum(stage.wall_seconds or 0.0 for stage in costs.stages)
+    flops = sum(stage.flops or 0.0 for stage in costs.stages)
+    peak = max((stage.peak_memory_bytes or 0.0 for stage in costs.stages), default=0.0)
+    parts = [format_seconds(seconds), format_flops(flops), f"at most {format_bytes(peak)} of memory"]
+    text = f"In all {', '.join(parts)}." if costs.stages else ""
+    shared, ours = costs.methods.get("shared"), costs.methods.get("ensemble")
+    if shared and ours and shared.train_flops and ours.train_flops is not None:
+        extra = (ours.train_flops + (ours.select_flops or 0.0)) / shared.train_flops
+        text += (
+            f" Against one adapter for all, the ensemble took {format_number(extra, 2)} times the FLOPs to make, "
+            "choosing the groups included."
+        )
+        if shared.inference_forward_passes and ours.inference_forward_passes:
+            passes = ours.inference_forward_passes / shared.inference_forward_passes
+            text += f" It takes {format_number(passes, 1)} times as many forward passes to use."
+    return text.strip() or "The ledger is still empty."
+
+
+def _stage_table(stages: Iterable[StageCosts]) -> Table:
+    stages = tuple(stages)
+    time = _bars([stage.wall_seconds for stage in stages], format_seconds)
+    flops = _bars([stage.flops for stage in stages], format_flops)
+    memory = _bars([stage.peak_memory_bytes for stage in stages], format_bytes)
+    rows = [
+        Row((Cell(stage.stage), *cells, _token_cell(stage)))
+        for stage, *cells in zip(stages, time, flops, memory, strict=True)
+    ]
+    total = Row(
+        (
+            Cell("All stages"),
+            Cell(format_seconds(_total(stage.wall_seconds for stage in stages))),
+            Cell(format_flops(_total(stage.flops for stage in stages))),
+            Cell(format_bytes(max((stage.peak_memory_bytes or 0.0 for stage in stages), default=None)), "largest"),
+            Cell(_format_tokens(_total(stage.n_tokens for stage in stages))),
+        ),
+        is_summary=True,
+    )
+    columns = (Column("Stage", is_number=False), *map(Column, ("Wall time", "FLOPs", "Peak memory", "Tokens")))
+    note = "FLOPs by formula over padded tokens; memory and time as measured. Bars compare within a column."
+    return Table("By stage", columns, (*rows, total), note)
+
+
+def _method_table(methods: dict[str, MethodCosts]) -> Table:
+    places = {"base": 0, "shared": 1, "ensemble": 3}
+    names = sorted(methods, key=lambda name: places.get(name, 2))
+    items = [methods[name] for name in names]
+    cells = [
+        _bars([item.train_flops for item in items], format_flops),
+        _bars([item.select_flops for item in items], format_flops),
+        _bars([item.train_seconds for item in items], format_seconds),
+        _bars([item.inference_forward_passes for item in items], lambda value: format_number(value, 1)),
+        _bars([item.adapter_bytes for item in items], format_bytes),
+    ]
+    rows = tuple(Row((Cell(method_label(name)), *row)) for name, *row in zip(names, *cells, strict=True))
+    labels = ("Training", "Choosing groups", "Training time", "Forward passes", "Adapters")
+    columns = (Column("Method", is_number=False), *map(Column, labels))
+    note = "Forward passes: what one prediction takes, in passes of the base model."
+    return Table("By method", columns, rows, note)
+
+
+def _bars(values: list[float | None], show: Callable[[float | None], str]) -> list[Cell]:
+    largest = max((value for value in values if value is not None), default=0.0)
+    return [Cell(show(value), share=value / largest if value is not None and largest > 0 else None) for value in values]
+
+
+def _token_cell(stage: StageCosts) -> Cell:
+    if stage.n_tokens is None:
+        return Cell(format_number(None))
+    padding = None
+    if stage.n_padded_tokens is not None and stage.n_padded_tokens > 0:
+        padding = 1 - stage.n_tokens / stage.n_padded_tokens
+    return Cell(_format_tokens(stage.n_tokens), "" if padding is None else f"{format_percent(padding, 0)} padding")
+
+
+def _format_tokens(value: float | None) -> str:
+    return format_number(None) if value is None else f"{value:,.0f}"
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _environment(run: RunRecord) -> list[tuple[str, str]]:
+    environment, model = run.environment, run.environment.model
+    parameters = None if model.n_parameters is None else f"{model.n_parameters:,}"
+    facts = [
+        ("Model", model.name),
+        ("Parameters", parameters),
+        ("Precision", model.dtype),
+        ("Model fingerprint", model.fingerprint),
+        ("Seed", None if run.config.seed is None else str(run.config.seed)),
+        ("ensemblelora", environment.package_version),
+        ("Python", environment.python),
+        ("PyTorch", environment.torch),
+        ("transformers", environment.transformers),
+        ("peft", environment.peft),
+        ("Device", environment.device),
+        ("Platform", environment.platform),
+        ("Made", environment.created),
+    ]
+    return [(name, value) for name, value in facts if value]
