@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, activate
 from ensemblelora.config import GradientsConfig
 from ensemblelora.data.batching import collate
@@ -135,8 +136,10 @@ def test_store_holds_every_example_in_order_and_is_not_computed_twice(tmp_path: 
     splits = [make_split("verbalizer", n=7, task="a"), make_split("options", n=5, task="b", ragged=True)]
     identity = {(s.task, s.split): "x" for s in splits}
     store, config = FeatureStore(tmp_path), GradientsConfig(proj_dim=32, max_tokens_per_batch=24)
-    health = collect_features(adapted, splits, store, config, seed=0, fingerprints=identity)
-    assert health.n_tokens > 0
+    with Meter("features") as meter:
+        health = collect_features(adapted, splits, store, config, seed=0, fingerprints=identity, meter=meter)
+    assert meter.record.n_tokens == sum(int(s.input_lengths.sum()) for s in splits)
+    assert meter.record.flops > 0
     assert health.batch_error < 1e-5
     for split in splits:
         block = store.read(split.task, split.split)
@@ -145,10 +148,12 @@ def test_store_holds_every_example_in_order_and_is_not_computed_twice(tmp_path: 
         assert block.ids == split.ids
         np.testing.assert_array_equal(block.labels, split.labels)
         np.testing.assert_allclose(block.features, expected.features, rtol=1e-3, atol=1e-4)
-    again = collect_features(adapted, splits, store, config, seed=0, fingerprints=identity)
-    assert again.n_tokens == 0
-    changed = collect_features(adapted, splits, store, config, seed=0, fingerprints=dict.fromkeys(identity, "y"))
-    assert changed.n_tokens == health.n_tokens
+    with Meter("again") as again:
+        collect_features(adapted, splits, store, config, seed=0, fingerprints=identity, meter=again)
+    assert again.record.n_tokens == 0
+    with Meter("changed") as changed:
+        collect_features(adapted, splits, store, config, seed=0, fingerprints=dict.fromkeys(identity, "y"), meter=changed)
+    assert changed.record.flops == meter.record.flops
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -1,11 +1,13 @@
 """Which datasets to fine-tune together, one adapter per group, and the ensemble of them.
 
-The public names load on first use, so that importing the package costs nothing:
+The public names load on first use, so that importing the package costs nothing::
 
-    >>> import ensemblelora
-    >>> config = ensemblelora.read_request("tasks/")  # doctest: +SKIP
-    >>> ensemblelora.run(config).plan  # doctest: +SKIP
-    >>> ensemblelora.load_run("runs/tasks").predict("boolq", ["..."])  # doctest: +SKIP
+    import ensemblelora
+
+    result = ensemblelora.run(ensemblelora.read_request("tasks/"))
+    model = ensemblelora.load_run(result.folder)
+    model.predict("boolq", ["..."])
+    model.ask(["boolq", "rte"])
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ensemblelora.config import AdapterConfig
+from ensemblelora.counting import PassCosts, read_costs
 from ensemblelora.errors import ModelError, StoreError
 from ensemblelora.models import BaseModel, find_target_modules
 from ensemblelora.seeding import seed_for
@@ -49,6 +50,8 @@ class AdaptedModel:
 
     base: BaseModel
     peft: PeftModel
+    costs: PassCosts | None
+    """what a pass costs; none for a family without a formula"""
 
     @property
     def network(self) -> nn.Module:
@@ -93,7 +96,8 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
     except ValueError as error:
         raise ModelError(f"adapter.target_modules {config.target_modules!r}: {str(error).splitlines()[0]}") from error
     model.eval()
-    return AdaptedModel(base=base, peft=model)  # type: ignore[arg-type]
+    costs = read_costs(base.model.config.to_dict(), config.r, targets)
+    return AdaptedModel(base=base, peft=model, costs=costs)  # type: ignore[arg-type]
 
 
 def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | None = None) -> None:

@@ -33,6 +33,7 @@ from ensemblelora.adapters import (
 )
 from ensemblelora.blocks import FeatureBlock
 from ensemblelora.config import BoostingConfig
+from ensemblelora.counting import count_training
 from ensemblelora.data.batching import collate, iterate_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import StoreError
@@ -296,7 +297,7 @@ def _weighted_gradient(
                 outputs = compute_outputs(z, labels, n_choices, task.features.mode)
                 weights = torch.from_numpy(alpha[batch.examples].astype(np.float32)).to(z.device)
                 (outputs * weights).sum().backward()
-                meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
+                count_training(meter, adapted.costs, batch)
         gradients = {n: (m.weight.grad, None if m.bias is None else m.bias.grad) for n, m in trainable_linears(adapted, name).items()}
         adapted.peft.zero_grad(set_to_none=True)
     return _as_state(adapted, name, gradients)
@@ -325,7 +326,7 @@ def _train_residual(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
+            count_training(meter, adapted.costs, batch)
     end = adapter_state(adapted, name)
     return {key: end[key] - start[key] for key in start}
 

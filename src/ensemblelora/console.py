@@ -90,25 +90,34 @@ def show_table(*parts: object) -> None:
 
 
 def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
-    """Write a result whose shape is its own: one row a key; records within become columns.
+    """Write a result whose shape is its own: one row a key; records within become columns, deeper ones tables.
 
     The unit is read off the end of a name: ``_seconds``, ``_bytes``, ``flops``.
     """
     from rich.table import Table
 
-    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
-    records = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    tables = {key: value for key, value in values.items() if _is_nested(value)}
+    rows = {key: value for key, value in values.items() if key not in tables}
+    records = {key: value for key, value in rows.items() if isinstance(value, Mapping)}
     columns = list(dict.fromkeys(name for record in records.values() for name in record))
+    table = Table(
+        title=title.replace("_", " ") or None, title_justify="left", box=None, pad_edge=False, show_header=bool(columns)
+    )
     table.add_column()
     for name in columns or [""]:
         is_text = any(isinstance(record.get(name), str) for record in records.values())
         table.add_column(name.replace("_", " "), justify="left" if is_text or not name else "right")
-    for key, value in plain.items():
-        table.add_row(key.replace("_", " "), _write(key, value))
-    for key, record in records.items():
-        table.add_row(key, *(_write(name, record.get(name)) for name in columns))
-    show_table(table)
+    for key, value in rows.items():
+        cells = [_write(name, value.get(name)) for name in columns] if key in records else [_write(key, value)]
+        table.add_row(key if key in records else key.replace("_", " "), *cells)
+    if rows:
+        show_table(table)
+    for key, value in tables.items():
+        show_rows(value, title=key)
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(part, Mapping) for part in value.values())
 
 
 def describe_failure(error: BaseException, *, debug: bool = False) -> int:

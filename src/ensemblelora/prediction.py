@@ -17,6 +17,7 @@ import torch
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate
+from ensemblelora.counting import count_forward
 from ensemblelora.data.batching import iterate_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.progress import track
@@ -69,8 +70,7 @@ def predict_members(
             else:
                 z = scores.z.float().cpu().numpy()
                 values[m, batch.examples, : z.shape[1]] = z
-        if meter is not None:
-            meter.add_tokens(len(members) * batch.n_real_tokens, len(members) * batch.n_padded_tokens)
+        count_forward(meter, adapted.costs, batch, times=len(members))
     lengths = np.diff(starts)
     return MemberScores(
         task=encoded.task,

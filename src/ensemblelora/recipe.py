@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,6 @@ def read_request(source: Path | str, overrides: tuple[str, ...] = ()) -> RunConf
 
     Raises:
         ConfigError: If nothing is there, or what is there is wrong.
-
-    Example:
-        >>> read_request("tasks/")  # doctest: +SKIP
-        RunConfig(out='runs/tasks', ...)
     """
     source = Path(source).expanduser()
     if not source.exists():
@@ -84,7 +81,7 @@ def override(key: str, value: str | int | list[str]) -> str:
         >>> override("model.name", "1e3")
         'model.name="1e3"'
     """
-    return f"{key}={json.dumps(value)}"
+    return f"{key}={_write_inline(value, style=None if isinstance(value, int) else chr(34))}"
 
 
 def describe_config() -> str:
@@ -123,11 +120,15 @@ def _is_run(folder: Path) -> bool:
 
 def _describe_field(key: str, field: Mapping[str, Any], example: object = None) -> Iterator[str]:
     value = example if "default" not in field else field["default"]
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
     meaning = f"{field['description']} " if "description" in field else ""
     required = "" if "default" in field else "; required"
     yield f"# {meaning}[{_describe_values(field)}{required}]"
-    yield f"{key}: {text}"
+    yield f"{key}: {_write_inline(value)}"
+
+
+def _write_inline(value: object, *, style: str | None = None) -> str:
+    text = yaml.safe_dump(value, default_style=style, default_flow_style=True, width=sys.maxsize)
+    return text.removesuffix("...\n").strip()
 
 
 def _describe_values(field: Mapping[str, Any]) -> str:

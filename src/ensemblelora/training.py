@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate, add_adapter, load_adapter, save_adapter
 from ensemblelora.config import TrainingConfig
+from ensemblelora.counting import count_training
 from ensemblelora.data.batching import Batch, collate, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import TrainingError
@@ -158,14 +159,14 @@ class _GroupTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         batch: Batch = inputs["batch"]
-        self._meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
+        count_training(self._meter, self._adapted.costs, batch)
         z = score_batch(self._adapted.network, batch, normalize=self._config.loss == "vocab_softmax").z
         return cross_entropy(z, batch, loss=self._config.loss).mean()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._adapted.peft.eval()
         tokens = 2 * self._config.max_tokens_per_batch
-        score = -measure_validation_nll(self._adapted, self._name, self._validation, max_tokens=tokens)
+        score = -measure_validation_nll(self._adapted, self._name, self._validation, max_tokens=tokens, meter=self._meter)
         metrics = {_METRIC: score}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # ships no types
 
 from ensemblelora.errors import StoreError
 
@@ -129,9 +129,7 @@ class Ledger:
             stages = tuple(StageRecord(**record) for record in values["stages"])
             methods = {name: MethodCosts(**costs) for name, costs in values["methods"].items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise StoreError(
-                f"costs: not a ledger of this version ({error}); delete costs.json and run again"
-            ) from None
+            raise StoreError(f"costs.json: not a ledger of this version ({error}); delete it and run again") from None
         return cls(stages, methods)
 
 
@@ -203,21 +201,19 @@ class Meter:
             self._sample()
 
 
-def _accelerator() -> Any | None:
+def _find_cuda() -> Any:
     # Looked up, not imported: a stage without torch must not pay for loading it.
     torch = sys.modules.get("torch")
-    has_one = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.cuda if has_one and torch is not None else None
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
 def _reset_accelerator_peak() -> None:
-    cuda = _accelerator()
-    for device in range(cuda.device_count() if cuda else 0):
-        cuda.reset_peak_memory_stats(device)  # type: ignore[union-attr]
+    if (cuda := _find_cuda()) is not None:
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
 
 
 def _read_accelerator_peak() -> int | None:
-    cuda = _accelerator()
-    if cuda is None:
+    if (cuda := _find_cuda()) is None:
         return None
     return sum(int(cuda.max_memory_allocated(device)) for device in range(cuda.device_count()))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
 from ensemblelora.config import GradientsConfig
+from ensemblelora.counting import count_forward, count_gradients
 from ensemblelora.data.batching import collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.gradients.collect import compute_features, find_active_linears
@@ -106,7 +107,10 @@ def _measure_task(
         missed += float(((true - linear) ** 2).sum())
         moved += float(((true - base.outputs) ** 2).sum())
         size += float((true**2).sum())
-        meter.add_tokens(2 * batch.n_real_tokens, 2 * batch.n_padded_tokens)
+        count_forward(meter, adapted.costs, batch)
+        count_gradients(
+            meter, adapted.costs, batch, n_backwards=1, n_outputs=base.outputs.size, proj_dim=steps.proj_dim
+        )
     return Linearity(
         r2_over_zero_order=1.0 - missed / moved if moved else float("nan"),
         rms_relative_error=(missed / size) ** 0.5 if size else float("nan"),

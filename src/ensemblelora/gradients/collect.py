@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
 from ensemblelora.config import GradientsConfig
+from ensemblelora.counting import count_gradients
 from ensemblelora.data.batching import Batch, collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
@@ -72,10 +74,6 @@ class FeatureHealth:
     """smallest cosine between the features and their float32 twins; none: not measured, or already float32"""
     projection_error: float
     """median relative error of inner products of random pairs, against the product of their norms"""
-    n_tokens: int = 0
-    n_padded_tokens: int = 0
-    n_backward_tokens: int = 0
-    """padded tokens x backward passes, of the features computed by this call"""
 
 
 def make_projector(config: GradientsConfig, *, seed: int) -> Projector:
@@ -91,6 +89,7 @@ def collect_features(
     *,
     seed: int,
     fingerprints: Mapping[tuple[str, str], str],
+    meter: Meter | None = None,
 ) -> FeatureHealth:
     """Compute the features of every split that the store does not have yet.
 
@@ -101,6 +100,7 @@ def collect_features(
         config: Outputs, projection, batch size.
         seed: The run's root seed.
         fingerprints: Identity of each (task, split): data, model, adapter, config.
+        meter: Told what every pass costs.
 
     Raises:
         ModelError: If an example's gradient depends on what else is in its batch.
@@ -110,13 +110,11 @@ def collect_features(
     with activate(adapted, THETA0):
         linears = find_active_linears(adapted, splits)
         health = _check_health(adapted, linears, projector, splits, modes)
-        counts = np.zeros(3, dtype=np.int64)
         for split in splits:
             identity = fingerprints[split.task, split.split]
             if not store.has(split.task, split.split, identity):
                 with store.writer(split.task, split.split, identity, mode=modes[id(split)]) as writer:
-                    for rows, features, used in _iterate_features(adapted, linears, projector, split, modes[id(split)], config):
-                        counts += used
+                    for rows, features in _iterate_features(adapted, linears, projector, split, modes[id(split)], config, meter):
                         writer.append(
                             outputs=features.outputs,
                             features=features.features,
@@ -126,9 +124,7 @@ def collect_features(
                             groups=split.groups[rows],
                             ids=[split.ids[row] for row in rows],
                         )
-    return FeatureHealth(
-        **health, n_tokens=int(counts[0]), n_padded_tokens=int(counts[1]), n_backward_tokens=int(counts[2])
-    )
+    return health
 
 
 def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -> dict[str, nn.Linear]:
@@ -280,21 +276,24 @@ def _iterate_features(
     split: EncodedSplit,
     mode: OutputMode,
     config: GradientsConfig,
-) -> Iterator[tuple[np.ndarray, Features, np.ndarray]]:
+    meter: Meter | None,
+) -> Iterator[tuple[np.ndarray, Features]]:
     """Yield examples in their own order, a chunk at a time, each chunk computed in batches of similar length."""
     backwards = 1 if split.kind in ("options", "sequence") or mode in ("margin", "logodds") else int(split.n_choices.max()) - 1
     for start in range(0, split.n_examples, _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, split.n_examples))
         counts = np.diff(split.example_rows)[rows]
         plan = plan_batches(split.example_lengths[rows], counts, config.max_tokens_per_batch)
-        pieces, order, used = [], [], np.zeros(3, dtype=np.int64)
+        pieces, order = [], []
         for members in track(plan, f"features {split.task} ({split.split})"):
             batch = collate([(split, int(rows[m])) for m in members], adapted.base.pad_token_id)
             pieces.append(compute_features(adapted, linears, projector, batch, mode))
             order.append(members)
-            used += [batch.n_real_tokens, batch.n_padded_tokens, backwards * batch.n_padded_tokens]
+            count_gradients(
+                meter, adapted.costs, batch, n_backwards=backwards, n_outputs=pieces[-1].outputs.size, proj_dim=pieces[-1].features.shape[2]
+            )
         back = np.argsort(np.concatenate(order))
-        yield rows, _concatenate(pieces, back, int(split.n_choices.max()) - 1 if mode == "contrast" else 1), used
+        yield rows, _concatenate(pieces, back, int(split.n_choices.max()) - 1 if mode == "contrast" else 1)
 
 
 def _concatenate(pieces: Sequence[Features], order: np.ndarray, width: int) -> Features:
@@ -312,7 +311,7 @@ def _check_health(
     projector: Projector,
     splits: Sequence[EncodedSplit],
     modes: Mapping[int, OutputMode],
-) -> dict[str, float | int | None]:
+) -> FeatureHealth:
     """Check batch and padding invariance and precision, and measure the projection, on a few rows of the first split."""
     split, mode = splits[0], modes[id(splits[0])]
     longest = np.argsort(split.example_lengths, kind="stable")
@@ -330,13 +329,13 @@ def _check_health(
             f"model {adapted.base.name!r}: an example's gradient changes with its batch (1 - cosine = {batch_error:.2g}, "
             f"expected below {_BATCH_TOLERANCE}); padding or attention masks are not respected, try model.dtype=float32"
         )
-    return {
-        "n_coordinates": sum(size for name, module in linears.items() for _, size in _parts(name, module)),
-        "proj_dim": together.features.shape[2],
-        "batch_error": batch_error,
-        "precision_cosine": _measure_precision(adapted, together, lambda: features_of([*chosen])),
-        "projection_error": _measure_distortion(together),
-    }
+    return FeatureHealth(
+        n_coordinates=sum(size for name, module in linears.items() for _, size in _parts(name, module)),
+        proj_dim=together.features.shape[2],
+        batch_error=batch_error,
+        precision_cosine=_measure_precision(adapted, together, lambda: features_of([*chosen])),
+        projection_error=_measure_distortion(together),
+    )
 
 
 def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable[[], Features]) -> float | None:

@@ -22,6 +22,7 @@ from ensemblelora.report.closing_sections import write_costs, write_reproduction
 from ensemblelora.report.document import Document, Tiles
 from ensemblelora.report.headline import write_headline, write_tiles
 from ensemblelora.report.plan_sections import write_affinity, write_curve, write_plan
+from ensemblelora.report.power_section import write_power
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.records import RunRecord
 from ensemblelora.report.result_sections import (
@@ -30,7 +31,7 @@ from ensemblelora.report.result_sections import (
     write_prediction_check,
     write_weights,
 )
-from ensemblelora.report.score_sections import write_power, write_scores
+from ensemblelora.report.score_sections import write_scores
 from ensemblelora.report.wording import count
 
 __all__ = ["compose_document", "render_html", "render_markdown", "write_report"]

@@ -28,7 +28,7 @@ def draw_curve(curve: Sequence[CurvePoint], n_chosen: int) -> Figure:
     chosen = next((point for point in points if point.n_groups == n_chosen), None)
     layout = {
         "xaxis": {"title": {"text": "number of groups"}, "dtick": 1 if len(points) <= 20 else None, "zeroline": False},
-        "yaxis": {"title": {"text": "predicted loss saved"}, "tickformat": "+.3~f", "zerolinewidth": 2},
+        "yaxis": {"title": {"text": "predicted loss saved"}, "tickformat": ".3~f", "zerolinewidth": 2},
         "annotations": [] if chosen is None else [_chosen_annotation(chosen)],
         "showlegend": bool(traces[1]["x"]),
         "legend": LEGEND_ABOVE,
@@ -181,7 +181,12 @@ def _score_trace(
             "thickness": 1.5,
             "width": 0,
         },
-        "marker": {"color": colour, "size": 9, "symbol": METHOD_SYMBOLS.get(method, "x"), "line": {"color": colour, "width": 1.5}},
+        "marker": {
+            "color": colour,
+            "size": 9,
+            "symbol": METHOD_SYMBOLS.get(method, "x"),
+            "line": {"color": colour, "width": 1.5},
+        },
         "hovertemplate": "<b>%{text}</b><br>%{fullData.name}: %{x:.1%}<extra></extra>",
     }
 

@@ -9,7 +9,14 @@ from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.report.document import Block, Bullets, Cell, Column, Fold, Row, Section, Table, Text
 from ensemblelora.report.headline import method_label
 from ensemblelora.report.records import CostsRecord, MethodCosts, RunRecord, StageCosts
-from ensemblelora.report.wording import format_bytes, format_flops, format_number, format_percent, format_seconds
+from ensemblelora.report.wording import (
+    format_bytes,
+    format_flops,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_seconds,
+)
 
 __all__ = ["write_costs", "write_reproduction", "write_warnings"]
 
@@ -65,37 +72,39 @@ def _summarize(costs: CostsRecord) -> str:
     if shared and ours and shared.train_flops and ours.train_flops is not None:
         extra = (ours.train_flops + (ours.select_flops or 0.0)) / shared.train_flops
         text += (
-            f" Against one adapter for all, the ensemble took {format_number(extra, 2)} times the FLOPs to make, "
+            f" Against one adapter for all, the ensemble took {format_ratio(extra)} times the FLOPs to make, "
             "choosing the groups included."
         )
         if shared.inference_forward_passes and ours.inference_forward_passes:
             passes = ours.inference_forward_passes / shared.inference_forward_passes
-            text += f" It takes {format_number(passes, 1)} times as many forward passes to use."
+            text += f" It takes {format_ratio(passes)} times as many forward passes to use."
     return text.strip() or "The ledger is still empty."
 
 
 def _stage_table(stages: Iterable[StageCosts]) -> Table:
     stages = tuple(stages)
-    time = _bars([stage.wall_seconds for stage in stages], format_seconds)
-    flops = _bars([stage.flops for stage in stages], format_flops)
-    memory = _bars([stage.peak_memory_bytes for stage in stages], format_bytes)
-    rows = [
-        Row((Cell(stage.stage), *cells, _token_cell(stage)))
-        for stage, *cells in zip(stages, time, flops, memory, strict=True)
+    memory = [stage.peak_memory_bytes for stage in stages]
+    accelerator = [stage.peak_accelerator_bytes for stage in stages]
+    cells = [
+        _bars([stage.wall_seconds for stage in stages], format_seconds),
+        _bars([stage.flops or None for stage in stages], format_flops),
+        _bars(memory, format_bytes),
+        *([_bars(accelerator, format_bytes)] if any(accelerator) else []),
+        [_token_cell(stage) for stage in stages],
     ]
-    total = Row(
-        (
-            Cell("All stages"),
-            Cell(format_seconds(_total(stage.wall_seconds for stage in stages))),
-            Cell(format_flops(_total(stage.flops for stage in stages))),
-            Cell(format_bytes(max((stage.peak_memory_bytes or 0.0 for stage in stages), default=None)), "largest"),
-            Cell(_format_tokens(_total(stage.n_tokens for stage in stages))),
-        ),
-        is_summary=True,
+    total = (
+        Cell("All stages"),
+        Cell(format_seconds(_total(stage.wall_seconds for stage in stages))),
+        Cell(format_flops(_total(stage.flops for stage in stages))),
+        _largest_cell(memory),
+        *([_largest_cell(accelerator)] if any(accelerator) else []),
+        Cell(_format_tokens(_total(stage.n_tokens for stage in stages))),
     )
-    columns = (Column("Stage", is_number=False), *map(Column, ("Wall time", "FLOPs", "Peak memory", "Tokens")))
-    note = "FLOPs by formula over padded tokens; memory and time as measured. Bars compare within a column."
-    return Table("By stage", columns, (*rows, total), note)
+    labels = ("Wall time", "FLOPs", "Peak memory", *(("Accelerator memory",) if any(accelerator) else ()), "Tokens")
+    columns = (Column("Stage", is_number=False), *map(Column, labels))
+    rows = [Row((Cell(stage.stage), *row)) for stage, *row in zip(stages, *cells, strict=True)]
+    note = "FLOPs by formula; memory and time as measured. Bars compare within a column."
+    return Table("By stage", columns, (*rows, Row(total, is_summary=True)), note)
 
 
 def _method_table(methods: dict[str, MethodCosts]) -> Table:
@@ -106,7 +115,7 @@ def _method_table(methods: dict[str, MethodCosts]) -> Table:
         _bars([item.train_flops for item in items], format_flops),
         _bars([item.select_flops for item in items], format_flops),
         _bars([item.train_seconds for item in items], format_seconds),
-        _bars([item.inference_forward_passes for item in items], lambda value: format_number(value, 1)),
+        _bars([item.inference_forward_passes for item in items], format_ratio),
         _bars([item.adapter_bytes for item in items], format_bytes),
     ]
     rows = tuple(Row((Cell(method_label(name)), *row)) for name, *row in zip(names, *cells, strict=True))
@@ -121,8 +130,12 @@ def _bars(values: list[float | None], show: Callable[[float | None], str]) -> li
     return [Cell(show(value), share=value / largest if value is not None and largest > 0 else None) for value in values]
 
 
+def _largest_cell(values: list[float | None]) -> Cell:
+    return Cell(format_bytes(max((value for value in values if value is not None), default=None)), "largest")
+
+
 def _token_cell(stage: StageCosts) -> Cell:
-    if stage.n_tokens is None:
+    if not stage.n_tokens:
         return Cell(format_number(None))
     padding = None
     if stage.n_padded_tokens is not None and stage.n_padded_tokens > 0:

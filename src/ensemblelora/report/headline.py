@@ -11,6 +11,7 @@ from ensemblelora.report.wording import (
     format_number,
     format_percent,
     format_points,
+    format_ratio,
     format_seconds,
     format_signed,
 )
@@ -73,10 +74,10 @@ def _headline_of_plan(plan: PlanRecord) -> str:
     if chosen is None or chosen.gain is None:
         return f"{start}, one adapter for each, is the plan."
     error = "" if chosen.gain_se is None else f" ± {format_number(chosen.gain_se)} (1 SE)"
-    direction = "less" if chosen.gain >= 0 else "more"
+    direction = "below" if chosen.gain >= 0 else "above"
     return (
-        f"{start}: predicted to lose {format_number(abs(chosen.gain))}{error} {direction} on validation rows "
-        "than one adapter for all."
+        f"{start}: predicted validation loss {format_number(abs(chosen.gain))}{error} {direction} "
+        "that of one adapter for all."
     )
 
 
@@ -151,7 +152,7 @@ def _tile_of_flops(methods: dict[str, MethodCosts]) -> Tile | None:
             return None
         totals[method] = costs.train_flops + (costs.select_flops or 0.0)
     ratio = totals["ensemble"] / totals["shared"] if totals["shared"] else None
-    return Tile("Compute", f"{format_number(ratio, 2)}\u00d7", "of one adapter's training, selection included")
+    return Tile("Compute", f"{format_ratio(ratio)}\u00d7", "of one adapter's training, selection included")
 
 
 def _tile_of_bytes(methods: dict[str, MethodCosts]) -> Tile | None:
@@ -159,5 +160,5 @@ def _tile_of_bytes(methods: dict[str, MethodCosts]) -> Tile | None:
     if costs is None or costs.adapter_bytes is None:
         return None
     passes = costs.inference_forward_passes
-    detail = "" if passes is None else f"{format_number(passes, 1)} forward passes to predict"
+    detail = "" if passes is None else f"{format_ratio(passes)} forward passes to predict"
     return Tile("Adapters", format_bytes(costs.adapter_bytes), detail)

@@ -26,6 +26,7 @@ from ensemblelora.report.wording import (
     format_bytes,
     format_number,
     format_percent,
+    format_ratio,
     format_signed,
     group_letter,
     join_names,
@@ -113,7 +114,7 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
     lowest = min(way.mean_nll for way in known.values() if way.mean_nll is not None)
     rows = tuple(Row((Cell(label), _loss_cell(way, lowest), _accuracy_cell(way))) for label, way in known.items())
     columns = (Column("Training", is_number=False), Column("Mean loss"), Column("Mean accuracy"))
-    note = "Means over tasks, ± one standard error. Predicted from gradients at the base model; nothing is trained yet."
+    note = "Means over tasks, ± one standard error. Predicted from gradients at the base model, before any training."
     return Table("Predicted performance on validation rows", columns, rows, note)
 
 
@@ -127,7 +128,7 @@ def _accuracy_cell(way: Prediction) -> Cell:
 
 
 def _plus_minus(error: float | None) -> str:
-    return "" if error is None else f"± {format_number(error)}"
+    return f"± {format_number(error)}" if error else ""
 
 
 def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRecord) -> str:
@@ -196,7 +197,7 @@ def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
 
 
 def _times(ratio: float | None) -> str:
-    return format_number(ratio, 1) if ratio is None else f"{format_number(ratio, 1)}\u00d7"
+    return format_ratio(ratio) if ratio is None else f"{format_ratio(ratio)}\u00d7"
 
 
 def _comparison_table(plan: PlanRecord) -> Table:

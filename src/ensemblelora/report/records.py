@@ -256,6 +256,8 @@ class TaskLinearity(_Record):
     """How well the linear model predicts one task's trained outputs."""
 
     r2_over_zero_order: Number = None
+    rms_relative_error: Number = None
+    n_rows: int | None = None
 
 
 class Distance(_Record):
@@ -307,10 +309,10 @@ class ResultsRecord(_Record):
                     verdicts.setdefault(task, []).append(score.is_above_chance)
         return frozenset(task for task, known in verdicts.items() if not any(known))
 
-    def find_difference(self, a: str, b: str, metric: str) -> Difference | None:
-        """Return ``a`` minus ``b`` in a metric's mean over tasks, in whichever order the file has the two."""
+    def find_difference(self, a: str, b: str, metric: str, task: str | None = None) -> Difference | None:
+        """Return ``a`` minus ``b`` on a task, or in the mean over tasks, in whichever order the file has the two."""
         for item in self.differences:
-            if item.task is None and item.metric == metric and item.difference is not None:
+            if item.task == task and item.metric == metric and item.difference is not None:
                 if (item.a, item.b) == (a, b):
                     return item
                 if (item.a, item.b) == (b, a):
@@ -327,6 +329,7 @@ class StageCosts(_Record):
     n_tokens: Number = None
     n_padded_tokens: Number = None
     peak_memory_bytes: Number = None
+    peak_accelerator_bytes: Number = None
 
 
 class MethodCosts(_Record):

@@ -175,14 +175,18 @@ def _linearity_table(linearity: Linearity, run: RunRecord) -> Table:
         Row(
             (
                 Cell(name, colour=groups[name] % N_GROUP_COLOURS),
-                Cell(format_number(value, 2), share=None if value is None else min(1.0, max(0.0, value))),
+                _r2_cell(linearity.tasks[name].r2_over_zero_order),
+                Cell(format_percent(linearity.tasks[name].rms_relative_error)),
             )
         )
         for name in known
-        for value in (linearity.tasks[name].r2_over_zero_order,)
     )
-    columns = (Column("Task", is_number=False), Column("R²"))
+    columns = (Column("Task", is_number=False), Column("R²"), Column("Relative error (RMS)"))
     return Table("R² of the linear model over no change, held-out rows", columns, rows)
+
+
+def _r2_cell(value: float | None) -> Cell:
+    return Cell(format_number(value, 2), share=None if value is None else min(1.0, max(0.0, value)))
 
 
 def _distance_table(linearity: Linearity) -> Table:

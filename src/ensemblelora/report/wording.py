@@ -12,6 +12,7 @@ __all__ = [
     "format_number",
     "format_percent",
     "format_points",
+    "format_ratio",
     "format_seconds",
     "format_signed",
     "group_letter",
@@ -59,6 +60,16 @@ def format_interval(low: float | None, high: float | None, *, scale: float = 1.0
     if low is None or high is None:
         return ""
     return f"{format_number(scale * low, digits)} to {format_number(scale * high, digits)}"
+
+
+def format_ratio(value: float | None) -> str:
+    """Write a factor or a small count with as many decimals, up to two, as it needs.
+
+    Example:
+        >>> format_ratio(4.0), format_ratio(1.5625)
+        ('4', '1.56')
+    """
+    return NOTHING if value is None else f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
 def format_flops(value: float | None) -> str:
@@ -136,12 +147,7 @@ def _with_prefix(value: float | None, units: tuple[str, ...]) -> str:
         return NOTHING
     power = 0 if value < 1 else min(int(math.log10(value) / 3 + 1e-9), len(units) - 1)
     scaled = value / 1000**power
-    digits = 0 if power == 0 or scaled >= 99.95 else 1 if scaled >= 9.995 else 2
-    return (
-        f"{scaled:.{digits}f}".rstrip("0").rstrip(".") + f"{_SPACE}{units[power]}"
-        if digits
-        else (f"{scaled:,.0f}{_SPACE}{units[power]}")
-    )
+    return f"{scaled:,.{0 if power == 0 or scaled >= 99.95 else 1}f}{_SPACE}{units[power]}"
 
 
 def _hours(whole: int) -> tuple[int, int, tuple[str, str]]:

@@ -1,13 +1,13 @@
+"""Run folders as the stages write them, for the tests of the report."""
+
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from ensemblelora.artifacts import (
     AFFINITY_FILE,
@@ -24,7 +24,6 @@ from ensemblelora.artifacts import (
 from ensemblelora.config import dump_config, parse_config
 from ensemblelora.evaluation.metrics import TaskScores
 from ensemblelora.planning import Candidate, Comparison, Plan, Prediction, Predictions
-from ensemblelora.report import write_report
 from ensemblelora.seeding import generator_for
 
 TASKS = ("boolq", "rte", "cb", "mrpc", "sst2", "copa", "hellaswag", "piqa", "social_i_qa", "winogrande")
@@ -65,9 +64,7 @@ def make_plan(names: tuple[str, ...] = TASKS) -> Plan:
     def predict(shift: float) -> Prediction:
         nll = tuple(value + shift for value in PREDICTED)
         accuracy = tuple(min(0.95, math.exp(-value)) for value in nll)
-        return Prediction(
-            nll, (0.02,) * 10, accuracy, (0.03,) * 10, sum(nll) / 10, 0.011, sum(accuracy) / 10, 0.012
-        )
+        return Prediction(nll, (0.02,) * 10, accuracy, (0.03,) * 10, sum(nll) / 10, 0.011, sum(accuracy) / 10, 0.012)
 
     comparisons = (
         Comparison("one adapter", 1, (tuple(range(10)),), 0.751, None, 0.0, 0.0),
@@ -129,18 +126,31 @@ def make_results(names: tuple[str, ...] = TASKS) -> dict[str, Any]:
         method: {"per_task": {name: make_scores(values[task], task) for task, name in enumerate(names)}}
         for method, values in ACCURACY.items()
     }
-    differences = [
-        {"a": "ensemble", "b": "shared", "metric": "accuracy", "difference": 0.023, "low": 0.004, "high": 0.042},
-        {"a": "ensemble", "b": "base", "metric": "accuracy", "difference": 0.127, "low": 0.098, "high": 0.156},
-        {"a": "ensemble", "b": "shared", "metric": "nll", "difference": -0.021, "low": -0.034, "high": -0.007},
+    overall = [
+        ("shared", "accuracy", 0.023, 0.004, 0.042),
+        ("shared", "nll", -0.021, -0.034, -0.007),
+        ("base", "accuracy", 0.127, 0.098, 0.156),
     ]
+    differences = [
+        {"a": "ensemble", "b": b, "metric": metric, "task": None, "difference": value, "low": low, "high": high}
+        for b, metric, value, low, high in overall
+    ]
+    for metric in ("accuracy", "nll"):
+        for task, name in enumerate(names):
+            ours, theirs = (methods[method]["per_task"][name][metric] for method in ("ensemble", "shared"))
+            half = 0.6 / math.sqrt(ROWS[task])
+            interval = {"difference": ours - theirs, "low": ours - theirs - half, "high": ours - theirs + half}
+            differences.append({"a": "ensemble", "b": "shared", "metric": metric, "task": name, **interval})
     group_of = {task: group for group, tasks in enumerate(GROUPS) for task in tasks}
     measured = [methods["ensemble"]["per_task"][name]["nll"] for name in names]
     return {
         "methods": methods,
         "differences": differences,
         "linearity": {
-            "tasks": {name: {"r2_over_zero_order": 0.93 - 0.06 * task} for task, name in enumerate(names)},
+            "tasks": {
+                name: {"r2_over_zero_order": 0.93 - 0.06 * task, "rms_relative_error": 0.04 + 0.01 * task, "n_rows": 32}
+                for task, name in enumerate(names)
+            },
             "distances": {
                 f"group-{group}": {"relative_to_model": 0.0031 + 0.0004 * group, "relative_to_adapter_init": 0.41}
                 for group in range(3)

