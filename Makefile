@@ -23,7 +23,7 @@ install: $(STAMP)
 $(STAMP): requirements.txt requirements-demo.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed; name one with make PYTHON=...")'
 	@echo "installing into $(VENV), once; this takes a few minutes" >&2
-	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps -r requirements-demo.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .

@@ -51,17 +51,25 @@ def _render_cli() -> Iterator[str]:
     panels = dict.fromkeys(command.rich_help_panel for command in group.commands.values())
     for panel in panels:
         yield from ("", f"## {panel}")
-        for name, command in group.commands.items():
+        alike: dict[tuple[str, ...], list[Any]] = {}
+        for command in group.commands.values():
             if command.rich_help_panel == panel:
-                yield from _render_command(name, command)
+                alike.setdefault(tuple(parameter.name for parameter in command.params), []).append(command)
+        for commands in alike.values():
+            yield from _render_commands(commands)
 
 
-def _render_command(name: str, command: Any) -> Iterator[str]:
-    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+def _render_commands(commands: list[Any]) -> Iterator[str]:
+    """Describe commands that take the same arguments."""
+    parameters = commands[0].params
+    arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
     usage = [parameter.metavar if parameter.required else f"[{parameter.metavar}]" for parameter in arguments]
-    yield from ("", f"### ensemblelora {name}", "", command.help, "")
-    yield from ("```", " ".join(["ensemblelora", name, *usage, "[OPTIONS]"]), "```", "", "| | |", "|---|---|")
-    for parameter in command.params:
+    yield ""
+    for command in commands:
+        text = " ".join(["ensemblelora", command.name, *usage, "[OPTIONS]"])
+        yield f"- `{text}`: {command.help}"
+    yield from ("", "| argument | |", "|---|---|")
+    for parameter in parameters:
         names = [parameter.metavar] if parameter in arguments else [*parameter.opts, *parameter.secondary_opts]
         value = f" {parameter.metavar}" if parameter not in arguments and parameter.metavar else ""
         label = f"{', '.join(names)}{value}".replace("|", "\\|")

@@ -45,7 +45,7 @@ def make_plan(names: tuple[str, ...] = TASKS) -> Plan:
     curve = tuple(
         Candidate(
             n_groups=m,
-            groups=GROUPS if m == 3 else tuple((task,) for task in range(m - 1)) + (tuple(range(m - 1, 10)),),
+            groups=GROUPS if m == 3 else (*((task,) for task in range(m - 1)), tuple(range(m - 1, 10))),
             predicted_nll=nll,
             gain=0.751 - nll,
             gain_se=errors[m],
@@ -138,7 +138,7 @@ def make_results(names: tuple[str, ...] = TASKS) -> dict[str, Any]:
     for metric in ("accuracy", "nll"):
         for task, name in enumerate(names):
             ours, theirs = (methods[method]["per_task"][name][metric] for method in ("ensemble", "shared"))
-            half = 0.6 / math.sqrt(ROWS[task])
+            half = 0.25 / math.sqrt(ROWS[task])
             interval = {"difference": ours - theirs, "low": ours - theirs - half, "high": ours - theirs + half}
             differences.append({"a": "ensemble", "b": "shared", "metric": metric, "task": name, **interval})
     group_of = {task: group for group, tasks in enumerate(GROUPS) for task in tasks}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from ensemblelora.affinity import (
+    SubsetDesign,
     _fit_ridge,
     affinity_from_scores,
     average_over_subsets,
@@ -26,23 +27,16 @@ from ensemblelora.config import AffinityConfig
 from ensemblelora.errors import ConfigError, DataError
 
 
-Subsets = tuple[tuple[int, ...], ...]
+def every_subset(n_tasks: int, size: int) -> SubsetDesign:
+    return SubsetDesign(n_tasks, tuple(itertools.combinations(range(n_tasks), size)))
 
 
-def every_subset(n_tasks: int, size: int) -> Subsets:
-    return tuple(itertools.combinations(range(n_tasks), size))
-
-
-def membership(subsets: Subsets, n_tasks: int) -> np.ndarray:
-    return np.array([[float(i in subset) for i in range(n_tasks)] for subset in subsets])
-
-
-def linear_scores(subsets: Subsets, n_tasks: int, seed: int = 0) -> np.ndarray:
+def linear_scores(design: SubsetDesign, seed: int = 0) -> np.ndarray:
     """f_i(S) = mu_i + sum of beta_ij over the others in S."""
     rng = np.random.default_rng(seed)
-    beta = rng.normal(size=(n_tasks, n_tasks))
+    beta = rng.normal(size=(design.n_tasks, design.n_tasks))
     np.fill_diagonal(beta, 0)
-    return rng.normal(size=n_tasks) + membership(subsets, n_tasks) @ beta.T
+    return rng.normal(size=design.n_tasks) + design.membership @ beta.T
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,8 +51,9 @@ def test_designs_are_distinct_sorted_of_one_size_and_cover(
     n_tasks: int, size: int, n_subsets: int, min_count: int, seed: int
 ) -> None:
     config = AffinityConfig(subset_size=size, n_subsets=n_subsets, min_pair_count=min_count)
-    subsets = sample_subsets(n_tasks, config, seed=seed)
-    assert subsets == sample_subsets(n_tasks, config, seed=seed)
+    design = sample_subsets(n_tasks, config, seed=seed)
+    assert design == sample_subsets(n_tasks, config, seed=seed)
+    subsets = design.subsets
     assert list(subsets) == sorted(set(subsets))
     (used,) = {len(subset) for subset in subsets}
     assert used == min(size, max(n_tasks - 1, min(2, n_tasks)))
@@ -66,18 +61,17 @@ def test_designs_are_distinct_sorted_of_one_size_and_cover(
     total = math.comb(n_tasks, used)
     assert min(n_subsets, total) <= len(subsets) <= min(2 * n_subsets, total)
     if total > n_subsets and len(subsets) < 2 * n_subsets:
-        members = membership(subsets, n_tasks)
-        assert (members.T @ members).min() >= min(min_count, math.comb(n_tasks - 2, used - 2))
+        assert (design.membership.T @ design.membership).min() >= min(min_count, math.comb(n_tasks - 2, used - 2))
 
 
 def test_the_papers_setting_has_fewer_subsets_than_it_asks_for() -> None:
-    subsets = sample_subsets(10, AffinityConfig(), seed=0)
-    assert subsets == every_subset(10, 3) and len(subsets) == 120
+    design = sample_subsets(10, AffinityConfig(), seed=0)
+    assert design == every_subset(10, 3) and len(design.subsets) == 120
 
 
 def test_uniform_draws_hold_every_task_equally_often() -> None:
     config = AffinityConfig(subset_size=3, n_subsets=10, min_pair_count=0)
-    counts = sum(membership(sample_subsets(9, config, seed=seed), 9).sum(axis=0) for seed in range(400))
+    counts = sum(sample_subsets(9, config, seed=seed).membership.sum(axis=0) for seed in range(400))
     assert np.abs(counts / 400 - 10 / 3).max() < 5 * np.sqrt(10 * (1 / 3) * (2 / 3) / 400)
 
 
@@ -85,15 +79,15 @@ def test_topped_up_means_stay_unbiased() -> None:
     """Half of the subsets are drawn around rare pairs, and scores depend wildly on who is in the subset."""
     n_tasks, size, n_seeds = 7, 3, 1500
     everything = every_subset(n_tasks, size)
-    values = np.exp(linear_scores(everything, n_tasks))
-    truth, _ = average_over_subsets(everything, values, n_tasks)
-    row = {subset: s for s, subset in enumerate(everything)}
+    values = np.exp(linear_scores(everything))
+    truth, _ = average_over_subsets(everything, values)
+    row = {subset: s for s, subset in enumerate(everything.subsets)}
     config = AffinityConfig(subset_size=size, n_subsets=8, min_pair_count=2)
     estimates = np.empty((n_seeds, n_tasks, n_tasks))
     for seed in range(n_seeds):
-        subsets = sample_subsets(n_tasks, config, seed=seed)
-        assert len(subsets) > 10
-        estimates[seed], _ = average_over_subsets(subsets, values[[row[s] for s in subsets]], n_tasks)
+        design = sample_subsets(n_tasks, config, seed=seed)
+        assert len(design.subsets) > 10
+        estimates[seed], _ = average_over_subsets(design, values[[row[s] for s in design.subsets]])
     seen = np.isfinite(estimates).sum(axis=0)
     bias = np.nanmean(estimates, axis=0) - truth
     assert seen.min() > 1000
@@ -101,29 +95,29 @@ def test_topped_up_means_stay_unbiased() -> None:
 
 
 def test_equation_one_is_a_plain_mean() -> None:
-    subsets = sample_subsets(7, AffinityConfig(subset_size=3, n_subsets=20), seed=1)
-    values = np.random.default_rng(1).normal(size=(len(subsets), 7))
-    directed, counts = average_over_subsets(subsets, values, 7)
+    design = sample_subsets(7, AffinityConfig(subset_size=3, n_subsets=20), seed=1)
+    values = np.random.default_rng(1).normal(size=(len(design.subsets), 7))
+    directed, counts = average_over_subsets(design, values)
     for i, j in itertools.product(range(7), repeat=2):
-        held = [s for s, subset in enumerate(subsets) if i in subset and j in subset]
+        held = [s for s, subset in enumerate(design.subsets) if i in subset and j in subset]
         assert counts[i, j] == len(held)
         assert directed[i, j] == pytest.approx(values[held, i].mean())
 
 
 def test_scores_of_tasks_outside_a_subset_are_never_read() -> None:
-    subsets = every_subset(5, 3)
-    values = linear_scores(subsets, 5)
-    poisoned = np.where(membership(subsets, 5) > 0, values, np.nan)
-    clean = affinity_from_scores(subsets, values, 5)
-    np.testing.assert_array_equal(affinity_from_scores(subsets, poisoned, 5).matrix, clean.matrix)
+    design = every_subset(5, 3)
+    values = linear_scores(design)
+    poisoned = np.where(design.membership > 0, values, np.nan)
+    clean = affinity_from_scores(design, values)
+    np.testing.assert_array_equal(affinity_from_scores(design, poisoned).matrix, clean.matrix)
 
 
 @pytest.mark.parametrize(("n_tasks", "size"), [(6, 3), (7, 4), (5, 3), (5, 2), (3, 2)])
 def test_the_surrogate_lies_on_equation_ones_level(n_tasks: int, size: int) -> None:
-    subsets = every_subset(n_tasks, size)
-    values = linear_scores(subsets, n_tasks)
-    exact, _ = average_over_subsets(subsets, values, n_tasks)
-    surrogate = fit_surrogate(subsets, values, n_tasks)
+    design = every_subset(n_tasks, size)
+    values = linear_scores(design)
+    exact, _ = average_over_subsets(design, values)
+    surrogate = fit_surrogate(design, values)
     np.testing.assert_allclose(np.diag(surrogate), np.diag(exact))
     np.testing.assert_allclose(surrogate.mean(axis=1), exact.mean(axis=1))
     if size > 2:  # with pairs, every coefficient rests on one score, and leaving that out nothing predicts it
@@ -132,14 +126,14 @@ def test_the_surrogate_lies_on_equation_ones_level(n_tasks: int, size: int) -> N
 
 def test_pairs_never_seen_are_filled_on_the_level_of_their_row() -> None:
     full = every_subset(8, 3)
-    values = linear_scores(full, 8)
-    kept = [s for s, subset in enumerate(full) if not {0, 1} <= set(subset) and not {4, 6} <= set(subset)]
-    subsets = tuple(full[s] for s in kept)
-    affinity = affinity_from_scores(subsets, values[kept], 8)
+    values = linear_scores(full)
+    kept = [s for s, subset in enumerate(full.subsets) if not {0, 1} <= set(subset) and not {4, 6} <= set(subset)]
+    design = SubsetDesign(8, tuple(full.subsets[s] for s in kept))
+    affinity = affinity_from_scores(design, values[kept])
     assert set(zip(*np.nonzero(affinity.surrogate), strict=True)) == {(0, 1), (1, 0), (4, 6), (6, 4)}
     assert affinity.counts[0, 1] == 0 and np.isfinite(affinity.matrix).all()
     # Ridge has no evidence on the unseen coefficient and leaves it at 0: the entry is the row's average companion.
-    own = average_over_subsets(subsets, values[kept], 8)[0]
+    own = average_over_subsets(design, values[kept])[0]
     for i, j in [(0, 1), (4, 6)]:
         assert np.nanmin(own[i]) < affinity.directed[i, j] < np.nanmax(own[i])
     np.testing.assert_array_equal(affinity.directed[~affinity.surrogate], own[~affinity.surrogate])
@@ -150,12 +144,12 @@ def test_many_tasks_use_the_surrogate_throughout_and_it_is_closer() -> None:
     n_tasks, size = 30, 4
     family = np.arange(n_tasks) % 3
     beta = np.where(family[:, None] == family, 0.1, -0.1) * ~np.eye(n_tasks, dtype=bool)
-    subsets = sample_subsets(n_tasks, AffinityConfig(subset_size=size, n_subsets=150), seed=0)
-    values = membership(subsets, n_tasks) @ beta.T + 0.02 * rng.normal(size=(len(subsets), n_tasks))
+    design = sample_subsets(n_tasks, AffinityConfig(subset_size=size, n_subsets=150), seed=0)
+    values = design.membership @ beta.T + 0.02 * rng.normal(size=(len(design.subsets), n_tasks))
     truth = beta + (size - 2) / (n_tasks - 2) * (beta.sum(axis=1, keepdims=True) - beta)
     off = ~np.eye(n_tasks, dtype=bool)
-    whole = affinity_from_scores(subsets, values, n_tasks, surrogate_above=20)
-    plain = affinity_from_scores(subsets, values, n_tasks)
+    whole = affinity_from_scores(design, values, surrogate_above=20)
+    plain = affinity_from_scores(design, values)
     assert whole.surrogate.all() and not plain.surrogate.all()
     errors = [np.abs(a.directed - truth)[off].mean() for a in (whole, plain)]
     assert errors[0] < 0.5 * errors[1]
@@ -178,23 +172,23 @@ def test_ridge_equals_scikit_learn_at_the_ridge_of_least_leave_one_out_error() -
 
 
 def test_adding_to_a_row_adds_to_its_affinities_and_nothing_else() -> None:
-    subsets = sample_subsets(9, AffinityConfig(n_subsets=15, min_pair_count=0), seed=2)
-    values = linear_scores(subsets, 9)
+    design = sample_subsets(9, AffinityConfig(n_subsets=15, min_pair_count=0), seed=2)
+    values = linear_scores(design)
     shift = np.random.default_rng(5).normal(size=9)
-    before, after = affinity_from_scores(subsets, values, 9), affinity_from_scores(subsets, values + shift, 9)
+    before, after = affinity_from_scores(design, values), affinity_from_scores(design, values + shift)
     assert before.surrogate.any()
     np.testing.assert_allclose(after.directed, before.directed + shift[:, None], atol=1e-9)
     np.testing.assert_allclose(after.matrix, before.matrix + (shift[:, None] + shift) / 2, atol=1e-9)
 
 
 def test_relabelling_tasks_relabels_the_matrix() -> None:
-    subsets = sample_subsets(7, AffinityConfig(n_subsets=12, min_pair_count=0), seed=3)
-    values = linear_scores(subsets, 7)
+    design = sample_subsets(7, AffinityConfig(n_subsets=12, min_pair_count=0), seed=3)
+    values = linear_scores(design)
     order = np.random.default_rng(6).permutation(7)
     place = np.argsort(order)
-    moved = tuple(tuple(sorted(int(place[i]) for i in subset)) for subset in subsets)
-    expected = affinity_from_scores(subsets, values, 7).matrix[np.ix_(order, order)]
-    np.testing.assert_allclose(affinity_from_scores(moved, values[:, order], 7).matrix, expected, atol=1e-9)
+    moved = SubsetDesign(7, tuple(tuple(sorted(int(place[i]) for i in subset)) for subset in design.subsets))
+    expected = affinity_from_scores(design, values).matrix[np.ix_(order, order)]
+    np.testing.assert_allclose(affinity_from_scores(moved, values[:, order]).matrix, expected, atol=1e-9)
 
 
 def test_rows_are_scaled_by_the_spread_of_their_affinities() -> None:
@@ -214,8 +208,8 @@ def test_relative_affinity_is_the_gain_over_being_alone() -> None:
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3])
 def test_few_tasks_have_an_affinity(n_tasks: int) -> None:
-    subsets = sample_subsets(n_tasks, AffinityConfig(), seed=0)
-    affinity = affinity_from_scores(subsets, linear_scores(subsets, n_tasks), n_tasks)
+    design = sample_subsets(n_tasks, AffinityConfig(), seed=0)
+    affinity = affinity_from_scores(design, linear_scores(design))
     assert affinity.matrix.shape == (n_tasks, n_tasks) and np.isfinite(affinity.matrix).all()
 
 
@@ -241,8 +235,8 @@ def test_bad_designs_and_scores_are_refused() -> None:
         sample_subsets(0, AffinityConfig(), seed=0)
     pairs = every_subset(4, 2)
     with pytest.raises(DataError, match="for 6 subsets of 4 tasks"):
-        affinity_from_scores(pairs, np.zeros((5, 4)), 4)
+        affinity_from_scores(pairs, np.zeros((5, 4)))
     with pytest.raises(DataError, match="no finite score"):
-        affinity_from_scores(pairs, np.full((6, 4), np.nan), 4)
+        affinity_from_scores(pairs, np.full((6, 4), np.nan))
     with pytest.raises(DataError, match=r"tasks \[3\] are in none"):
-        affinity_from_scores(((0, 1), (1, 2)), np.zeros((2, 4)), 4)
+        affinity_from_scores(SubsetDesign(4, ((0, 1), (1, 2))), np.zeros((2, 4)))

@@ -26,7 +26,7 @@ from ensemblelora.config import RunConfig
 from ensemblelora.data.catalog import find_cards
 from ensemblelora.errors import DataError, SolverError
 from ensemblelora.summary import summarize
-from tests.test_report import make_planned_run, make_run
+from tests.report_runs import make_planned_run, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = list(typer.main.get_command(app).commands)
@@ -311,7 +311,7 @@ def test_tasks_lists_every_shipped_card(capsys):
 def test_tasks_shows_a_card_with_an_example_as_the_model_sees_it(capsys):
     assert main(["tasks", "demo_rte"]) == 0
     shown = capsys.readouterr().out
-    assert "task: demo_rte" in shown and "Claim:" in shown and "* ' " in shown
+    assert "task: demo_rte" in shown and "# example " in shown and "\n* ' " in shown
     assert main(["tasks", "demo_rte", "--json"]) == 0
     example = json.loads(capsys.readouterr().out)["example"]
     assert 0 <= example["label"] < len(example["choices"]) and example["context"] in shown

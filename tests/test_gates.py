@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from generate_docs import render_pages
 
 import ensemblelora
+from generate_docs import render_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "src" / "ensemblelora").rglob("*.py"))
@@ -85,11 +86,13 @@ def test_nothing_is_pickled():
 
 
 def test_python_3_10_has_every_name_that_is_imported():
-    for path in MODULES:
-        for module, name in imported_names(parse(path)):
-            assert module not in NEW_MODULES and name not in NEW_NAMES.get(module, ()), (
-                f"{name_of(path)}: {module}.{name}"
-            )
+    newer = [
+        f"{name_of(path)}: {module}.{name}"
+        for path in MODULES
+        for module, name in imported_names(parse(path))
+        if module in NEW_MODULES or name in NEW_NAMES.get(module, ())
+    ]
+    assert newer == []
 
 
 def test_generated_pages_are_current():
@@ -146,3 +149,20 @@ def test_shipped_files_are_found_beside_the_code():
     package = Path(importlib.util.find_spec("ensemblelora").origin).parent
     for pattern in ("py.typed", "recipes/*.yaml", "data/cards/*.yaml", "report/templates/*.j2"):
         assert list(package.glob(pattern)), pattern
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "line"),
+    [
+        ("", 0, "tests skipped: 1\n"),
+        ("--no-skips", 1, "tests skipped: 1, and --no-skips forbids it\n"),
+        ("--no-skips -n 2", 1, "tests skipped: 1, and --no-skips forbids it\n"),
+    ],
+)
+def test_a_skipped_test_is_counted_and_can_be_forbidden(tmp_path, flags, code, line):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    tests = "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no data')\n"
+    (tmp_path / "test_some.py").write_text(tests, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, line in done.stdout) == (code, True), done.stdout + done.stderr

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from ensemblelora.seeding import generator_for, seed_for
 
-names = st.lists(st.integers(0, 100) | st.text(st.characters(exclude_characters="\x1f"), max_size=5), max_size=3)
+names = st.lists(
+    st.integers(0, 100) | st.text(st.characters(codec="utf-8", exclude_characters="\x1f"), max_size=5), max_size=3
+)
 
 
 def test_seeds_are_the_same_on_every_machine_and_in_every_version():

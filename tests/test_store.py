@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ensemblelora import store as store_module
 from ensemblelora.errors import StoreError
 from ensemblelora.files import fingerprint
 from ensemblelora.store import FeatureBlock, FeatureStore, helmert
@@ -171,22 +173,19 @@ def test_an_error_while_writing_keeps_the_old_block(tmp_path: Path) -> None:
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
 
 
-def _write_and_die(folder: Path) -> None:
-    writer = FeatureStore(folder).writer("t", "train", "f", mode="contrast", shard_bytes=1)
-    writer.__enter__()
-    writer.append(**make_rows(2))
-    os._exit(9)
-
-
 def test_a_killed_writer_leaves_no_block_and_its_files_go_with_the_next(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_write_and_die, args=(tmp_path,))
-    process.start()
-    process.join()
+    code = "import os, sys; sys.path[:0] = sys.argv[2:]; import test_store\n"
+    code += "from ensemblelora.store import FeatureStore\n"
+    code += "with FeatureStore(sys.argv[1]).writer('t', 'train', 'f', mode='contrast', shard_bytes=1) as writer:\n"
+    code += "    writer.append(**test_store.make_rows(2))\n"
+    code += "    os._exit(9)"
+    paths = [str(Path(store_module.__file__).parents[1]), str(Path(__file__).parent)]
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path), *paths], check=False).returncode == 9
     store = FeatureStore(tmp_path)
-    assert process.exitcode == 9 and len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*/features-*.npy"))) == 1
     assert not store.has("t", "train", "f")
     write(store, "t")
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert len(list(tmp_path.glob("*/features-*.npy"))) == 1
 
 
 @pytest.mark.parametrize("task", ["../../etc/passwd", "a/b", "", "..", "CON", "<script>", "ü" * 300, "a\nb", "*[?]"])

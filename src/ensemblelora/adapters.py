@@ -6,17 +6,28 @@ are taken. Files are plain PEFT folders; ``peft.PeftModel.from_pretrained`` read
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ensemblelora.config import AdapterConfig
 from ensemblelora.counting import PassCosts, read_costs
@@ -28,9 +39,9 @@ __all__ = [
     "THETA0",
     "AdaptedModel",
     "activate",
-    "add_adapter",
     "adapter_bytes",
     "adapter_state",
+    "add_adapter",
     "attach",
     "load_adapter",
     "measure_distance",
@@ -41,7 +52,10 @@ __all__ = [
 ]
 
 THETA0 = "theta0"
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS_FILE = "adapter_model.safetensors"
+_SETTINGS_FILE = "adapter_config.json"
+_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern")
+"""settings that change what the same tensors compute"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,32 +93,42 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
         ModelError: If a named target module is not in the model.
     """
     targets = _target_modules(base, config)
-    task_type = TaskType.CAUSAL_LM if base.head == "lm" else TaskType.SEQ_CLS
     settings = LoraConfig(
-        task_type=task_type,
+        task_type=TaskType.CAUSAL_LM if base.head == "lm" else TaskType.SEQ_CLS,
         r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides by r; fractions are fine
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r; fractions are fine
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         fan_in_fan_out=_uses_conv1d(base.model, targets),
     )
-    torch.manual_seed(seed_for(seed, "adapter", THETA0) % 2**31)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = get_peft_model(base.model, settings, adapter_name=THETA0)  # type: ignore[arg-type]
+        with torch.random.fork_rng(), _without_known_warnings():
+            torch.manual_seed(seed_for(seed, "adapter", THETA0) % 2**31)
+            model = get_peft_model(base.model, settings, adapter_name=THETA0)
     except ValueError as error:
         raise ModelError(f"adapter.target_modules {config.target_modules!r}: {str(error).splitlines()[0]}") from error
     model.eval()
     costs = read_costs(base.model.config.to_dict(), config.r, targets)
-    return AdaptedModel(base=base, peft=model, costs=costs)  # type: ignore[arg-type]
+    adapted = AdaptedModel(base=base, peft=model, costs=costs)
+    _keep_head_in_float32(adapted, THETA0)
+    return adapted
 
 
 def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | None = None) -> None:
-    """Add an adapter that starts at theta0, or at a given state."""
+    """Add an adapter that starts at theta0, or at a given state; one that is there already is set back to it.
+
+    Raises:
+        StoreError: If the state does not fit the adapter's tensors; nothing is added then.
+    """
+    start = adapter_state(adapted, THETA0) if state is None else state
+    _check_shapes(adapted, name, start)
     if name not in adapted.peft.peft_config:
-        adapted.peft.add_adapter(name, adapted.peft.peft_config[THETA0])
-    set_adapter_state(adapted, name, adapter_state(adapted, THETA0) if state is None else state)
+        # PEFT makes the active adapter trainable when it adds one; leaving the context sets it back.
+        with activate(adapted, THETA0), torch.random.fork_rng(), _without_known_warnings():
+            adapted.peft.add_adapter(name, copy.deepcopy(adapted.peft.peft_config[THETA0]))
+        adapted.peft.eval()
+        _keep_head_in_float32(adapted, name)
+    set_adapter_state(adapted, name, start)
 
 
 def remove_adapter(adapted: AdaptedModel, name: str) -> None:
@@ -129,7 +153,7 @@ def activate(adapted: AdaptedModel, name: str, *, trainable: bool = False) -> It
 
 def adapter_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
     """Copy an adapter's tensors, keyed as PEFT saves them, on the CPU."""
-    state = get_peft_model_state_dict(adapted.peft, adapter_name=name, save_embedding_layers=False)
+    state = _live_state(adapted, name)
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
 
 
@@ -139,23 +163,19 @@ def set_adapter_state(adapted: AdaptedModel, name: str, state: dict[str, Tensor]
     Raises:
         StoreError: If a tensor is missing, unknown, or of another shape.
     """
-    expected = {key: tensor.shape for key, tensor in adapter_state(adapted, name).items()}
-    arrived = {key: tensor.shape for key, tensor in state.items()}
-    if expected != arrived:
-        wrong = sorted(key for key in expected.keys() | arrived.keys() if expected.get(key) != arrived.get(key))
-        raise StoreError(f"adapter {name!r}: {len(wrong)} tensors missing or of another shape, first {wrong[0]!r}; train it again")
+    _check_shapes(adapted, name, state)
     set_peft_model_state_dict(adapted.peft, state, adapter_name=name)
 
 
 def save_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
     """Write a plain PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(adapted, name), folder / _WEIGHTS, metadata={"format": "pt"})
-    settings = adapted.peft.peft_config[name]
-    was_inference = settings.inference_mode
+    save_file(adapter_state(adapted, name), folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    settings = copy.deepcopy(adapted.peft.peft_config[name])
     settings.inference_mode = True
+    if isinstance(settings, LoraConfig) and isinstance(settings.target_modules, set):
+        settings.target_modules = sorted(settings.target_modules)  # the same adapter gives the same file
     settings.save_pretrained(str(folder))
-    settings.inference_mode = was_inference
 
 
 def load_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
@@ -165,10 +185,17 @@ def load_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
         StoreError: If the folder is incomplete, damaged, or was made for another model or adapter shape.
     """
     try:
-        PeftConfig.from_pretrained(str(folder))
-        state = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        # Looked at first: for a folder without settings, PEFT would ask the model hub.
+        (folder / _SETTINGS_FILE).stat()
+        settings = PeftConfig.from_pretrained(str(folder))
+        state = load_file(folder / _WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"adapter folder {folder}: can't be read ({error}); train it again") from error
+    ours = adapted.peft.peft_config[THETA0]
+    for key in _SETTINGS:
+        found, expected = getattr(settings, key, None), getattr(ours, key)
+        if found != expected:
+            raise StoreError(f"adapter folder {folder}: made with {key} {found!r}, this run has {expected!r}")
     add_adapter(adapted, name, state)
 
 
@@ -204,33 +231,85 @@ def measure_distance(adapted: AdaptedModel, name: str) -> dict[str, float]:
     start, end = adapter_state(adapted, THETA0), adapter_state(adapted, name)
     moved = sum(float((end[key].double() - start[key].double()).pow(2).sum()) for key in start) ** 0.5
     init = sum(float(tensor.double().pow(2).sum()) for tensor in start.values()) ** 0.5
-    adapter_ids = {id(p) for n, p in adapted.peft.named_parameters() if any(f".{a}." in n for a in adapted.peft.peft_config)}
-    squares = [float(p.detach().float().pow(2).sum()) for p in adapted.peft.parameters() if id(p) not in adapter_ids]
+    adapters = tuple(f".{adapter}." for adapter in adapted.peft.peft_config)
+    squares = [
+        float(parameter.detach().float().pow(2).sum())
+        for path, parameter in adapted.peft.named_parameters()
+        if not any(adapter in path for adapter in adapters)
+    ]
     full = sum(squares) ** 0.5
     return {"absolute": moved, "relative_to_model": moved / full, "relative_to_adapter_init": moved / init}
 
 
 def _target_modules(base: BaseModel, config: AdapterConfig) -> list[str]:
+    """The adapted modules, by their last names where these say it all, as PEFT's own configs do."""
     if config.target_modules == "auto":
         names = find_target_modules(base.model, config.layers_to_transform)
     else:
-        suffixes = tuple(config.target_modules)
-        every = [name for name, _ in base.model.named_modules() if name.endswith(suffixes)]
-        allowed = None if config.layers_to_transform is None else set(config.layers_to_transform)
-        names = [name for name in every if allowed is None or _layer_index(name) in allowed]
+        names = _find_named_modules(base, config.target_modules, config.layers_to_transform)
     short = sorted({name.rpartition(".")[2] for name in names})
     matches = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in short}
-    return short if matches == set(names) else names or list(config.target_modules)
+    return short if matches == set(names) else names
+
+
+def _find_named_modules(base: BaseModel, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
+    every = [name for name, _ in base.model.named_modules()]
+    found = {target: [n for n in every if n == target or n.endswith(f".{target}")] for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in find_target_modules(base.model)})
+        raise ModelError(f"adapter.target_modules: no module is named {missing}; auto would take {known}")
+    names = [name for name in every if any(name in group for group in found.values())]
+    if layers is None:
+        return names
+    find_target_modules(base.model, layers)  # refuses layers that the model does not have
+    kept = [name for name in names if _layer_index(name) in layers]
+    if not kept:
+        raise ModelError(f"adapter.target_modules: none of {list(targets)} is in layers {list(layers)}")
+    return kept
 
 
 def _layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _uses_conv1d(model: nn.Module, targets: list[str]) -> bool:
-    modules = dict(model.named_modules())
-    return any(type(m).__name__ == "Conv1D" for name, m in modules.items() if name.endswith(tuple(targets)))
+def _uses_conv1d(model: nn.Module, targets: Sequence[str]) -> bool:
+    return any(isinstance(m, Conv1D) and name.endswith(tuple(targets)) for name, m in model.named_modules())
+
+
+def _keep_head_in_float32(adapted: AdaptedModel, name: str) -> None:
+    """Train an output layer in float32, as PEFT does with LoRA's own weights: bfloat16 swallows small steps."""
+    for wrapper in adapted.peft.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapted.base.model.dtype != torch.float32:
+            head = wrapper.modules_to_save[name]
+            head.float()
+            head.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+
+
+def _check_shapes(adapted: AdaptedModel, name: str, state: dict[str, Tensor]) -> None:
+    expected = {key: tensor.shape for key, tensor in _live_state(adapted, THETA0).items()}
+    arrived = {key: tensor.shape for key, tensor in state.items()}
+    if expected != arrived:
+        wrong = sorted(key for key in expected.keys() | arrived.keys() if expected.get(key) != arrived.get(key))
+        raise StoreError(
+            f"adapter {name!r}: {len(wrong)} tensors missing, unknown or of another shape, first {wrong[0]!r}; "
+            "train it again"
+        )
+
+
+def _live_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
+    return dict(get_peft_model_state_dict(adapted.peft, adapter_name=name, save_embedding_layers=False))
+
+
+@contextmanager
+def _without_known_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that it deprecates.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # A model may mix GPT-2's transposed layers with ordinary ones; PEFT corrects each layer by itself.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        yield
 
 
 def _neutral_name(path: str, adapter: str) -> str:
-    return path.removesuffix(f".{adapter}")
+    return ".".join(part for part in path.split(".") if part != adapter)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +26,7 @@ from ensemblelora.seeding import generator_for
 
 __all__ = [
     "Affinity",
+    "SubsetDesign",
     "affinity_from_scores",
     "average_over_subsets",
     "fit_surrogate",
@@ -46,6 +46,27 @@ _MAX_TASKS_FOR_PAIRS = 40
 _RIDGES = np.logspace(3, -3, 25)  # of equal errors the largest wins
 
 
+@dataclass(frozen=True)
+class SubsetDesign:
+    """Subsets whose scores make the affinity.
+
+    Attributes:
+        n_tasks: Number of tasks, n.
+        subsets: Distinct, of one size, each sorted; in lexicographic order.
+    """
+
+    n_tasks: int
+    subsets: tuple[Subset, ...]
+
+    @property
+    def membership(self) -> FloatArray:
+        """1 where a subset holds a task, shape ``(n_subsets, n_tasks)``."""
+        members = np.zeros((len(self.subsets), self.n_tasks))
+        for s, subset in enumerate(self.subsets):
+            members[s, list(subset)] = 1.0
+        return members
+
+
 @dataclass(frozen=True, eq=False)
 class Affinity:
     """Task affinity, higher is better together.
@@ -63,7 +84,7 @@ class Affinity:
     surrogate: npt.NDArray[np.bool_]
 
 
-def sample_subsets(n_tasks: int, config: AffinityConfig, *, seed: int) -> tuple[Subset, ...]:
+def sample_subsets(n_tasks: int, config: AffinityConfig, *, seed: int) -> SubsetDesign:
     """Choose the subsets that the affinity is averaged over.
 
     All subsets of the size where there are no more than ``n_subsets``; otherwise that many, distinct and uniform,
@@ -79,9 +100,6 @@ def sample_subsets(n_tasks: int, config: AffinityConfig, *, seed: int) -> tuple[
         config: Size, number and coverage.
         seed: The run's seed.
 
-    Returns:
-        Distinct sorted subsets of one size, in lexicographic order.
-
     Raises:
         ConfigError: If the subsets hold one task only, although there are more.
     """
@@ -91,10 +109,11 @@ def sample_subsets(n_tasks: int, config: AffinityConfig, *, seed: int) -> tuple[
         raise ConfigError("affinity.subset_size 1: such subsets never hold two tasks; use 2 or more")
     size = min(config.subset_size, max(n_tasks - 1, min(n_tasks, 2)))
     if math.comb(n_tasks, size) <= config.n_subsets:
-        return tuple(itertools.combinations(range(n_tasks), size))
+        return SubsetDesign(n_tasks, tuple(itertools.combinations(range(n_tasks), size)))
     drawn = _draw_uniform(n_tasks, size, config.n_subsets, generator_for(seed, "subsets"))
     generator = generator_for(seed, "subsets", "coverage")
-    return tuple(sorted(_top_up(n_tasks, size, drawn, config.min_pair_count, 2 * config.n_subsets, generator)))
+    subsets = _top_up(n_tasks, size, drawn, config.min_pair_count, 2 * config.n_subsets, generator)
+    return SubsetDesign(n_tasks, tuple(sorted(subsets)))
 
 
 def reference_subsets(n_tasks: int) -> tuple[Subset, ...]:
@@ -121,9 +140,8 @@ def select_values(nll: FloatArray, accuracy: FloatArray, score: Literal["nll", "
 
 
 def affinity_from_scores(
-    subsets: Sequence[Subset],
+    design: SubsetDesign,
     values: FloatArray,
-    n_tasks: int,
     *,
     row_scale: Literal["none", "sd"] = "none",
     surrogate_above: int = 40,
@@ -135,38 +153,35 @@ def affinity_from_scores(
     half of equation 1's, which was as large as the affinities' own spread.
 
     Args:
-        subsets: Distinct subsets of one size, from :func:`sample_subsets`.
+        design: The subsets, from :func:`sample_subsets`.
         values: Scores of every subset on every task, higher is better, shape ``(n_subsets, n_tasks)``; only scores of
             tasks in the subset are read.
-        n_tasks: Number of tasks.
         row_scale: ``sd`` divides each row by the spread of its entries, for losses of different magnitude.
         surrogate_above: Number of tasks above which the surrogate gives the whole matrix.
 
     Raises:
-        DataError: If the values don't fit the subsets or are not finite, or a task is in no subset.
+        DataError: If the values don't fit the design or are not finite, or a task is in no subset.
     """
-    members, scores = _membership(subsets, n_tasks), np.asarray(values, dtype=np.float64)
-    _check_values(members, scores)
-    directed, counts = average_over_subsets(subsets, scores, n_tasks)
-    surrogate = (counts == 0) | (n_tasks > surrogate_above)
+    scores = np.asarray(values, dtype=np.float64)
+    _check_values(design.membership, scores)
+    directed, counts = average_over_subsets(design, scores)
+    surrogate = (counts == 0) | (design.n_tasks > surrogate_above)
     if surrogate.any():
-        directed = np.where(surrogate, fit_surrogate(subsets, scores, n_tasks), directed)
+        directed = np.where(surrogate, fit_surrogate(design, scores), directed)
         _logger.info("%d of %d affinities come from the linear surrogate", int(surrogate.sum()), surrogate.size)
     return Affinity(directed, symmetrize(directed, row_scale=row_scale), counts, surrogate)
 
 
-def average_over_subsets(
-    subsets: Sequence[Subset], values: FloatArray, n_tasks: int
-) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+def average_over_subsets(design: SubsetDesign, values: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
     """Return T of equation 1, NaN for pairs never seen, and how many subsets hold each pair, both ``(n, n)``."""
-    members = _membership(subsets, n_tasks)  # (k, n)
+    members = design.membership  # (k, n)
     sums = (members * np.where(members > 0, values, 0.0)).T @ members
     counts = members.T @ members
     directed = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
     return directed, counts.astype(np.int64)
 
 
-def fit_surrogate(subsets: Sequence[Subset], values: FloatArray, n_tasks: int) -> FloatArray:
+def fit_surrogate(design: SubsetDesign, values: FloatArray) -> FloatArray:
     """Return T from a linear model of the scores, on the level of equation 1, shape ``(n, n)``.
 
     Per task i, ``f_i(S) ~ mu_i + sum_{j in S, j != i} beta_ij`` by ridge over the subsets that hold i (a linear
@@ -174,8 +189,8 @@ def fit_surrogate(subsets: Sequence[Subset], values: FloatArray, n_tasks: int) -
     ``mu_i + beta_ij + (c - 2) / (n - 2) sum_{l != i, j} beta_il``, and over all that hold i
     ``mu_i + (c - 1) / (n - 1) sum_{l != i} beta_il``.
     """
-    n, c = n_tasks, len(subsets[0])
-    members = _membership(subsets, n)
+    n, c = design.n_tasks, len(design.subsets[0])
+    members = design.membership
     directed = np.empty((n, n))
     for i in range(n):
         rows = members[:, i] > 0
@@ -205,14 +220,6 @@ def relative_affinity(directed: FloatArray, single_scores: FloatArray) -> FloatA
         single_scores: Score of each task fitted alone, higher is better, shape ``(n,)``.
     """
     return np.asarray(directed - np.asarray(single_scores)[:, None])
-
-
-def _membership(subsets: Sequence[Subset], n_tasks: int) -> FloatArray:
-    """Return 1 where a subset holds a task, shape ``(n_subsets, n_tasks)``."""
-    members = np.zeros((len(subsets), n_tasks))
-    for s, subset in enumerate(subsets):
-        members[s, list(subset)] = 1.0
-    return members
 
 
 def _check_values(members: FloatArray, values: FloatArray) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "RESULTS_FILE",
     "RUN_FILE",
     "STAGES_FOLDER",
+    "TASKS_FILE",
     "RunFolder",
     "atomic_folder",
     "file_sha256",
@@ -70,6 +71,7 @@ COSTS_FILE = "costs.json"
 REPORT_HTML_FILE = "report.html"
 REPORT_MARKDOWN_FILE = "report.md"
 STAGES_FOLDER = "stages"
+TASKS_FILE = "tasks.json"
 RUN_FILE = "run.json"
 
 _FORMAT = 1

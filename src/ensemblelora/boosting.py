@@ -32,7 +32,7 @@ from ensemblelora.adapters import (
     trainable_linears,
 )
 from ensemblelora.blocks import FeatureBlock
-from ensemblelora.config import BoostingConfig
+from ensemblelora.config import BoostingConfig, TrainingConfig
 from ensemblelora.counting import count_training
 from ensemblelora.data.batching import collate, iterate_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
@@ -307,7 +307,7 @@ def _train_residual(
     adapted: AdaptedModel, name: str, state: _GroupState, config: BoostingConfig, *, seed: int, meter: Meter
 ) -> dict[str, Tensor]:
     """A few real optimiser steps on ``CE(F + rate (z - z_theta0))`` from theta0; the step is where they lead."""
-    from ensemblelora.config import TrainingConfig
+
 
     splits = [task.train for task in state.tasks]
     schedule = schedule_training(splits, TrainingConfig(num_train_epochs=1), seed=seed)[: config.n_steps]

@@ -79,7 +79,7 @@ class GradientsConfig(_Stage):
     output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = "auto"
     proj_type: Literal["rademacher", "gaussian", "none"] = "rademacher"
     proj_dim: int = Field(400, ge=1, description="Paper, Table 3: error is flat from 400 on.")
-    max_tokens_per_batch: int = Field(4096, ge=1)
+    max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")
 
 
 class EstimationConfig(_Stage):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # ships no types
 
 from ensemblelora import __version__, progress
 from ensemblelora.config import RunConfig, parse_config
@@ -84,11 +84,11 @@ def make_tiny_run(folder: Path, *, device: str = "auto") -> RunConfig:
     """
     tasks = folder / "tasks"
     tasks.mkdir()
-    rows = [(f"the {noun} is {colour}", colour == "red") for noun in _NOUNS for colour in ("red", "blue")]
-    for name, labels in (("red", ("no", "yes")), ("blue", ("yes", "no"))):
-        lines = ["text,label", *(f"{text},{labels[is_red]}" for text, is_red in rows)]
-        (tasks / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _save_tiny_model(folder / "model", [*(text for text, _ in rows), "yes no"])
+    rows = [(noun, colour) for noun in _NOUNS for colour in ("red", "blue")]
+    for asked, question in (("red", "the {} is {}"), ("blue", "is a {} {}")):
+        lines = [f"{question.format(noun, colour)},{'yes' if colour == asked else 'no'}" for noun, colour in rows]
+        (tasks / f"{asked}.csv").write_text("\n".join(["text,label", *lines, ""]), encoding="utf-8")
+    _save_tiny_model(folder / "model", [f"the {noun} is {colour}: yes, no" for noun, colour in rows])
     return parse_config(
         {
             "out": str(folder / "run"),

@@ -19,27 +19,20 @@ from ensemblelora.data.batching import plan_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.progress import track
 
-__all__ = ["decode_answers", "generate_answers", "matches_exactly"]
+__all__ = ["decode_answers", "generate", "generate_answers", "matches_exactly"]
 
 
 def generate_answers(
-    adapted: AdaptedModel,
-    encoded: EncodedSplit,
-    members: Sequence[str],
-    weights: Sequence[float],
-    *,
-    max_new_tokens: int | None = None,
-    max_tokens: int = 4096,
+    adapted: AdaptedModel, encoded: EncodedSplit, members: Sequence[str], weights: Sequence[float], *, max_tokens: int
 ) -> list[list[int]]:
-    """Generate one answer per example of a free-text split.
+    """Generate one answer per example of a free-text split, no longer than the longest reference answer.
 
     Args:
         adapted: The model with its members.
         encoded: A split of kind ``sequence``.
         members: Adapter names.
         weights: Their shares of the mixture.
-        max_new_tokens: Longest answer; none: that of the longest reference answer in the split.
-        max_tokens: Padded context tokens in one batch.
+        max_tokens: Padded tokens in one batch, answers included.
 
     Returns:
         Token ids of each answer, without the end token.
@@ -49,12 +42,24 @@ def generate_answers(
         for start, length in zip(encoded.row_starts[:-1], encoded.answer_starts, strict=True)
     ]
     longest = int((encoded.row_lengths - encoded.answer_starts).max())
-    steps = longest if max_new_tokens is None else max_new_tokens
+    return generate(adapted, contexts, members, weights, max_new_tokens=longest, max_tokens=max_tokens)
+
+
+def generate(
+    adapted: AdaptedModel,
+    contexts: Sequence[np.ndarray],
+    members: Sequence[str],
+    weights: Sequence[float],
+    *,
+    max_new_tokens: int,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Generate one answer per context, greedily from the members' mixture; see :func:`generate_answers`."""
     answers: list[list[int]] = [[] for _ in contexts]
-    lengths = np.array([len(context) for context in contexts])
-    plan = plan_batches(lengths + steps, np.ones(len(contexts), dtype=np.int64), max_tokens)
-    for batch in track(plan, f"generate {encoded.task}"):
-        produced = _generate_batch(adapted, [contexts[int(e)] for e in batch], members, weights, steps)
+    lengths = np.array([len(context) + max_new_tokens for context in contexts])
+    plan = plan_batches(lengths, np.ones(len(contexts), dtype=np.int64), max_tokens)
+    for batch in track(plan, "generate"):
+        produced = _generate_batch(adapted, [contexts[int(e)] for e in batch], members, weights, max_new_tokens)
         for example, answer in zip(batch, produced, strict=True):
             answers[int(example)] = answer
     return answers

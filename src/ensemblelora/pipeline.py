@@ -5,7 +5,7 @@ Read :func:`run` first; it is the method. Everything it calls is in ``stages.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from ensemblelora.adapters import attach
 from ensemblelora.config import RunConfig
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.errors import ConfigError
+from ensemblelora.forecast import forecast_run
 from ensemblelora.models import load_base
 from ensemblelora.workspace import open_workspace
 
-__all__ = ["STAGES", "RunResult", "run"]
+__all__ = ["STAGES", "RunResult", "estimate", "read_result", "run"]
 
 STAGES = ("features", "affinity", "group", "train", "boost", "combine", "evaluate", "report")
 
@@ -67,6 +68,22 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
         judging.evaluate_methods(work, probe, ensemble, shared, plan, rows)  # the test rows, for the first time
         judging.write_report(work)
     return read_result(Path(config.out))
+
+
+def estimate(config: RunConfig) -> dict[str, dict[str, float]]:
+    """Predict every stage's time, FLOPs, tokens and disk space without writing anything.
+
+    Loads data and model and times a few passes; the model is not trained.
+
+    Raises:
+        UsageError: If config, data or model are wrong, as :func:`run` would say.
+    """
+    tasks = load_tasks(config.data, seed=config.seed)
+    stages.check_request(config, tasks)
+    base = load_base(config.model, head=stages.choose_head(tasks), n_labels=stages.count_labels(tasks))
+    rows = stages.encode_tasks(tasks, base, max_length=config.data.max_length)
+    probe = attach(base, config.adapter, seed=config.seed)
+    return {name: asdict(stage) for name, stage in forecast_run(config, probe, rows).items()}
 
 
 def read_result(folder: Path) -> RunResult:

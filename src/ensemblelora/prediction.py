@@ -18,7 +18,7 @@ import torch
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate
 from ensemblelora.counting import count_forward
-from ensemblelora.data.batching import iterate_batches
+from ensemblelora.data.batching import collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.progress import track
 from ensemblelora.scoring import score_batch
@@ -51,7 +51,7 @@ def predict_members(
         encoded: The split.
         members: Adapter names, in the order of the result.
         max_tokens: Padded tokens in one forward pass.
-        meter: Told how many tokens were read, real and padded.
+        meter: Told what every pass costs.
 
     Returns:
         Scores in the split's own order of examples.
@@ -59,8 +59,9 @@ def predict_members(
     shape = (len(members), _n_rows(encoded), max(int(encoded.n_choices.max()), 1))
     values = np.full(shape, -np.inf, dtype=np.float32)
     starts = _row_starts(encoded)
-    batches = iterate_batches(encoded, max_tokens, adapted.base.pad_token_id)
-    for batch in track(batches, f"predict {encoded.task} ({encoded.split})"):
+    plan = plan_batches(encoded.example_lengths, encoded.row_counts, max_tokens)
+    for indices in track(plan, f"predict {encoded.task} ({encoded.split})"):
+        batch = collate([(encoded, int(e)) for e in indices], adapted.base.pad_token_id)
         for m, member in enumerate(members):
             with activate(adapted, member), torch.inference_mode():
                 scores = score_batch(adapted.network, batch)
@@ -81,18 +82,6 @@ def predict_members(
     )
 
 
-def _row_starts(encoded: EncodedSplit) -> np.ndarray:
-    """Where each example's rows of scores begin, ``(n_examples + 1,)``."""
-    if encoded.kind != "sequence":
-        return np.arange(encoded.n_examples + 1)
-    lengths = encoded.row_lengths - encoded.answer_starts  # a sequence has one row an example
-    return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _n_rows(encoded: EncodedSplit) -> int:
-    return int(_row_starts(encoded)[-1])
-
-
 def member_nll(scores: MemberScores, labels: np.ndarray) -> np.ndarray:
     """Negative log-likelihood of each example under each member, ``(m, n_examples)`` float64 (nats).
 
@@ -107,3 +96,15 @@ def member_nll(scores: MemberScores, labels: np.ndarray) -> np.ndarray:
     picked = values[:, np.arange(len(labels)), labels]
     nll: np.ndarray = np.logaddexp.reduce(values, axis=2) - picked
     return nll
+
+
+def _row_starts(encoded: EncodedSplit) -> np.ndarray:
+    """Where each example's rows of scores begin, ``(n_examples + 1,)``."""
+    if encoded.kind != "sequence":
+        return np.arange(encoded.n_examples + 1)
+    lengths = encoded.row_lengths - encoded.answer_starts  # a sequence has one row an example
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _n_rows(encoded: EncodedSplit) -> int:
+    return int(_row_starts(encoded)[-1])

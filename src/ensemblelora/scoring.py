@@ -23,8 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ensemblelora.data.batching import Batch
+from ensemblelora.errors import ModelError
 
-__all__ = ["Scores", "cross_entropy", "score_batch", "score_rows"]
+__all__ = ["Scores", "check_output_layer", "cross_entropy", "score_batch"]
+
+_OUTPUT_TOLERANCE = 0.02  # of the largest logit; bfloat16 rounding stays well below, a forgotten scaling does not
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,25 +51,25 @@ def score_batch(network: nn.Module, batch: Batch, *, normalize: bool = False) ->
     Reference:
         docs/paper.md, row "output h"; tokenisation and scoring as lm-evaluation-harness does it.
     """
-    device = next(network.parameters()).device
-    ids, mask = (torch.from_numpy(a).to(device) for a in (batch.input_ids, batch.attention_mask))
-    if len(batch.kinds) and batch.kinds[0] == "classification":
-        logits = network(input_ids=ids, attention_mask=mask).logits.float()
-        return Scores(z=_mask_choices(logits, batch, logits.shape[1]), token_logprobs=logits.new_empty(0))
-    hidden = network.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # type: ignore[operator]
-    rows, columns = torch.from_numpy(batch.positions).to(device).unbind(1)
-    return _score_positions(network, batch, hidden[rows, columns], normalize=normalize)
-
-
-def score_rows(scores: Scores, batch: Batch) -> Tensor:
-    """Pick each row's own score out of ``z``, for batches with a row a choice: ``(rows,)``."""
-    return scores.z[torch.from_numpy(batch.row_example), torch.from_numpy(batch.row_choice)]
+    if len(batch.kinds) and batch.kinds[0] == "classification":  # a model has one head, so all examples are
+        logits: Tensor = network(**_inputs(network, batch)).logits.float()
+        n_choices = torch.from_numpy(batch.n_choices).to(logits.device)
+        absent = torch.arange(logits.shape[1], device=logits.device) >= n_choices[:, None]
+        return Scores(z=logits.masked_fill(absent, -torch.inf), token_logprobs=logits.new_empty(0))
+    return _score_positions(network, batch, _scored_hidden(network, batch), normalize=normalize)
 
 
 def cross_entropy(z: Tensor, batch: Batch, *, loss: str = "label_softmax") -> Tensor:
-    """Loss of each example, ``(examples,)``: softmax over its own labels; for a sequence, its mean token NLL.
+    """Loss of each example: softmax over its own labels; for a sequence, its mean token NLL.
 
-    ``vocab_softmax`` takes the score of the right answer as a log-probability as it is (``normalize=True`` scores).
+    Args:
+        z: Scores of the batch, ``(examples, K_max)``.
+        batch: What was scored.
+        loss: ``label_softmax``; or ``vocab_softmax``, which takes the right answer's score as the log-probability
+            it is (verbalizer scores must be made with ``normalize=True`` then).
+
+    Returns:
+        Losses in nats, ``(examples,)``.
     """
     labels = torch.from_numpy(batch.labels).to(z.device)
     picked = z.gather(1, labels[:, None])[:, 0]
@@ -74,6 +77,42 @@ def cross_entropy(z: Tensor, batch: Batch, *, loss: str = "label_softmax") -> Te
         return -picked
     is_sequence = torch.tensor([kind == "sequence" for kind in batch.kinds], device=z.device)
     return torch.where(is_sequence, -picked, torch.logsumexp(z, dim=1) - picked)
+
+
+def check_output_layer(network: nn.Module, batch: Batch) -> None:
+    """Compare the scored logits with the model's own, which some families make with more than their output layer.
+
+    Args:
+        network: A model with a language-modelling head.
+        batch: One or two examples; the whole vocabulary is computed at every position of theirs.
+
+    Raises:
+        ModelError: If the two differ by more than rounding.
+    """
+    with torch.inference_mode():
+        logits: Tensor = network(**_inputs(network, batch), use_cache=False).logits
+        rows, columns = torch.from_numpy(batch.positions).to(logits.device).unbind(1)
+        own, ours = logits[rows, columns].float(), _output_layer(network, _scored_hidden(network, batch))
+    error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
+    if not error <= _OUTPUT_TOLERANCE:
+        raise ModelError(
+            f"model family {type(network).__name__}: it makes logits from its last hidden state in a way unknown here "
+            f"(they differ by {error:.2g} of the largest); choose a Llama, Qwen2, GPT-2 or GPT-J type model"
+        )
+
+
+def _inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    device = next(network.parameters()).device
+    arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def _scored_hidden(network: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states at the scored positions, ``(n_scored, hidden)``."""
+    body: nn.Module = network.base_model  # type: ignore[assignment]  # a property that torch's types don't know
+    hidden: Tensor = body(**_inputs(network, batch), use_cache=False).last_hidden_state
+    rows, columns = torch.from_numpy(batch.positions).to(hidden.device).unbind(1)
+    return hidden[rows, columns]
 
 
 def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normalize: bool) -> Scores:
@@ -141,8 +180,3 @@ def _is_plain_head(network: nn.Module) -> bool:
     plain = type(network.get_output_embeddings()) is nn.Linear  # type: ignore[operator]
     names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
     return plain and all(getattr(network.config, name, None) is None for name in names)
-
-
-def _mask_choices(logits: Tensor, batch: Batch, n_outputs: int) -> Tensor:
-    n_choices = torch.from_numpy(batch.n_choices).to(logits.device)
-    return logits.masked_fill(torch.arange(n_outputs, device=logits.device) >= n_choices[:, None], -torch.inf)

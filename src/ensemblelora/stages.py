@@ -291,7 +291,9 @@ def combine_members(
                 group_scores(probe, split, every, groups, max_tokens=tokens, meter=stage.meter)
                 for split in rows.validation
             ]
-            fitted = _fit_weights(scores, rows.validation, plan, config)
+            owners = {task: g for g, group in enumerate(plan.groups) for task in group}
+            own = [owners[task] for task in range(len(rows.names))]
+            fitted = _fit_weights(scores, rows.validation, own, config)
             model = Ensemble(
                 task_names=rows.names,
                 groups=plan.groups,
@@ -300,16 +302,25 @@ def combine_members(
                 routed=tuple(bool(r) for r in fitted.routed),
                 combine=config.ensemble.combine,
             )
-            measured = [_own_validation_nll(s, split, g) for s, split, g in zip(scores, rows.validation, model.group_of, strict=True)]
+            measured = [_own_validation_nll(s, split, g) for s, split, g in zip(scores, rows.validation, own, strict=True)]
             save_ensemble(model, path, boosting=[_describe_round(i, r) for i, r in enumerate(rounds)], own_validation_nll=measured)
             stage.files.append(path)
     return load_ensemble(path)
 
 
 def _fit_weights(
-    scores: Sequence[MemberScores], splits: Sequence[EncodedSplit], plan: Plan, config: RunConfig
+    scores: Sequence[MemberScores], splits: Sequence[EncodedSplit], groups: Sequence[int], config: RunConfig
 ) -> weighting.EnsembleWeights:
-    raise NotImplementedError
+    logits = [
+        weighting.MemberLogits(
+            values=found.values,
+            labels=split.labels,
+            groups=split.groups,
+            row_example=found.row_example if split.kind == "sequence" else None,
+        )
+        for found, split in zip(scores, splits, strict=True)
+    ]
+    return weighting.fit_weights(logits, groups, config.ensemble, seed=config.seed)
 
 
 def _own_validation_nll(scores: MemberScores, split: EncodedSplit, group: int) -> float:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ensemblelora.artifacts import REPORT_HTML_FILE
+from ensemblelora.report.headline import write_headline
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.records import CostsRecord, PlanRecord, Prediction, ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.wording import (
@@ -42,26 +43,18 @@ def summarize(folder: Path) -> list[Text | Table]:
         StoreError: If one of its files is damaged.
     """
     record = load_record(folder)
-    parts: list[Text | Table] = [_write_headline(record.plan), _list_groups(record.plan)]
+    parts: list[Text | Table] = [Text(write_headline(record), style="bold"), Text(record.plan.reason), Text()]
+    parts += [_list_groups(record.plan), Text()]
     if record.results is None:
-        parts.append(_tabulate_predictions(record.plan))
+        parts += [_tabulate_predictions(record.plan), Text()]
     else:
-        parts += [_tabulate_accuracy(record.plan, record.results), _tabulate_methods(record, record.results)]
+        parts += [_tabulate_accuracy(record.plan, record.results), Text()]
+        parts += [_tabulate_methods(record, record.results), Text()]
     parts += [Text(line) for line in _list_costs(record.costs)]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in record.plan.warnings[:3]]
     report = folder / REPORT_HTML_FILE
     parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}"))
     return parts
-
-
-def _write_headline(plan: PlanRecord) -> Text:
-    tasks = count(plan.n_tasks, "task")
-    headline = {
-        "group": f"{count(len(plan.groups), 'group')} for {tasks}",
-        "one adapter": f"one adapter for {tasks}",
-        "one per task": f"one adapter for each of {tasks}",
-    }.get(plan.decision, f"{plan.decision}: {tasks}")
-    return Text.assemble((headline, "bold"), f". {plan.reason}" if plan.reason else "")
 
 
 def _list_groups(plan: PlanRecord) -> Table:

@@ -10,14 +10,14 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ensemblelora import artifacts, progress
+from ensemblelora import __version__, artifacts, progress
 from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts
 from ensemblelora.config import RunConfig, dump_config
 from ensemblelora.data.encoding import EncodedSplit
@@ -65,7 +65,7 @@ class Workspace:
             inputs: Everything its result depends on.
             is_part: A piece of a larger stage, such as one adapter: never the one to stop after.
         """
-        identity = artifacts.fingerprint(metadata.version("ensemblelora"), name, *inputs)
+        identity = artifacts.fingerprint(__version__, name, *inputs)
         is_needed = not self.folder.is_done(name, identity)
         was_begun = self._begun(name) == identity
         run = StageRun(identity, is_needed, Meter(name))
@@ -133,13 +133,13 @@ def describe_environment(model: dict[str, Any], device: str) -> dict[str, Any]:
     """Versions and machine, for ``environment.json``."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy", "cvxpy")}
     return {
-        "package_version": metadata.version("ensemblelora"),
+        "package_version": __version__,
         "python": platform.python_version(),
         **versions,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
         "model": model,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

@@ -24,8 +24,6 @@ _ANSWERS = ("answer", "output", "response")
 _QUESTIONS = {"question": "Question", "instruction": "Instruction", "text": ""}
 _CONTEXTS = ("input", "context")
 _MAX_CLASSES = 100
-_MAX_LISTED = 10
-"""Labels are listed in the prompt when there are no more than this; beyond, the list costs more than it tells."""
 
 
 def is_data_file(path: Path) -> bool:
@@ -69,7 +67,7 @@ def task_from_file(path: Path) -> TaskCard:
         "training_split": "train",
     }
     if "text" in columns and "label" in columns:
-        keys = _describe_labelled(rows["label"], path)
+        keys = _describe_labelled(list(rows["label"]), path)
     elif any(name in columns for name in _ANSWERS) and any(name in columns for name in _QUESTIONS):
         keys = _describe_generation(columns)
     else:
@@ -86,12 +84,13 @@ def task_from_file(path: Path) -> TaskCard:
 
 def _describe_labelled(values: Sequence[Any], path: Path) -> dict[str, Any]:
     names, target = _name_classes(values, path)
-    listed = f"Options: {', '.join(names)}\n" if len(names) <= _MAX_LISTED else ""
     return {
-        "doc_to_text": "{{text}}\n{% raw %}" + listed + "{% endraw %}Answer:",
-        "doc_to_choice": list(names),
+        # A list of the labels in the prompt misled a 135M model (AUC 0.44 against 0.70 on film reviews, untrained).
+        "doc_to_text": "{{text}}\nLabel:",
+        "doc_to_choice": names,
         "doc_to_target": target,
         "output_type": "multiple_choice",
+        "length_normalization": "tokens",
         "group": "text",
     }
 

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ensemblelora.data.task import Example, TaskCard
 from ensemblelora.errors import DataError
 
-__all__ = ["Renderer", "Row", "compile_card", "explode_row", "normalize_text"]
+__all__ = ["Renderer", "Row", "compile_card", "explode_row", "find_input_columns", "normalize_text"]
 
 Row = Mapping[str, Any]
 
@@ -80,6 +80,23 @@ def compile_card(card: TaskCard, columns: Collection[str]) -> Renderer:
         )
 
     return Renderer(target, render_group, render_example)
+
+
+def find_input_columns(card: TaskCard) -> tuple[str, ...]:
+    """Names of the columns that a card's context and choices can't do without, sorted.
+
+    Example:
+        >>> from ensemblelora.data.catalog import find_cards, load_card
+        >>> find_input_columns(load_card(find_cards()["rte"]))
+        ('hypothesis', 'premise')
+    """
+    environment = _make_environment()
+    found: set[str] = set()
+    for text in (card.doc_to_text, card.doc_to_choice):
+        if isinstance(text, str) and text:
+            is_template = "{" in text or text.startswith("[")
+            found |= _find_names(environment.parse(text)) - set(environment.globals) if is_template else {text}
+    return tuple(sorted(found))
 
 
 def explode_row(row: Row, path: str | None) -> Iterator[Row]:

@@ -123,6 +123,11 @@ class Oracle:
         """Subset fits solved so far, over all projection seeds."""
         return sum(len(known) for known in self._known)
 
+    @property
+    def n_unconverged(self) -> int:
+        """How many of them stopped before they met their tolerance."""
+        return sum(not fit.converged for known in self._known for fit in known.values())
+
     def validation_groups(self, task: int) -> npt.NDArray[np.int64]:
         """Return the codes of validation rows that belong together, shape ``(n_val,)``."""
         return self.replicates[0].validation[task].groups
@@ -136,6 +141,10 @@ class Oracle:
             self.penalty_table,
             tuple(self._known[r] for r in which),
         )
+
+    def solve(self, subsets: Sequence[Subset]) -> None:
+        """Fit the subsets not known yet side by side, so that questions about single tasks find them solved."""
+        self._fit(subsets)
 
     def score(self, subsets: Sequence[Subset]) -> SubsetScores:
         """Predict the performance of every subset on every task.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["Candidate", "Comparison", "Decision", "Groups", "Plan", "Prediction", "Predictions"]
+from pydantic import TypeAdapter, ValidationError
+
+from ensemblelora.errors import StoreError
+
+__all__ = ["Candidate", "Comparison", "Decision", "Groups", "Plan", "Prediction", "Predictions", "read_plan"]
 
 Groups = tuple[tuple[int, ...], ...]
 Decision = Literal["group", "one adapter", "one per task"]
@@ -136,3 +140,17 @@ class Plan:
     comparisons: tuple[Comparison, ...]
     l2_penalty: float
     warnings: tuple[str, ...]
+
+
+def read_plan(values: Any) -> Plan:
+    """Return the plan that ``dataclasses.asdict`` turned into JSON.
+
+    Raises:
+        StoreError: If the values are not those of a plan.
+    """
+    try:
+        return TypeAdapter(Plan).validate_python(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise StoreError(f"plan: {where}: {fault['msg'].lower()}; run the group stage again") from None

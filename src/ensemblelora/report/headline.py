@@ -25,6 +25,8 @@ METHOD_LABELS = {
     "ensemble": "Ensemble",
 }
 
+_MAX_SIZES = 6
+
 
 def method_label(method: str) -> str:
     """Return what the report calls a method."""
@@ -67,43 +69,51 @@ def write_tiles(run: RunRecord) -> tuple[Tile, ...]:
 
 def _headline_of_plan(plan: PlanRecord) -> str:
     n_groups = len(plan.groups)
-    if n_groups == 1:
-        return f"One adapter for all {count(plan.n_tasks, 'task')}: no grouping is predicted to do better."
-    start = f"{count(plan.n_tasks, 'task')} in {n_groups} groups"
+    if plan.n_tasks == 1:
+        return f"{_shape(plan)}: there is nothing to group."
+    if n_groups == 1 and any(point.n_groups > 1 for point in plan.curve):
+        return f"{_shape(plan)}: no grouping is predicted to be clearly better."
     chosen = next((point for point in plan.curve if point.n_groups == n_groups), None)
-    if chosen is None or chosen.gain is None:
-        return f"{start}, one adapter for each, is the plan."
+    if n_groups == 1 or chosen is None or chosen.gain is None:
+        return f"{_shape(plan)}: that is the plan."
     error = "" if chosen.gain_se is None else f" ± {format_number(chosen.gain_se)} (1 SE)"
     direction = "below" if chosen.gain >= 0 else "above"
     return (
-        f"{start}: predicted validation loss {format_number(abs(chosen.gain))}{error} {direction} "
+        f"{_shape(plan)}: predicted validation loss {format_number(abs(chosen.gain))}{error} {direction} "
         "that of one adapter for all."
     )
 
 
+def _shape(plan: PlanRecord) -> str:
+    """Say what is trained."""
+    if plan.n_tasks == 1:
+        return f"One adapter for {plan.task_names[0]}"
+    if len(plan.groups) == 1:
+        return f"One adapter for all {plan.n_tasks} tasks"
+    if len(plan.groups) == plan.n_tasks:
+        return f"One adapter for each of {plan.n_tasks} tasks"
+    return f"Training {plan.n_tasks} tasks in {len(plan.groups)} groups"
+
+
 def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
-    n_tasks, n_groups = run.plan.n_tasks, len(run.plan.groups)
-    tasks = count(n_tasks, "task")
-    rival = "base" if n_groups == 1 else "shared"
-    shape = f"One adapter for all {tasks}" if n_groups == 1 else f"Training {tasks} in {n_groups} groups"
+    rival = "base" if len(run.plan.groups) == 1 else "shared"
     against = "the base model as it is" if rival == "base" else "one adapter for all"
     metric = "accuracy" if results.methods["ensemble"].mean("accuracy", run.plan.task_names) is not None else "nll"
     difference = results.find_difference("ensemble", rival, metric)
-    if difference is None:
-        return f"{shape}: {_compare_means(results, run.plan, metric, rival, against)}."
-    return f"{shape} {_judge(difference, against, run.config.evaluation.confidence)}."
+    if difference is None or difference.low is None or difference.high is None:
+        return f"{_shape(run.plan)}: {_compare_means(results, run.plan, metric, rival, against)}."
+    judgement = _judge(difference, difference.low, difference.high, against, run.config.evaluation.confidence)
+    return f"{_shape(run.plan)} {judgement}."
 
 
-def _judge(difference: Difference, against: str, confidence: float) -> str:
+def _judge(difference: Difference, low: float, high: float, against: str, confidence: float) -> str:
     """Say raised, lowered, or not shown to differ, as the interval allows."""
     is_rate = difference.metric == "accuracy"
     what = "mean test accuracy" if is_rate else "mean test loss"
-    value, low, high = difference.difference or 0.0, difference.low, difference.high
+    value = difference.difference or 0.0
     size = f"{format_points(value)} points" if is_rate else format_number(abs(value))
     scale, digits = (100.0, 1) if is_rate else (1.0, 3)
     interval = f"{confidence:.0%} interval {format_interval(low, high, scale=scale, digits=digits)}"
-    if low is None or high is None:
-        return f"{'raised' if value >= 0 else 'lowered'} {what} by {size} against {against}"
     if low <= 0 <= high:
         change = describe_difference(difference, confidence)
         return f"made no difference that this run can show against {against}: {change} in {what}"
@@ -121,8 +131,10 @@ def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival:
 
 
 def _tile_of_groups(plan: PlanRecord) -> Tile:
-    sizes = ", ".join(str(len(group)) for group in plan.groups)
-    return Tile("Groups", str(len(plan.groups)), f"of {count(plan.n_tasks, 'task')} (sizes {sizes})")
+    sizes = [len(group) for group in plan.groups]
+    listed = ", ".join(map(str, sizes)) if len(sizes) <= _MAX_SIZES else f"{min(sizes)} to {max(sizes)}"
+    detail = count(plan.n_tasks, "task") if len(sizes) == 1 else f"of {listed} tasks"
+    return Tile("Groups", str(len(sizes)), detail)
 
 
 def _tile_of_accuracy(results: ResultsRecord, plan: PlanRecord) -> Tile:

@@ -126,7 +126,7 @@ def _pair_hover(affinity: AffinityRecord, order: Sequence[int]) -> dict[str, Any
         [[or_none(round(affinity.matrix[i, j], 5)), None if counts is None else int(counts[i, j])] for j in order]
         for i in order
     ]
-    lines = ["<b>%{y}</b> with <b>%{x}</b>", "without own levels %{z:+.4f}", "mean score %{customdata[0]:.4f}"]
+    lines = ["<b>%{y}</b> with <b>%{x}</b>", "affinity without own levels %{z:+.4f}", "mean score %{customdata[0]:.4f}"]
     if counts is not None:
         lines.append("met in %{customdata[1]} subsets")
     return {"customdata": cells, "hovertemplate": "<br>".join(lines) + "<extra></extra>"}

@@ -31,6 +31,7 @@ def complete(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> 
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8, "pad": 4},
         "hoverlabel": {
+            "align": "left",
             "bgcolor": "var(--surface)",
             "bordercolor": "var(--line-strong)",
             "font": {"color": "var(--ink)"},

@@ -77,10 +77,7 @@ def _powers_of_results(run: RunRecord, confidence: float) -> list[str]:
         )
     chance = [name for name in run.plan.ordered_names if name in results.chance_tasks]
     if chance:
-        items.append(
-            f"On {count(len(chance), 'task')} ({join_names(chance)}) no method is above chance, so {'it' if len(chance) == 1 else 'they'} "
-            "can't say whether grouping helps."
-        )
+        items.append(f"On {join_names(chance)} no method is above chance: such tasks can't say whether grouping helps.")
     return items
 
 

@@ -171,8 +171,8 @@ def _difference_table(run: RunRecord, results: ResultsRecord, tasks: list[str]) 
         )
         for name, items in found.items()
     )
-    columns = (Column("Task", is_number=False), *(Column(metric.name) for metric in metrics))
-    note = "Marked where the interval leaves out 0. With many tasks a few do by chance alone, so the means above weigh more."
+    columns = (Column("Task", is_number=False), *(Column(metric.name.replace(", %", ", points")) for metric in metrics))
+    note = "Marked where the interval leaves out 0; of many tasks a few do by chance alone, so the means weigh more."
     return Table("Ensemble minus one adapter for all, task by task", columns, rows, note)
 
 

@@ -1,0 +1,13 @@
+"""Convex weights of the groups' models, task by task, and their use.
+
+In: what every group's model says about each task's validation rows. Out: :class:`EnsembleWeights`, on the simplex.
+:mod:`.loss` is the cross-entropy as a function of the weights, :mod:`.solver` minimises it with a certificate,
+:mod:`.fit` chooses how far to trust it.
+"""
+
+from __future__ import annotations
+
+from ensemblelora.weighting.fit import EnsembleWeights, fit_weights
+from ensemblelora.weighting.loss import MemberLogits, combine
+
+__all__ = ["EnsembleWeights", "MemberLogits", "combine", "fit_weights"]
