@@ -340,7 +340,7 @@ def test_library_talk_follows_the_flags(pipeline, recipe_file, capsys):
     def answer(config: RunConfig) -> FakeResult:
         logging.getLogger("ensemblelora.data").info("an info")
         logging.getLogger("ensemblelora.data").warning("a [warning]")
-        logging.getLogger("transformers.anything").warning("advice")
+        logging.getLogger("somebody.else").warning("advice")
         warnings.warn("deprecated", FutureWarning, stacklevel=1)
         return FakeResult(Path("r"))
 

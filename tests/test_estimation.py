@@ -373,6 +373,17 @@ def test_auto_penalty_is_the_grid_value_with_the_least_validation_loss() -> None
     assert build_oracle([features], EstimationConfig(l2_penalty=2.5)).penalty_table == ()
 
 
+def test_small_penalties_are_left_out_once_the_loss_only_rises() -> None:
+    features = make_features("margin", "margin", n=15, d=20)
+    grid = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+    penalty, table = choose_l2_penalty(features.train, features.validation, [], EstimationConfig(l2_grid=grid))
+    everything = [Oracle((features,), p, CONFIG).score([(0,), (1,), (0, 1)]).nll for p in grid]
+    losses = [np.mean([nll[0, 0], nll[1, 1], nll[2].mean()]) for nll in everything]
+    assert penalty == grid[int(np.argmin(losses))]
+    np.testing.assert_allclose([trial.nll for trial in table], losses[-len(table) :], rtol=1e-4)
+    assert len(table) < len(grid) and table[0].nll > table[1].nll > table[2].nll
+
+
 def test_equal_losses_choose_the_largest_penalty() -> None:
     features = make_features("margin")
     silent = TaskFeatures(

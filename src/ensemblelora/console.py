@@ -10,14 +10,17 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import pydantic_core
 import typer
 
 from ensemblelora import progress
 from ensemblelora.errors import EnsembleLoraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["describe_failure", "say", "show_json", "show_rows", "show_table", "talking"]
 
@@ -42,24 +45,27 @@ def talking(*, quiet: bool = False, verbose: int = 0, debug: bool = False) -> It
     from rich.console import Console  # 50 ms that --help need not wait for
 
     console = Console(stderr=True, highlight=False)
-    if not debug:
+    if verbose < 2 and not debug:
         for name, value in _QUIET_LIBRARIES.items():
             os.environ.setdefault(name, value)
     ours = logging.ERROR if quiet else logging.WARNING - 10 * min(verbose, 2)
     theirs = logging.WARNING if verbose > 1 else logging.ERROR
+    levels = {"ensemblelora": logging.DEBUG if debug else ours, "": logging.DEBUG if debug else theirs}
+    with _logging_to(console, levels), nullcontext() if quiet else progress.announcing(console):
+        yield
+
+
+@contextmanager
+def _logging_to(console: Console, levels: Mapping[str, int]) -> Iterator[None]:
+    """Send log lines and Python's warnings to the console, and leave logging as it was."""
     handler = _ConsoleHandler(console)
-    loggers = {"": logging.DEBUG if debug else theirs, "ensemblelora": logging.DEBUG if debug else ours}
-    before = {name: logging.getLogger(name).level for name in loggers}
-    for name, level in loggers.items():
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
     try:
-        if quiet:
-            yield
-        else:
-            with progress.announcing(console):
-                yield
+        yield
     finally:
         logging.captureWarnings(False)
         logging.getLogger().removeHandler(handler)
@@ -176,7 +182,7 @@ def _to_list(value: Any) -> Any:
 class _ConsoleHandler(logging.Handler):
     """Log lines through the console that draws the bars, so that neither breaks the other."""
 
-    def __init__(self, console: Any) -> None:
+    def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 

@@ -46,16 +46,14 @@ def score_batch(network: nn.Module, batch: Batch, *, normalize: bool = False) ->
     Args:
         network: The transformers model, adapters in place.
         batch: Right-padded rows and the positions to score.
-        normalize: Make verbalizer scores log-probabilities over the vocabulary instead of plain logits.
+        normalize: Make scores of single tokens log-probabilities over the whole vocabulary, and those of classes
+            over the whole head, instead of plain logits.
 
     Reference:
         docs/paper.md, row "output h"; tokenisation and scoring as lm-evaluation-harness does it.
     """
     if len(batch.kinds) and batch.kinds[0] == "classification":  # a model has one head, so all examples are
-        logits: Tensor = network(**_inputs(network, batch)).logits.float()
-        n_choices = torch.from_numpy(batch.n_choices).to(logits.device)
-        absent = torch.arange(logits.shape[1], device=logits.device) >= n_choices[:, None]
-        return Scores(z=logits.masked_fill(absent, -torch.inf), token_logprobs=logits.new_empty(0))
+        return _score_classes(network, batch, normalize=normalize)
     return _score_positions(network, batch, _scored_hidden(network, batch), normalize=normalize)
 
 
@@ -113,6 +111,16 @@ def _scored_hidden(network: nn.Module, batch: Batch) -> Tensor:
     hidden: Tensor = body(**_inputs(network, batch), use_cache=False).last_hidden_state
     rows, columns = torch.from_numpy(batch.positions).to(hidden.device).unbind(1)
     return hidden[rows, columns]
+
+
+def _score_classes(network: nn.Module, batch: Batch, *, normalize: bool) -> Scores:
+    logits: Tensor = network(**_inputs(network, batch)).logits.float()
+    if normalize:
+        logits = torch.log_softmax(logits, dim=1)
+    n_choices = torch.from_numpy(batch.n_choices).to(logits.device)
+    z = logits[:, : int(batch.n_choices.max())]  # the head may be wider than this task
+    absent = torch.arange(z.shape[1], device=z.device) >= n_choices[:, None]
+    return Scores(z=z.masked_fill(absent, -torch.inf), token_logprobs=z.new_empty(0))
 
 
 def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normalize: bool) -> Scores:

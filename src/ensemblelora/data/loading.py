@@ -133,7 +133,7 @@ def render_inputs(card: TaskCard, rows: Sequence[Row]) -> list[Example]:
             for k, inner in enumerate(explode_row(row, card.explode)):
                 examples.append(renderer.example(inner, f"row:{i}" if card.explode is None else f"row:{i}.{k}"))
         except DataError as error:
-            raise DataError(f"task {card.task!r}, row {i}: {error}") from None
+            raise DataError(f"task {card.task!r}: row {i}: {error}") from None
     if card.output_type == "multiple_choice":
         return examples
     return [Example(e.id, e.context, (), 0, e.group) for e in examples]
@@ -224,7 +224,7 @@ def _look_at(
                 stratum = "" if card.doc_to_choice is None else str(renderer.target(inner))
                 yield _Candidate(name, inner, stratum, renderer.group(inner) or name)
         except DataError as error:
-            raise DataError(f"task {card.task!r}, row {source}:{number}: {error}") from None
+            raise DataError(f"task {card.task!r}: row {source}:{number}: {error}") from None
 
 
 def _render(candidates: Sequence[_Candidate], renderer: Renderer) -> tuple[list[Example], str | None]:

@@ -69,7 +69,10 @@ def read_file(path: Path, **options: Any) -> Dataset:
     if reader == "csv":
         options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False, **options}
     with _quiet(), _one_line_faults(f"data file {path}: can't be read as {reader}"):
-        return _restore_dates(load_dataset(reader, data_files=[str(path)], split="train", **options))
+        splits = load_dataset(reader, data_files={"rows": [str(path)]}, **options)
+        if "rows" not in splits:  # a header alone
+            raise DataError(f"data file {path}: holds no rows")
+        return _restore_dates(splits["rows"])
 
 
 def expand_variables(text: str) -> str:
@@ -144,7 +147,10 @@ def _find_in_package(location: str) -> Path:
 
 def _restore_dates(rows: Dataset) -> Dataset:
     # The json reader turns columns of ISO dates into times; templates and answers need the text as it was.
-    names = [name for name, kind in rows.features.items() if str(getattr(kind, "dtype", "")).startswith("timestamp")]
+    from datasets import Features, Value
+
+    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in rows.features.items()}
+    names = [name for name, kind in kinds.items() if kind.startswith("timestamp")]
     if not names:
         return rows
 
@@ -152,7 +158,7 @@ def _restore_dates(rows: Dataset) -> Dataset:
         texts = {name: None if row[name] is None else str(row[name].isoformat()) for name in names}
         return {name: text and text.removesuffix("T00:00:00") for name, text in texts.items()}
 
-    return rows.map(restore)
+    return rows.map(restore, features=Features({**rows.features, **dict.fromkeys(names, Value("string"))}))
 
 
 @contextmanager

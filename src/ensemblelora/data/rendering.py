@@ -223,10 +223,7 @@ def _compile_choices(
     def render(row: Row) -> tuple[str, ...]:
         value = field(row)
         if isinstance(value, str):
-            try:
-                value = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                raise DataError(f"doc_to_choice: expected a list, got {_shorten(value)}") from None
+            value = _parse(value)
         if not isinstance(value, (list, tuple)):
             raise DataError(f"doc_to_choice: expected a list, got {_shorten(value)}")
         names = tuple(_as_text(item, "doc_to_choice") for item in value)
@@ -246,26 +243,34 @@ def _check_choices(names: tuple[str, ...]) -> None:
 
 def _find_label(value: Any, names: tuple[str, ...]) -> int:
     """Index of the target among the choices."""
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, str) and re.fullmatch(r"\[.*\]|-?\d*\.\d+", value, re.DOTALL):
+        value = _parse(value)  # a template of a list or a number renders to text
     if isinstance(value, (list, tuple, dict)):
         raise DataError(
-            f"the target is a list ({_shorten(value)}): multi-label tasks are not supported, only one "
-            "right choice a row"
+            f"the target is a list ({_shorten(value)}): multi-label tasks are not supported, only one choice"
         )
     if isinstance(value, float):
         raise DataError(
-            f"the target is the number {value}: regression is not supported, only classes; bin the values, "
-            "or give whole numbers from 0"
+            f"the target is the number {value}: regression is not supported, only classes; bin the values, or give "
+            "whole numbers from 0"
         )
     if value is None:
         raise DataError("the target is missing")
     if isinstance(value, int) and 0 <= value < len(names):
         return int(value)
-    if isinstance(value, str) and value in names:
-        return names.index(value)
     raise DataError(
-        f"label {value!r} is not one of {_shorten(list(names))} (nor an index into them); correct the row, "
-        "or the card's doc_to_choice"
+        f"label {value!r} is not one of {_shorten(list(names))} (nor an index into them); correct the row, or the "
+        "card's doc_to_choice"
     )
+
+
+def _parse(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def _as_answer(value: Any) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from ensemblelora.seeding import generator_for
 
 __all__ = ["cut_by_group", "draw_pool", "subsample"]
 
-_Stratum = TypeVar("_Stratum", bound=Hashable)
+_TOTAL = object()  # a stratum no example can be of
 
 
 def cut_by_group(
@@ -25,8 +24,8 @@ def cut_by_group(
     """Cut examples into parts of given sizes so that no group is in two parts and strata are spread evenly.
 
     Groups are dealt out, largest first and otherwise in random order, each to the part where it lowers
-    ``sum((got - wanted)^2 / wanted)`` most. With groups of one example this is Sainte-Lague's apportionment: each
-    part's share of each stratum is right to within one example.
+    ``sum((got - wanted)^2 / wanted)`` most, summed over the strata and the total. The total counts too because small
+    strata alone would all be rounded the same way, and a small part could stay empty.
 
     Args:
         strata: (n_examples,). What to spread evenly, such as labels.
@@ -45,12 +44,12 @@ def cut_by_group(
     shuffled = generator_for(seed, "cut").permutation(len(blocks))
     order = sorted(shuffled, key=lambda b: -len(blocks[b]))
 
-    totals = Counter(strata)
+    totals: dict[Hashable, int] = {**Counter(strata), _TOTAL: len(strata)}
     wanted = [{stratum: fraction * n for stratum, n in totals.items()} for fraction in fractions]
     missing = [dict(share) for share in wanted]
     parts: tuple[list[int], ...] = tuple([] for _ in fractions)
     for b in order:
-        counts = Counter(strata[position] for position in blocks[b])
+        counts: dict[Hashable, int] = {**Counter(strata[position] for position in blocks[b]), _TOTAL: len(blocks[b])}
         gains = [sum(n * (2 * missing[p][s] - n) / wanted[p][s] for s, n in counts.items()) for p in range(len(parts))]
         chosen = int(np.argmax(gains))
         parts[chosen].extend(blocks[b])

@@ -3,12 +3,11 @@
 Input: features of every task for train and validation, under one or more projection seeds. Output:
 :class:`~ensemblelora.estimation.scoring.SubsetScores`. Fits are kept, so a subset is solved once. Predictions are
 averaged over projection seeds; weights never are, since each seed has its own coordinates. Cost and memory: see
-:mod:`ensemblelora.estimation.solver`, plus 8 d bytes per kept fit.
+:mod:`ensemblelora.estimation.solver`, plus 8 d bytes per kept fit and, once asked, the training rows in float64.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,17 +17,15 @@ import numpy.typing as npt
 from ensemblelora.config import EstimationConfig
 from ensemblelora.errors import DataError
 from ensemblelora.estimation.scoring import RowOutcomes, SubsetScores, predict_outcomes, score_outcomes
-from ensemblelora.estimation.solver import Subset, check_subsets, fit_subsets
+from ensemblelora.estimation.solver import Subset, SubsetProblem, check_subsets, prepare_problem, solve_subsets
 from ensemblelora.store import FeatureBlock
 
 __all__ = ["Oracle", "PenaltyTrial", "TaskFeatures", "build_oracle", "choose_l2_penalty", "score_subsets"]
 
 FloatArray = npt.NDArray[np.float64]
 
-_logger = logging.getLogger(__name__)
-
 # Enough for a choice among seven penalties: the table's rows differ by far more than the spread over subsets.
-_MAX_TRIAL_SUBSETS = 64
+_MAX_TRIAL_SUBSETS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +69,15 @@ class PenaltyTrial:
 class _KnownFit:
     weights: FloatArray  # (d,)
     converged: bool
+    iterations: int
+
+
+class _Memory:
+    """The fits of one replicate, and its rows in the solver's form once anything was asked."""
+
+    def __init__(self) -> None:
+        self.fits: dict[Subset, _KnownFit] = {}
+        self.problem: SubsetProblem | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +101,8 @@ class Oracle:
     l2_penalty: float
     config: EstimationConfig
     penalty_table: tuple[PenaltyTrial, ...] = ()
-    # A memory, not a value: equal questions give equal answers with or without it.
-    _known: tuple[dict[Subset, _KnownFit], ...] = field(default=(), repr=False)
+    # Not part of the value: equal questions give equal answers with or without it.
+    _memories: tuple[_Memory, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse replicates of different rows, and start one memory of fits per replicate."""
@@ -105,8 +111,8 @@ class Oracle:
         ids = [[block.ids for block in replicate.validation] for replicate in self.replicates]
         if any(other != ids[0] for other in ids[1:]):
             raise DataError("projection seeds hold different validation rows; collect them from the same data")
-        if not self._known:
-            object.__setattr__(self, "_known", tuple({} for _ in self.replicates))
+        if not self._memories:
+            object.__setattr__(self, "_memories", tuple(_Memory() for _ in self.replicates))
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -121,12 +127,21 @@ class Oracle:
     @property
     def n_fits(self) -> int:
         """Subset fits solved so far, over all projection seeds."""
-        return sum(len(known) for known in self._known)
+        return sum(len(memory.fits) for memory in self._memories)
 
     @property
     def n_unconverged(self) -> int:
         """How many of them stopped before they met their tolerance."""
-        return sum(not fit.converged for known in self._known for fit in known.values())
+        return sum(not fit.converged for memory in self._memories for fit in memory.fits.values())
+
+    @property
+    def row_iterations(self) -> int:
+        """Training rows times iterations, summed over all fits so far: what a fit's cost is counted in."""
+        total = 0
+        for replicate, memory in zip(self.replicates, self._memories, strict=True):
+            sizes = [block.outputs.size for block in replicate.train]
+            total += sum(fit.iterations * sum(sizes[i] for i in subset) for subset, fit in memory.fits.items())
+        return total
 
     def validation_groups(self, task: int) -> npt.NDArray[np.int64]:
         """Return the codes of validation rows that belong together, shape ``(n_val,)``."""
@@ -139,7 +154,7 @@ class Oracle:
             self.l2_penalty,
             self.config,
             self.penalty_table,
-            tuple(self._known[r] for r in which),
+            tuple(self._memories[r] for r in which),
         )
 
     def solve(self, subsets: Sequence[Subset]) -> None:
@@ -188,13 +203,26 @@ class Oracle:
         """Return the weights of every subset in every replicate, solving those not known yet."""
         wanted = [_normalise(subset) for subset in subsets]
         stacks = []
-        for replicate, known in zip(self.replicates, self._known, strict=True):
-            missing = [subset for subset in dict.fromkeys(wanted) if subset and subset not in known]
+        for replicate, memory in zip(self.replicates, self._memories, strict=True):
+            missing = [subset for subset in dict.fromkeys(wanted) if subset and subset not in memory.fits]
             if missing:
-                known.update(_solve(replicate, missing, self.l2_penalty, self.config))
-            base = _KnownFit(np.zeros(replicate.train[0].proj_dim), True)
-            stacks.append(_stack([known[subset] if subset else base for subset in wanted], base.weights.size))
+                self._remember(replicate, memory, missing)
+            base = _KnownFit(np.zeros(replicate.train[0].proj_dim), True, 0)
+            stacks.append(_stack([memory.fits[subset] if subset else base for subset in wanted], base.weights.size))
         return stacks
+
+    def _remember(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> None:
+        if memory.problem is None:
+            memory.problem = prepare_problem(
+                replicate.train,
+                l2_penalty=self.l2_penalty,
+                balance=self.config.balance,
+                max_iter=self.config.max_iter,
+                tolerance=self.config.tolerance,
+            )
+        fit = solve_subsets(memory.problem, subsets)
+        solved = zip(subsets, fit.weights, fit.converged, fit.iterations, strict=True)
+        memory.fits.update({s: _KnownFit(weights, bool(done), int(count)) for s, weights, done, count in solved})
 
 
 def build_oracle(
@@ -226,7 +254,8 @@ def choose_l2_penalty(
     """Choose the relative ridge with the least predicted validation loss, before any training.
 
     Every subset counts once, by the mean nll of its own tasks. Singles and the full set join the subsets asked about,
-    since one penalty must serve every size; of many subsets an evenly spaced part is used.
+    since one penalty must serve every size; of many subsets an evenly spaced part is used. The grid is walked from its
+    largest value and left after two rises in a row: the smallest penalties cost most, and overfit more and more.
 
     Args:
         train: One block per task.
@@ -235,15 +264,17 @@ def choose_l2_penalty(
         config: Its ``l2_grid`` holds the candidates.
 
     Returns:
-        The penalty (of equals the largest) and the whole table, by rising penalty.
+        The penalty (of equals the largest) and the table of those tried, by rising penalty.
     """
     features = TaskFeatures(tuple(train), tuple(validation))
     asked = _choose_trial_subsets(check_subsets(subsets, len(train)), len(train))
-    table = tuple(_try_penalty(features, asked, penalty, config) for penalty in sorted(set(config.l2_grid)))
-    best = min(reversed(table), key=lambda trial: trial.nll)
-    if len(table) > 1 and best in (table[0], table[-1]):
-        _logger.info("the best l2_penalty, %g, is at the edge of estimation.l2_grid; widen the grid", best.l2_penalty)
-    return best.l2_penalty, table
+    trials: list[PenaltyTrial] = []
+    for penalty in sorted(set(config.l2_grid), reverse=True):
+        trials.append(_try_penalty(features, asked, penalty, config))
+        if len(trials) > 2 and trials[-3].nll < trials[-2].nll < trials[-1].nll:
+            break
+    best = min(trials, key=lambda trial: trial.nll)
+    return best.l2_penalty, tuple(reversed(trials))
 
 
 def score_subsets(
@@ -271,23 +302,6 @@ def _choose_trial_subsets(subsets: Sequence[Subset], n_tasks: int) -> list[Subse
     step = max(1, -(-len(subsets) // _MAX_TRIAL_SUBSETS))
     singles = [(i,) for i in range(0, n_tasks, max(1, -(-n_tasks // _MAX_TRIAL_SUBSETS)))]
     return list(dict.fromkeys([*subsets[::step], *singles, tuple(range(n_tasks))]))
-
-
-def _solve(
-    replicate: TaskFeatures, subsets: Sequence[Subset], penalty: float, config: EstimationConfig
-) -> dict[Subset, _KnownFit]:
-    fit = fit_subsets(
-        replicate.train,
-        subsets,
-        l2_penalty=penalty,
-        balance=config.balance,
-        max_iter=config.max_iter,
-        tolerance=config.tolerance,
-    )
-    return {
-        subset: _KnownFit(weights, bool(converged))
-        for subset, weights, converged in zip(subsets, fit.weights, fit.converged, strict=True)
-    }
 
 
 def _stack(fits: Sequence[_KnownFit], dimension: int) -> _Stack:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,7 +35,16 @@ from ensemblelora.errors import ConfigError, DataError, SolverError, UsageError
 from ensemblelora.estimation.loss import LinearRows, compute_curvature_trace, compute_hessian, sum_losses
 from ensemblelora.store import FeatureBlock
 
-__all__ = ["Fit", "Subset", "check_subsets", "compute_penalties", "fit_subsets"]
+__all__ = [
+    "Fit",
+    "Subset",
+    "SubsetProblem",
+    "check_subsets",
+    "compute_penalties",
+    "fit_subsets",
+    "prepare_problem",
+    "solve_subsets",
+]
 
 FloatArray = npt.NDArray[np.float64]
 Subset = tuple[int, ...]
@@ -68,19 +77,34 @@ class Fit:
 
 
 @dataclass(frozen=True, eq=False)
-class _Problem:
-    """The tasks' rows in curvature units, and the settings every subset shares."""
+class SubsetProblem:
+    """What all subset fits of one set of features share; made by :func:`prepare_problem`.
+
+    Attributes:
+        rows: The tasks' rows, gradients divided by ``unit``.
+        unit: Square root of the mean curvature c.
+        counts: Training examples of each task, shape ``(n_tasks,)``.
+        l2_penalty: Relative ridge.
+        max_iter: Most objective evaluations per subset.
+        tolerance: Of the gradient norm.
+        start: Where fits start, in curvature units, shape ``(d,)``: the solution of all tasks together.
+    """
 
     rows: tuple[LinearRows, ...]
-    dimension: int
     unit: float
-    counts: FloatArray  # (n_tasks,)
+    counts: FloatArray
     l2_penalty: float
     max_iter: int
     tolerance: float
+    start: FloatArray
+
+    @property
+    def dimension(self) -> int:
+        """d, the length of a projected gradient."""
+        return self.start.size
 
     def ridge(self, subset: Subset) -> float:
-        """lambda_S / c."""
+        """Return lambda_S / c, the ridge in curvature units."""
         return float(self.l2_penalty * self.counts.mean() / self.counts[list(subset)].sum())
 
 
@@ -88,7 +112,7 @@ class _Problem:
 class _Batch:
     """Subsets that are solved side by side."""
 
-    problem: _Problem
+    problem: SubsetProblem
     subsets: tuple[Subset, ...]
     membership: npt.NDArray[np.bool_]  # (k, n_tasks)
     totals: FloatArray  # (k,) sum of a_s
@@ -126,21 +150,78 @@ def fit_subsets(
         UsageError: If a subset is empty or names a task twice or one that is not there.
         ConfigError: If the penalty is not positive.
     """
-    problem = _make_problem(train, l2_penalty, balance, example_weights, max_iter, tolerance)
-    checked = check_subsets(subsets, len(train))
-    everything = _solve(_make_batch(problem, [tuple(range(len(train)))]), np.zeros(problem.dimension))
-    blocks = [
-        _solve(_make_batch(problem, block), everything.weights[0] * problem.unit)
-        for block in _split(checked, max(1, block_bytes // (8 * problem.dimension**2)))
-    ]
-    fit = _join(blocks, problem.dimension)
+    problem = prepare_problem(
+        train,
+        l2_penalty=l2_penalty,
+        balance=balance,
+        example_weights=example_weights,
+        max_iter=max_iter,
+        tolerance=tolerance,
+    )
+    return solve_subsets(problem, subsets, block_bytes=block_bytes)
+
+
+def solve_subsets(problem: SubsetProblem, subsets: Sequence[Subset], *, block_bytes: int = 2**28) -> Fit:
+    """Fit one weight vector to every subset of a prepared problem; see :func:`fit_subsets`.
+
+    Args:
+        problem: Rows and settings.
+        subsets: Non-empty tuples of distinct task indices.
+        block_bytes: Memory for the Hessians that are held at once.
+
+    Returns:
+        The solutions, in the order of ``subsets``.
+
+    Raises:
+        UsageError: If a subset is empty or names a task twice or one that is not there.
+    """
+    checked = check_subsets(subsets, len(problem.rows))
+    size = max(1, block_bytes // (8 * problem.dimension**2))
+    fit = _join([_solve(_make_batch(problem, block)) for block in _split(checked, size)], problem.dimension)
     n_failed = int((~fit.converged).sum())
     if n_failed:
         _logger.warning(
             "%d of %d subset fits ended above gradient norm %g in %d steps (worst %.2g); raise estimation.max_iter",
-            *(n_failed, len(checked), tolerance, max_iter, fit.gradient_norms.max()),
+            *(n_failed, len(checked), problem.tolerance, problem.max_iter, fit.gradient_norms.max()),
         )
     return fit
+
+
+def prepare_problem(
+    train: Sequence[FeatureBlock],
+    *,
+    l2_penalty: float,
+    balance: Literal["example", "task"] = "example",
+    example_weights: Sequence[npt.ArrayLike] | None = None,
+    max_iter: int = 100,
+    tolerance: float = 1e-6,
+) -> SubsetProblem:
+    """Widen the rows to float64 in curvature units, and fit all tasks together; arguments as in :func:`fit_subsets`.
+
+    Raises:
+        DataError: If blocks are empty, differ in dimension, or hold values that are not finite.
+        ConfigError: If the penalty is not positive.
+    """
+    if not (np.isfinite(l2_penalty) and l2_penalty > 0):
+        raise ConfigError(f"estimation.l2_penalty {l2_penalty}: expected a positive number, or auto")
+    _check_blocks(train)
+    unit = float(np.sqrt(_mean_curvature(train)))
+    weights: Sequence[npt.ArrayLike | None] = [None] * len(train) if example_weights is None else example_weights
+    rows = tuple(_weigh_rows(block, given, balance, unit) for block, given in zip(train, weights, strict=True))
+    counts = np.array([len(block.ids) for block in train], dtype=np.float64)
+    problem = SubsetProblem(rows, unit, counts, l2_penalty, max_iter, tolerance, np.zeros(train[0].proj_dim))
+    together = _solve(_make_batch(problem, [tuple(range(len(train)))]))
+    return replace(problem, start=together.weights[0] * unit)
+
+
+def _weigh_rows(
+    block: FeatureBlock, given: npt.ArrayLike | None, balance: Literal["example", "task"], unit: float
+) -> LinearRows:
+    n = len(block.ids)
+    weights = np.ones(n) if given is None else np.asarray(given, dtype=np.float64)
+    if weights.shape != (n,) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise DataError(f"task {block.task!r}: example weights must be {n} non-negative numbers, not all 0")
+    return LinearRows.from_block(block, weights / n if balance == "task" else weights, unit=unit)
 
 
 def compute_penalties(train: Sequence[FeatureBlock], subsets: Sequence[Subset], l2_penalty: float) -> FloatArray:
@@ -161,36 +242,6 @@ def check_subsets(subsets: Sequence[Subset], n_tasks: int) -> tuple[Subset, ...]
         if not subset or len(set(subset)) != len(subset) or subset[0] < 0 or subset[-1] >= n_tasks:
             raise UsageError(f"subset {subset}: expected distinct task indices from 0 to {n_tasks - 1}, at least one")
     return checked
-
-
-def _make_problem(
-    train: Sequence[FeatureBlock],
-    l2_penalty: float,
-    balance: Literal["example", "task"],
-    example_weights: Sequence[npt.ArrayLike] | None,
-    max_iter: int,
-    tolerance: float,
-) -> _Problem:
-    if not (np.isfinite(l2_penalty) and l2_penalty > 0):
-        raise ConfigError(f"estimation.l2_penalty {l2_penalty}: expected a positive number, or auto")
-    _check_blocks(train)
-    unit = float(np.sqrt(_mean_curvature(train)))
-    rows = []
-    for i, block in enumerate(train):
-        weights = np.ones(len(block.ids)) if example_weights is None else np.asarray(example_weights[i], np.float64)
-        if (
-            weights.shape != (len(block.ids),)
-            or not np.isfinite(weights).all()
-            or weights.min() < 0
-            or not weights.any()
-        ):
-            raise DataError(
-                f"task {block.task!r}: example weights must be {len(block.ids)} non-negative numbers, not all 0"
-            )
-        scale = 1.0 / len(block.ids) if balance == "task" else 1.0
-        rows.append(LinearRows.from_block(block, weights * scale, unit=unit))
-    counts = np.array([len(block.ids) for block in train], dtype=np.float64)
-    return _Problem(tuple(rows), train[0].proj_dim, unit, counts, l2_penalty, max_iter, tolerance)
 
 
 def _check_blocks(train: Sequence[FeatureBlock]) -> None:
@@ -225,7 +276,7 @@ def _mean_curvature(train: Sequence[FeatureBlock]) -> float:
     return curvature
 
 
-def _make_batch(problem: _Problem, subsets: Sequence[Subset]) -> _Batch:
+def _make_batch(problem: SubsetProblem, subsets: Sequence[Subset]) -> _Batch:
     membership = np.zeros((len(subsets), len(problem.rows)), dtype=bool)
     for s, subset in enumerate(subsets):
         membership[s, list(subset)] = True
@@ -234,14 +285,14 @@ def _make_batch(problem: _Problem, subsets: Sequence[Subset]) -> _Batch:
     return _Batch(problem, tuple(subsets), membership, membership @ task_totals, ridges)
 
 
-def _solve(batch: _Batch, start: FloatArray) -> Fit:
-    """Minimise every subset's objective from one common start, in curvature units."""
+def _solve(batch: _Batch) -> Fit:
+    """Minimise every subset's objective from the problem's common start."""
     n_subsets, problem = len(batch.subsets), batch.problem
     everyone = np.arange(n_subsets)
-    weights, lengths = np.tile(start, (n_subsets, 1)), np.ones(n_subsets)
+    weights, lengths = np.tile(problem.start, (n_subsets, 1)), np.ones(n_subsets)
     iterations = np.ones(n_subsets, dtype=np.int64)
     losses, gradients = _evaluate(batch, weights, everyone)
-    factors = _factorise_at(batch, start)
+    factors = _factorise_at_start(batch)
     steps = -_precondition(factors, gradients, everyone)
     while True:
         norms = np.linalg.norm(gradients, axis=1)
@@ -283,8 +334,9 @@ def _evaluate(batch: _Batch, weights: FloatArray, which: npt.NDArray[np.intp]) -
     return losses, gradients / totals[:, None] + ridges[:, None] * weights
 
 
-def _factorise_at(batch: _Batch, start: FloatArray) -> list[FloatArray]:
-    """Factorise every subset's Hessian at one common point, computing each task's part once."""
+def _factorise_at_start(batch: _Batch) -> list[FloatArray]:
+    """Factorise every subset's Hessian at the common start, computing each task's part once."""
+    start = batch.problem.start
     hessians = np.zeros((len(batch.subsets), start.size, start.size))
     for i, rows in enumerate(batch.problem.rows):
         members = np.flatnonzero(batch.membership[:, i])

@@ -15,10 +15,9 @@ Slow twin: autograd, one example at a time, in tests/test_collect.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
+from ensemblelora.blocks import OutputMode
 from ensemblelora.config import GradientsConfig
 from ensemblelora.counting import count_gradients
 from ensemblelora.data.batching import Batch, collate, plan_batches
@@ -33,14 +33,13 @@ from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
 from ensemblelora.gradients.output import choose_mode, compute_outputs, label_of_mode
 from ensemblelora.gradients.projection import Projector
+from ensemblelora.gradients.tap import layer_parts, tapped
 from ensemblelora.progress import track
-from ensemblelora.scoring import score_batch
+from ensemblelora.scoring import check_output_layer, score_batch
 from ensemblelora.seeding import seed_for
-from ensemblelora.store import FeatureStore, OutputMode
+from ensemblelora.store import FeatureStore
 
 __all__ = ["FeatureHealth", "Features", "collect_features", "compute_features", "find_active_linears", "make_projector"]
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 4096  # examples sorted by length at a time; also what a writer holds before it appends
 _PRECISION_BYTES = 2**31  # larger models are not copied to float32 for the precision check
@@ -103,35 +102,45 @@ def collect_features(
         meter: Told what every pass costs.
 
     Raises:
-        ModelError: If an example's gradient depends on what else is in its batch.
+        ModelError: If an example's gradient depends on what else is in its batch, or the model makes its logits in a
+            way that the scores here don't follow.
     """
     projector = make_projector(config, seed=seed)
-    modes = {id(s): choose_mode(s.kind, int(s.n_choices.max()), config.output, task=s.task) for s in splits}
+    modes = [choose_mode(s.kind, int(s.n_choices.max()), config.output, task=s.task) for s in splits]
     with activate(adapted, THETA0):
         linears = find_active_linears(adapted, splits)
-        health = _check_health(adapted, linears, projector, splits, modes)
-        for split in splits:
+        health = _check_health(adapted, linears, projector, list(zip(splits, modes, strict=True)))
+        for split, mode in zip(splits, modes, strict=True):
             identity = fingerprints[split.task, split.split]
-            if not store.has(split.task, split.split, identity):
-                with store.writer(split.task, split.split, identity, mode=modes[id(split)]) as writer:
-                    for rows, features in _iterate_features(adapted, linears, projector, split, modes[id(split)], config, meter):
-                        writer.append(
-                            outputs=features.outputs,
-                            features=features.features,
-                            labels=label_of_mode(split.labels[rows], modes[id(split)]),
-                            n_choices=split.n_choices[rows].astype(np.int64),
-                            squared_norms=features.squared_norms,
-                            groups=split.groups[rows],
-                            ids=[split.ids[row] for row in rows],
-                        )
+            if store.has(split.task, split.split, identity):
+                continue
+            with store.writer(split.task, split.split, identity, mode=mode) as writer:
+                for rows, features in _iterate_features(adapted, linears, projector, split, mode, config, meter):
+                    writer.append(
+                        outputs=features.outputs,
+                        features=features.features,
+                        labels=label_of_mode(split.labels[rows], mode),
+                        n_choices=split.n_choices[rows].astype(np.int64),
+                        squared_norms=features.squared_norms,
+                        groups=split.groups[rows],
+                        ids=[split.ids[row] for row in rows],
+                    )
     return health
 
 
 def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -> dict[str, nn.Linear]:
-    """Keep the adapter's linear layers whose gradient at theta0 is not identically zero (LoRA: the B matrices)."""
+    """Keep the adapter's linear layers whose gradient at theta0 is not identically zero (LoRA: the B matrices).
+
+    Args:
+        adapted: The model; its adapter theta0 is looked at.
+        splits: Any rows; the longest of the first split are tried, since queries of a lone token have no gradient.
+
+    Raises:
+        ModelError: If no layer has a gradient.
+    """
     linears = trainable_linears(adapted, THETA0)
-    split = splits[0]
-    batch = collate([(split, 0), (split, split.n_examples - 1)], adapted.base.pad_token_id)
+    longest = np.argsort(splits[0].example_lengths, kind="stable")[-2:]
+    batch = collate([(splits[0], int(e)) for e in longest], adapted.base.pad_token_id)
     with activate(adapted, THETA0, trainable=True), torch.enable_grad():
         z = score_batch(adapted.network, batch).z
         z.masked_fill(torch.isinf(z), 0.0).pow(2).sum().backward()
@@ -143,7 +152,13 @@ def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -
 
 
 def compute_features(
-    adapted: AdaptedModel, linears: Mapping[str, nn.Linear], projector: Projector, batch: Batch, mode: OutputMode, *, with_gram: bool = False
+    adapted: AdaptedModel,
+    linears: Mapping[str, nn.Linear],
+    projector: Projector,
+    batch: Batch,
+    mode: OutputMode,
+    *,
+    with_gram: bool = False,
 ) -> Features:
     """Features of one batch: one forward pass, one backward pass per output (one in all where choices are rows).
 
@@ -154,12 +169,15 @@ def compute_features(
         batch: Examples of one task.
         mode: Which outputs to differentiate.
         with_gram: Also sum up the exact inner products (costs examples squared times p').
+
+    Returns:
+        Rows in the batch's own order of examples.
     """
-    with _tapped(linears, projector) as tap, torch.enable_grad():
+    with tapped(linears, projector) as tap, torch.enable_grad():
         z = score_batch(adapted.network, batch).z
         labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
         outputs = compute_outputs(z, labels, n_choices, mode)  # (n, c)
-        tap.start(*outputs.shape, with_gram=with_gram)
+        tap.start(*outputs.shape, with_gram=with_gram, device=z.device)
         for objective, combine, is_last in _backward_passes(z, outputs, batch, mode, labels, n_choices):
             tap.combine = combine
             objective.backward(retain_graph=not is_last)
@@ -196,79 +214,6 @@ def _backward_passes(
         yield outputs[:, k].sum(), combine.reshape(n * c, rows), k == c - 1
 
 
-@dataclass(eq=False)
-class _Tap:
-    """What the hooks add to during a backward pass."""
-
-    projector: Projector
-    combine: Tensor = field(default_factory=lambda: torch.empty(0))
-    features: Tensor = field(default_factory=lambda: torch.empty(0))
-    squared_norms: Tensor = field(default_factory=lambda: torch.empty(0))
-    gram: Tensor = field(default_factory=lambda: torch.empty(0))
-    offsets: dict[str, int] = field(default_factory=dict)
-    width: int = 0
-
-    def start(self, n_examples: int, n_outputs: int, *, with_gram: bool) -> None:
-        self.features = torch.zeros(n_examples * n_outputs, self.width)
-        self.squared_norms = torch.zeros(n_examples * n_outputs)
-        self.gram = torch.zeros((n_outputs, n_examples, n_examples) if with_gram else (0, 0, 0))
-
-    def add(self, name: str, row_gradients: Tensor) -> None:
-        """Take one layer's gradients of the batch's rows, ``(rows, size)``."""
-        combine = self.combine.to(row_gradients.dtype)
-        gradients = combine @ row_gradients  # (n c, size)
-        self.squared_norms = self.squared_norms.to(gradients.device) + gradients.pow(2).sum(1)
-        if self.gram.numel():
-            by_output = gradients.reshape(self.gram.shape[1], self.gram.shape[0], -1).transpose(0, 1)  # (c, n, size)
-            self.gram = self.gram.to(gradients.device) + by_output @ by_output.transpose(1, 2)
-        projected = self.projector.project(name, gradients)
-        start = self.offsets.get(name, 0)
-        self.features = self.features.to(gradients.device)
-        self.features[:, start : start + projected.shape[1]] += projected
-
-
-@contextmanager
-def _tapped(linears: Mapping[str, nn.Linear], projector: Projector) -> Iterator[_Tap]:
-    """Hook the layers; inside, a backward pass feeds the tap and no parameter gets a gradient."""
-    sizes = {part: size for name, module in linears.items() for part, size in _parts(name, module)}
-    tap = _Tap(projector, width=projector.proj_dim)
-    if projector.proj_type == "none":
-        ends = np.cumsum(list(sizes.values()))
-        tap.offsets = dict(zip(sizes, [0, *map(int, ends[:-1])], strict=True))
-        tap.width = int(ends[-1])
-    handles = [module.register_forward_hook(_make_hook(tap, name)) for name, module in linears.items()]
-    try:
-        yield tap
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _make_hook(tap: _Tap, name: str) -> object:
-    def after_forward(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0].detach().float()
-        if not output.requires_grad:  # nothing below is trainable: the graph starts here
-            output = output.detach().requires_grad_(True)
-
-        def on_backward(delta: Tensor) -> None:
-            delta = delta.float()
-            pattern = "bo,bi->boi" if delta.dim() == 2 else "bto,bti->boi"
-            tap.add(f"{name}.weight", torch.einsum(pattern, delta, x).flatten(1))
-            if module.bias is not None:
-                tap.add(f"{name}.bias", delta if delta.dim() == 2 else delta.sum(1))
-
-        output.register_hook(on_backward)
-        return output
-
-    return after_forward
-
-
-def _parts(name: str, module: nn.Linear) -> Iterator[tuple[str, int]]:
-    yield f"{name}.weight", module.weight.numel()
-    if module.bias is not None:
-        yield f"{name}.bias", module.bias.numel()
-
-
 def _iterate_features(
     adapted: AdaptedModel,
     linears: Mapping[str, nn.Linear],
@@ -279,20 +224,24 @@ def _iterate_features(
     meter: Meter | None,
 ) -> Iterator[tuple[np.ndarray, Features]]:
     """Yield examples in their own order, a chunk at a time, each chunk computed in batches of similar length."""
-    backwards = 1 if split.kind in ("options", "sequence") or mode in ("margin", "logodds") else int(split.n_choices.max()) - 1
     for start in range(0, split.n_examples, _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, split.n_examples))
         counts = np.diff(split.example_rows)[rows]
         plan = plan_batches(split.example_lengths[rows], counts, config.max_tokens_per_batch)
-        pieces, order = [], []
+        pieces: list[Features] = []
         for members in track(plan, f"features {split.task} ({split.split})"):
             batch = collate([(split, int(rows[m])) for m in members], adapted.base.pad_token_id)
             pieces.append(compute_features(adapted, linears, projector, batch, mode))
-            order.append(members)
+            _, n_outputs, proj_dim = pieces[-1].features.shape
             count_gradients(
-                meter, adapted.costs, batch, n_backwards=backwards, n_outputs=pieces[-1].outputs.size, proj_dim=pieces[-1].features.shape[2]
+                meter,
+                adapted.costs,
+                batch,
+                n_backwards=1 if split.kind == "options" else n_outputs,
+                n_outputs=pieces[-1].outputs.size,
+                proj_dim=proj_dim,
             )
-        back = np.argsort(np.concatenate(order))
+        back = np.argsort(np.concatenate(plan))
         yield rows, _concatenate(pieces, back, int(split.n_choices.max()) - 1 if mode == "contrast" else 1)
 
 
@@ -309,33 +258,53 @@ def _check_health(
     adapted: AdaptedModel,
     linears: Mapping[str, nn.Linear],
     projector: Projector,
-    splits: Sequence[EncodedSplit],
-    modes: Mapping[int, OutputMode],
+    splits: Sequence[tuple[EncodedSplit, OutputMode]],
 ) -> FeatureHealth:
-    """Check batch and padding invariance and precision, and measure the projection, on a few rows of the first split."""
-    split, mode = splits[0], modes[id(splits[0])]
-    longest = np.argsort(split.example_lengths, kind="stable")
-    chosen = longest[np.linspace(0, len(longest) - 1, min(8, len(longest))).astype(int)]
+    """Try a few rows of every kind of task: batch and padding invariance; of the first, precision and projection."""
+    if adapted.base.head == "lm":
+        check_output_layer(adapted.network, collate([(splits[0][0], 0)], adapted.base.pad_token_id))
 
-    def features_of(examples: Sequence[int]) -> Features:
+    def features_of(split: EncodedSplit, mode: OutputMode, examples: Sequence[int]) -> Features:
         batch = collate([(split, int(e)) for e in examples], adapted.base.pad_token_id)
         return compute_features(adapted, linears, projector, batch, mode, with_gram=True)
 
-    together = features_of([*chosen])
-    alone = np.concatenate([features_of([e]).features for e in (chosen[0], chosen[-1])])
-    batch_error = float(1 - _cosines(together.features[[0, -1]], alone).min())
-    if batch_error > _BATCH_TOLERANCE:
+    kinds = {(split.kind, mode): (split, mode) for split, mode in reversed(splits)}
+    errors = [
+        _measure_batch_error(partial(features_of, split, mode), _spread(split, 3)) for split, mode in kinds.values()
+    ]
+    worst = float(np.max(errors))  # NaN if any is
+    if not worst <= _BATCH_TOLERANCE:
         raise ModelError(
-            f"model {adapted.base.name!r}: an example's gradient changes with its batch (1 - cosine = {batch_error:.2g}, "
-            f"expected below {_BATCH_TOLERANCE}); padding or attention masks are not respected, try model.dtype=float32"
+            f"model {adapted.base.name!r}: an example's gradient changes with its batch (1 - cosine = "
+            f"{worst:.2g}, expected below {_BATCH_TOLERANCE}); padding or attention masks are not respected, "
+            "try model.dtype=float32"
         )
+    few = _spread(splits[0][0], 8)
+    low = features_of(*splits[0], few)
     return FeatureHealth(
-        n_coordinates=sum(size for name, module in linears.items() for _, size in _parts(name, module)),
-        proj_dim=together.features.shape[2],
-        batch_error=batch_error,
-        precision_cosine=_measure_precision(adapted, together, lambda: features_of([*chosen])),
-        projection_error=_measure_distortion(together),
+        n_coordinates=sum(size for name, module in linears.items() for _, size in layer_parts(name, module)),
+        proj_dim=low.features.shape[2],
+        batch_error=worst,
+        precision_cosine=_measure_precision(adapted, low, partial(features_of, *splits[0], few)),
+        projection_error=_measure_distortion(low),
     )
+
+
+def _spread(split: EncodedSplit, n: int) -> list[int]:
+    """Pick examples from the shortest to the longest."""
+    by_length = np.argsort(split.example_lengths, kind="stable")
+    places = np.linspace(0, len(by_length) - 1, min(n, len(by_length))).astype(int)
+    return [int(e) for e in by_length[places]]
+
+
+def _measure_batch_error(features_of: Callable[[Sequence[int]], Features], examples: Sequence[int]) -> float:
+    """Largest 1 - cosine between features taken together, the shortest padded most, and one example at a time."""
+    ends = (0, len(examples) - 1)
+    together = features_of(examples).features[list(ends)]
+    alone = [features_of([examples[end]]).features for end in ends]
+    width = max(together.shape[1], *(a.shape[1] for a in alone))  # a lone example may have fewer contrasts
+    padded = [np.pad(a, ((0, 0), (0, width - a.shape[1]), (0, 0))) for a in alone]
+    return float(1 - _cosines(together, np.concatenate(padded)).min())
 
 
 def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable[[], Features]) -> float | None:

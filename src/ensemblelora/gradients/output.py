@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemblelora.blocks import OutputMode, helmert
 from ensemblelora.data.task import Kind
 from ensemblelora.errors import ConfigError
-from ensemblelora.store import OutputMode, helmert
 
 __all__ = ["choose_mode", "compute_outputs", "label_of_mode"]
 
@@ -66,7 +66,7 @@ def compute_outputs(z: Tensor, labels: Tensor, n_choices: Tensor, mode: OutputMo
     if mode == "margin":
         return z[:, 1:2] - z[:, 0:1]
     if mode == "contrast":
-        contrasts = torch.from_numpy(helmert(z.shape[1]).astype(np.float32)).to(z.device)  # (K-1, K)
+        contrasts = torch.from_numpy(helmert(z.shape[1])).to(z)  # (K-1, K)
         u = z.masked_fill(torch.isinf(z), 0.0) @ contrasts.T
         # The first k-1 contrasts of K classes are the contrasts of k classes; later ones mean nothing for fewer.
         meaningful = torch.arange(1, z.shape[1], device=z.device) < n_choices[:, None]
@@ -76,7 +76,7 @@ def compute_outputs(z: Tensor, labels: Tensor, n_choices: Tensor, mode: OutputMo
         others = torch.logsumexp(z.masked_fill(is_answer, -torch.inf), dim=1)
         return (z.gather(1, labels[:, None])[:, 0] - others)[:, None]
     nll = (-z[:, :1]).clamp(min=_SMALLEST_NLL)
-    return -torch.log(torch.expm1(nll))
+    return -(nll + torch.log(-torch.expm1(-nll)))  # = -log(exp(nll) - 1), and finite for any nll
 
 
 def label_of_mode(labels: np.ndarray, mode: OutputMode) -> np.ndarray:

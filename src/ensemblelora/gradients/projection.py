@@ -50,22 +50,35 @@ class Projector:
         """
         if self.proj_type == "none":
             return gradients
-        total = gradients.new_zeros(len(gradients), self.proj_dim)
+        total: Tensor = gradients.new_zeros(len(gradients), self.proj_dim)
         for start, block in self._blocks(module, gradients.shape[1], gradients.device):
             piece = gradients[:, start : start + len(block)]
             if self.proj_type == "rademacher":  # signs are 2 bits - 1: one product with the bits does it
                 total += 2.0 * (piece @ block) - piece.sum(dim=1, keepdim=True)
             else:
                 total += piece @ block
-        return total / self.proj_dim**0.5
+        total /= self.proj_dim**0.5
+        return total
 
     def expand(self, module: str, rows: int, weights: Tensor) -> Tensor:
-        """Return ``P_module @ weights``, the parameter step that ``weights`` stands for: ``(rows,)``."""
-        pieces = []
+        """Return ``P_module @ weights``, the parameter step that ``weights`` stands for.
+
+        Args:
+            module: Name that keys the module's matrix.
+            rows: Number of the module's weights.
+            weights: ``(proj_dim,)``; for ``none`` the module's own ``(rows,)``.
+
+        Returns:
+            ``(rows,)``.
+        """
+        if self.proj_type == "none":
+            return weights
+        pieces: list[Tensor] = []
         for _, block in self._blocks(module, rows, weights.device):
             signed = 2.0 * block - 1.0 if self.proj_type == "rademacher" else block
             pieces.append(signed @ weights)
-        return torch.cat(pieces) / self.proj_dim**0.5
+        step: Tensor = torch.cat(pieces) / self.proj_dim**0.5
+        return step
 
     def matrix(self, module: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return rows ``start:stop`` of P_module, ``(stop - start, proj_dim)``; for tests and inspection."""

@@ -121,7 +121,7 @@ def _solve(
         verdicts.append(f"{solver} {_run(problem, solver)}")
         if problem.status in ("optimal", "optimal_inaccurate"):
             if problem.status != "optimal":
-                _logger.warning("grouping: %s; the bound on the objective still holds", verdicts[-1])
+                _logger.info("relaxation of %d tasks: %s; the bound on the objective still holds", n, verdicts[-1])
             duals = (np.asarray(rows.dual_value), np.asarray(entries.dual_value))
             return np.asarray(solution.value), duals, verdicts[-1]
     raise SolverError(

@@ -1,7 +1,7 @@
 """Predicted loss of partitions on validation rows that did not choose them, with paired standard errors.
 
-Every task's validation rows are cut in two halves by their groups, and projection seeds too where there are several. What
-is found on one half is judged on the other, and both halves together give every row one honest loss per partition.
+Every task's validation rows are cut in two halves by their groups, and projection seeds too where there are several.
+What is found on one half is judged on the other, and both halves together give every row one honest loss per partition.
 Standard errors come from a bootstrap that draws groups of rows, the same ones for every partition.
 """
 
@@ -42,6 +42,11 @@ class JudgedRows:
     correct: tuple[FloatArray, ...]
     seed_nll: FloatArray
     seed_correct: FloatArray
+
+    @property
+    def mean_nll(self) -> float:
+        """Mean loss over rows, then over tasks."""
+        return float(np.mean([rows.mean() for rows in self.nll]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,7 @@ class Judge:
         Args:
             found: One partition, or the first half's and the second half's.
         """
-        judged_by = [found[-1], found[0]]  # half 0 judges what half 1 found
+        judged_by = [found[0], found[-1]]  # half 0 judges what half 1 found
         groups = [{task: group for group in partition for task in group} for partition in judged_by]
         self.fetch([group for partition in judged_by for group in partition])
         return self._assemble(groups)
@@ -121,7 +126,8 @@ class Judge:
 
     def _average_seeds(self, owner: npt.NDArray[np.int64], values: FloatArray) -> FloatArray:
         """Average ``(seeds, n_i)`` over the projection seeds that each row's half may use."""
-        return np.where(owner == 0, *(values[self.seeds_of(half)].mean(axis=0) for half in range(N_HALVES)))
+        first, second = (values[self.seeds_of(half)].mean(axis=0) for half in range(N_HALVES))
+        return np.asarray(np.where(owner == 0, first, second))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +196,7 @@ def pair_means(judge: Judge, judged: Sequence[JudgedRows], *, n_draws: int = 100
         seed: The run's seed.
     """
     n_tasks = judge.oracle.n_tasks
-    means = np.mean([[rows.mean() for rows in way.nll] for way in judged], axis=1)
+    means = np.array([way.mean_nll for way in judged])
     seed_means = np.stack([way.seed_nll.mean(axis=1) for way in judged], axis=1)
     draws, can_vary = np.zeros((n_draws, len(judged))), False
     for task, name in enumerate(judge.oracle.task_names):

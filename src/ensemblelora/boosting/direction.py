@@ -1,0 +1,169 @@
+"""From a residual to a step away from theta0 in the adapter's own parameters.
+
+``dual`` sums the unprojected gradients with the ridge fit's dual variables, in one weighted backward pass.
+``projected`` is the paper's: the fit expanded through the random projection, most of which is noise orthogonal to
+every gradient. ``steps`` takes a few real optimiser steps on the residual loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, set_adapter_state, trainable_linears
+from ensemblelora.boosting.residual import fit_residual, residual_targets
+from ensemblelora.boosting.state import GroupState, Setup
+from ensemblelora.config import TrainingConfig
+from ensemblelora.counting import count_training
+from ensemblelora.data.batching import collate, iterate_batches, schedule_training
+from ensemblelora.errors import StoreError
+from ensemblelora.gradients.collect import find_active_linears
+from ensemblelora.gradients.output import compute_outputs
+from ensemblelora.gradients.projection import Projector
+from ensemblelora.gradients.tap import layer_parts
+from ensemblelora.scoring import score_batch
+from ensemblelora.seeding import seed_for
+
+__all__ = ["find_direction"]
+
+_LayerSteps = Mapping[str, tuple[Tensor | None, Tensor | None]]
+"""(weight, bias) of each linear layer"""
+
+
+def find_direction(setup: Setup, name: str, state: GroupState) -> dict[str, Tensor]:
+    """Return the step from theta0 that lowers the group's residual loss, keyed as the adapter's saved tensors.
+
+    Args:
+        setup: Model, config and projection.
+        name: An adapter at theta0, used as the place to compute in and left as it was.
+        state: The group's current scores.
+
+    Raises:
+        StoreError: If a task's features are not in the order of its rows.
+        SolverError: If there is nothing to fit.
+    """
+    if setup.config.direction == "steps":
+        return _train_on_residual(setup, name, state)
+    w, alphas = _fit_group(state, setup.config.l2_penalty)
+    if setup.config.direction == "projected":
+        return _as_state(setup.adapted, name, _expand(setup.adapted, setup.projector, state, w))
+    return _as_state(setup.adapted, name, _sum_gradients(setup, name, state, alphas))
+
+
+def _fit_group(state: GroupState, l2_penalty: float) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]]]:
+    """Fit the residuals of all tasks with one w; the dual variables come back per task."""
+    for task in state.tasks:
+        if task.features.ids != task.train.ids:
+            raise StoreError(
+                f"features of task {task.train.task!r} are in another order than its rows; take the features again"
+            )
+    features = [np.asarray(task.features.features) for task in state.tasks]
+    targets = [
+        residual_targets(scores, task.train.labels, task.features.mode)
+        for scores, task in zip(state.scores["train"], state.tasks, strict=True)
+    ]
+    width = max(block.shape[1] for block in features)  # tasks with fewer outputs get outputs without a gradient
+    w, alpha = fit_residual(
+        np.concatenate([np.pad(f, ((0, 0), (0, width - f.shape[1]), (0, 0))) for f in features]),
+        np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in targets]),
+        l2_penalty,
+    )
+    ends = np.cumsum([len(f) for f in features])
+    return w, [piece[:, : f.shape[1]] for piece, f in zip(np.split(alpha, ends[:-1]), features, strict=True)]
+
+
+def _sum_gradients(
+    setup: Setup, name: str, state: GroupState, alphas: Sequence[npt.NDArray[np.float64]]
+) -> _LayerSteps:
+    """``sum_s alpha_s grad u_s`` at theta0, by one weighted backward pass."""
+    adapted = setup.adapted
+    linears = trainable_linears(adapted, name)
+    with activate(adapted, name, trainable=True), torch.enable_grad():
+        for task, alpha in zip(state.tasks, alphas, strict=True):
+            for batch in iterate_batches(task.train, setup.max_tokens, adapted.base.pad_token_id):
+                z = score_batch(adapted.network, batch).z
+                labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
+                outputs = compute_outputs(z, labels, n_choices, task.features.mode)
+                # A batch whose examples all have few choices has fewer contrasts than its split.
+                weights = torch.from_numpy(alpha[batch.examples, : outputs.shape[1]]).to(z)
+                (outputs * weights).sum().backward()
+                count_training(setup.meter, adapted.costs, batch)
+        gradients = {n: (m.weight.grad, None if m.bias is None else m.bias.grad) for n, m in linears.items()}
+        adapted.peft.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _expand(adapted: AdaptedModel, projector: Projector, state: GroupState, w: npt.NDArray[np.float64]) -> _LayerSteps:
+    """``P w``, layer by layer; the coordinates themselves where nothing was projected."""
+    linears = find_active_linears(adapted, state.splits("train"))
+    weights, start = torch.from_numpy(w.astype(np.float32)), 0
+    steps: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for name, module in linears.items():
+        parts: list[Tensor | None] = []
+        for part, size in layer_parts(name, module):
+            own = weights[start : start + size] if projector.proj_type == "none" else weights
+            parts.append(projector.expand(part, size, own))
+            start += size
+        weight, bias = (*parts, None)[:2]
+        steps[name] = (None if weight is None else weight.reshape(module.weight.shape), bias)
+    return steps
+
+
+def _train_on_residual(setup: Setup, name: str, state: GroupState) -> dict[str, Tensor]:
+    """A few real optimiser steps on ``CE(F + rate (z - z_theta0))`` from theta0; the step is where they lead."""
+    adapted, config = setup.adapted, setup.config
+    splits = state.splits("train")
+    start = adapter_state(adapted, THETA0)
+    with activate(adapted, name, trainable=True), torch.enable_grad():
+        parameters = [p for p in adapted.peft.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+        for step in _plan_steps(setup, name, state):
+            batch = collate([(splits[task], example) for task, example in step], adapted.base.pad_token_id)
+            z = score_batch(adapted.network, batch).z
+            current, base = (
+                torch.from_numpy(_stack([values[t][e] for t, e in step], z.shape[1])).to(z.device)
+                for values in (state.scores["train"], state.base["train"])
+            )
+            moved = torch.where(torch.isfinite(z), current + config.boosting_rate * (z - base), -torch.inf)
+            loss = torch.nn.functional.cross_entropy(moved, torch.from_numpy(batch.labels).to(z.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            count_training(setup.meter, adapted.costs, batch)
+        adapted.peft.zero_grad(set_to_none=True)
+    end = adapter_state(adapted, name)
+    set_adapter_state(adapted, name, start)
+    return {key: end[key] - start[key] for key in start}
+
+
+def _plan_steps(setup: Setup, name: str, state: GroupState) -> list[list[tuple[int, int]]]:
+    """``n_steps`` batches, going round the rows as often as it takes."""
+    seed, n_steps = seed_for(setup.seed, "boosting", name), setup.config.n_steps
+    once = schedule_training(state.splits("train"), TrainingConfig(num_train_epochs=1), seed=seed)
+    epochs = -(-n_steps // len(once))
+    return schedule_training(state.splits("train"), TrainingConfig(num_train_epochs=epochs), seed=seed)[:n_steps]
+
+
+def _stack(rows: Sequence[npt.NDArray[np.float32]], width: int) -> npt.NDArray[np.float32]:
+    """Rows of different tasks as one matrix, -inf past each row's own choices."""
+    return np.stack([np.pad(r[:width], (0, width - len(r[:width])), constant_values=-np.inf) for r in rows])
+
+
+def _as_state(adapted: AdaptedModel, name: str, steps: _LayerSteps) -> dict[str, Tensor]:
+    """Rename per-layer steps to the keys of the saved adapter, by writing them through the layers themselves."""
+    before = adapter_state(adapted, name)
+    set_adapter_state(adapted, name, {key: torch.zeros_like(tensor) for key, tensor in before.items()})
+    linears = trainable_linears(adapted, name)
+    with torch.no_grad():
+        for layer, (weight, bias) in steps.items():
+            if weight is not None:
+                linears[layer].weight.copy_(weight)
+            if bias is not None:
+                linears[layer].bias.copy_(bias)
+    found = adapter_state(adapted, name)
+    set_adapter_state(adapted, name, before)
+    return found

@@ -1,0 +1,170 @@
+"""Rounds of boosting: choose a group, find a step, find its length, keep it or stop there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import (
+    THETA0,
+    AdaptedModel,
+    adapter_state,
+    add_adapter,
+    remove_adapter,
+    set_adapter_state,
+)
+from ensemblelora.boosting.direction import find_direction
+from ensemblelora.boosting.state import BoostTask, GroupState, Part, Scores, Setup
+from ensemblelora.config import BoostingConfig
+from ensemblelora.gradients.projection import Projector
+from ensemblelora.progress import note
+
+__all__ = ["BoostRound", "boost", "search_length"]
+
+_MOST_LENGTHS = 8  # forward passes over the training rows in one line search
+
+
+@dataclass(frozen=True)
+class BoostRound:
+    """One round, kept or not; losses are means over the rows of the group's tasks, in nats."""
+
+    name: str
+    group: int
+    rate: float
+    """what the change ``z_new - z_theta0`` is multiplied with"""
+    step_length: float
+    train_nll_before: float
+    train_nll_after: float
+    heldout_nll_before: float
+    heldout_nll_after: float
+    accepted: bool
+    reason: str
+
+
+def boost(
+    adapted: AdaptedModel,
+    members: Sequence[str],
+    groups: Sequence[Sequence[BoostTask]],
+    config: BoostingConfig,
+    *,
+    projector: Projector,
+    max_tokens: int,
+    seed: int,
+    meter: Meter,
+) -> tuple[BoostRound, ...]:
+    """Add at most ``config.n_rounds`` adapters; the kept ones stay in the model under their names.
+
+    A group is left alone once a round of its own was rejected.
+
+    Args:
+        adapted: The model with every member.
+        members: The group adapters' names.
+        groups: Each group's tasks; free-text tasks are passed over.
+        config: Rounds, rate, direction, ridge.
+        projector: The projection the features were made with.
+        max_tokens: Padded tokens in a forward pass.
+        seed: The run's root seed.
+        meter: Told what every pass costs.
+
+    Returns:
+        Every round tried, in order.
+
+    Raises:
+        StoreError: If a task's features are not in the order of its rows.
+        SolverError: If features are all zero or not finite.
+    """
+    setup = Setup(adapted, config, projector, max_tokens, seed, meter)
+    states = {
+        g: GroupState.start(setup, members[g], tasks)
+        for g, every in enumerate(groups)
+        if config.n_rounds and (tasks := [task for task in every if task.train.kind != "sequence"])
+    }
+    rounds: list[BoostRound] = []
+    while states and sum(r.accepted for r in rounds) < config.n_rounds:
+        g = max(states, key=lambda g: (states[g].nll("train"), states[g].n_rows))
+        n_before = sum(r.group == g for r in rounds)
+        result = _try_round(setup, f"{members[g]}-boost-{n_before + 1}", g, states[g])
+        rounds.append(result)
+        note(f"boosting {result.name}: {result.reason}")
+        if not result.accepted:
+            remove_adapter(adapted, result.name)
+            del states[g]
+    return tuple(rounds)
+
+
+def search_length(loss_at: Callable[[float], float], loss_at_zero: float) -> float:
+    """Find a good step length by doubling or halving.
+
+    Args:
+        loss_at: The loss after a step of a given length; infinite where it is not a number.
+        loss_at_zero: The loss of no step.
+
+    Returns:
+        The best positive length tried, after at most eight; its loss may still be above ``loss_at_zero``.
+    """
+    losses = {1.0: loss_at(1.0)}
+    length, factor = 1.0, 2.0 if losses[1.0] < loss_at_zero else 0.5
+    while len(losses) < _MOST_LENGTHS:
+        losses[length * factor] = loss_at(length * factor)
+        is_worse = losses[length * factor] >= losses[length]
+        if is_worse and min(losses.values()) < loss_at_zero:
+            break
+        length *= factor
+    return min(losses, key=lambda tried: losses[tried])
+
+
+def _try_round(setup: Setup, name: str, group: int, state: GroupState) -> BoostRound:
+    before, heldout_before = state.nll("train"), state.nll("validation")
+    add_adapter(setup.adapted, name)
+    step = find_direction(setup, name, state)
+    tried: dict[float, Scores] = {}
+
+    def loss_at(length: float) -> float:
+        tried[length] = _scores_at(setup, name, state, step, length, "train")
+        loss = state.nll("train", tried[length])
+        return loss if math.isfinite(loss) else math.inf
+
+    length = search_length(loss_at, before) if setup.config.line_search else 1.0
+    train = tried[length] if length in tried else _scores_at(setup, name, state, step, length, "train")
+    heldout = _scores_at(setup, name, state, step, length, "validation")
+    after, heldout_after = state.nll("train", train), state.nll("validation", heldout)
+    reason = _find_objection(setup.config, before, after, heldout_before, heldout_after)
+    if reason is None:
+        state.scores = {"train": train, "validation": heldout}
+    return BoostRound(
+        name=name,
+        group=group,
+        rate=setup.config.boosting_rate,
+        step_length=length,
+        train_nll_before=before,
+        train_nll_after=after,
+        heldout_nll_before=heldout_before,
+        heldout_nll_after=heldout_after,
+        accepted=reason is None,
+        reason=reason or f"held-out loss drops ({heldout_before:.4f} to {heldout_after:.4f})",
+    )
+
+
+def _scores_at(
+    setup: Setup, name: str, state: GroupState, step: dict[str, Tensor], length: float, part: Part
+) -> Scores:
+    """F after adding the adapter ``theta0 + length x step``, which is left in the model."""
+    start = adapter_state(setup.adapted, THETA0)
+    set_adapter_state(setup.adapted, name, {key: start[key] + length * step[key] for key in start})
+    new = [values[0] for values in setup.predict(state.splits(part), [name])]
+    return state.moved(part, new, setup.config.boosting_rate)
+
+
+def _find_objection(
+    config: BoostingConfig, before: float, after: float, heldout_before: float, heldout_after: float
+) -> str | None:
+    # Written so that a loss that is not a number is an objection too.
+    if not after < before * (1 - config.tolerance):
+        return f"training loss does not drop ({before:.4f} to {after:.4f})"
+    if not heldout_after < heldout_before:
+        return f"held-out loss does not drop ({heldout_before:.4f} to {heldout_after:.4f})"
+    return None
