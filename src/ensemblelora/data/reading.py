@@ -69,10 +69,7 @@ def read_file(path: Path, **options: Any) -> Dataset:
     if reader == "csv":
         options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False, **options}
     with _quiet(), _one_line_faults(f"data file {path}: can't be read as {reader}"):
-        splits = load_dataset(reader, data_files={"rows": [str(path)]}, **options)
-        if "rows" not in splits:  # a header alone
-            raise DataError(f"data file {path}: holds no rows")
-        return _restore_dates(splits["rows"])
+        return _restore_dates(load_dataset(reader, data_files=[str(path)], split="train", **options))
 
 
 def expand_variables(text: str) -> str:
@@ -189,4 +186,7 @@ def _one_line_faults(what: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise DataError(f"{what} ({' '.join(str(cause).split()) or type(cause).__name__})") from error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        if "corresponds to no data" in reason:  # the reader's words for a header alone
+            reason = "it is empty"
+        raise DataError(f"{what} ({reason})") from error

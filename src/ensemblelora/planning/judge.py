@@ -102,7 +102,7 @@ class Judge:
         Args:
             found: One partition, or the first half's and the second half's.
         """
-        judged_by = [found[0], found[-1]]  # half 0 judges what half 1 found
+        judged_by = [found[-1], found[0]]  # half 0 judges what half 1 found
         groups = [{task: group for group in partition for task in group} for partition in judged_by]
         self.fetch([group for partition in judged_by for group in partition])
         return self._assemble(groups)
