@@ -118,6 +118,7 @@ def test_the_start_is_a_function_of_the_seed_and_leaves_the_global_generator_alo
     assert not same(adapter_state(adapted, THETA0), adapter_state(make_adapted("llama", seed=1), THETA0))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call
 @pytest.mark.parametrize(("family", "head"), ALL)
 def test_a_saved_folder_loads_with_peft_alone_and_gives_the_same_logits(family: str, head: str, tmp_path: Path) -> None:
     adapted = make_adapted(family, head=head)
@@ -179,7 +180,7 @@ def test_a_damaged_folder_is_refused_and_nothing_is_added(damage, tmp_path: Path
     adapted = make_adapted("llama")
     save_adapter(adapted, THETA0, tmp_path / "a")
     damage(tmp_path / "a")
-    with pytest.raises(StoreError, match="can't be read"):
+    with pytest.raises(StoreError, match=r"adapter folder .*: (can't be read|made with r None)"):
         load_adapter(adapted, "loaded", tmp_path / "a")
     assert list(adapted.peft.peft_config) == [THETA0]
 
@@ -285,7 +286,7 @@ def test_distance_is_the_norm_of_the_step() -> None:
     start, end = adapter_state(adapted, THETA0), adapter_state(adapted, "one")
     step = torch.cat([(end[key] - start[key]).flatten() for key in start])
     init = torch.cat([value.flatten() for value in start.values()])
-    base = torch.cat([p.flatten() for p in make_network("llama").parameters()])
+    base = torch.cat([p.detach().flatten() for p in make_network("llama").parameters()])
     distance = measure_distance(adapted, "one")
     assert distance["absolute"] == pytest.approx(float(step.norm()), rel=1e-5)
     assert distance["relative_to_model"] == pytest.approx(float(step.norm() / base.norm()), rel=1e-5)

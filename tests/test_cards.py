@@ -40,9 +40,9 @@ def load(name: str) -> Task:
 
 
 @cache
-def load_whole(name: str) -> Task:
-    """All rows; of multirc, whose passages give dozens of examples each, all test rows."""
-    limits = {"max_train_examples": 200, "max_validation_examples": 20} if name == "multirc" else {}
+def load_tested(name: str) -> Task:
+    """All test rows, and enough others that twins and shared passages meet."""
+    limits = {"max_train_examples": 800, "max_validation_examples": 100}
     return load_tasks(DataConfig(tasks=(name,), **limits), seed=0).tasks[0]
 
 
@@ -95,17 +95,11 @@ def check_task(task: Task) -> None:
 
 @has_data
 @pytest.mark.parametrize("name", PAPER)
-def test_every_row_renders_and_official_test_rows_stay_test_rows(name: str) -> None:
-    task = load_whole(name)
-    assert {e.id.split(":")[0] for e in task.splits["test"]} == {"dev"}
+def test_official_test_rows_stay_test_rows(name: str) -> None:
+    task = load_tested(name)
     assert {e.id.split(":")[0] for split in ("train", "validation") for e in task.splits[split]} == {"train"}
-    n_rows = {"test": len(read_rows(name, "dev")), "train": len(read_rows(name, "train"))}
-    if name == "multirc":
-        assert len({e.id.split(".")[0] for e in task.splits["test"]}) == n_rows["test"]
-        return
-    assert len(task.splits["test"]) == n_rows["test"]
-    assert len(task.splits["train"]) + len(task.splits["validation"]) == n_rows["train"]
-    assert abs(len(task.splits["validation"]) / n_rows["train"] - 0.1) < 0.01
+    rows = {e.id.split(".")[0] for e in task.splits["test"]}
+    assert rows == {f"dev:{i}" for i in range(len(read_rows(name, "dev")))}
 
 
 def find(task: Task, example_id: str) -> Example:
@@ -115,7 +109,7 @@ def find(task: Task, example_id: str) -> Example:
 @has_data
 def test_labels_mean_what_the_data_says() -> None:
     """Right answers, found again in the rows by other means than the cards' templates."""
-    tasks = {name: load_whole(name) for name in PAPER}
+    tasks = {name: load_tested(name) for name in PAPER}
     rows = {name: read_rows(name, "dev") for name in PAPER}
 
     def right(name: str, i: int | str) -> str:
@@ -158,15 +152,16 @@ def test_twins_passages_texts_and_words_stay_together() -> None:
     }
     for name, key in keys.items():
         rows = read_rows(name, "train")
-        task = load_whole(name)
-        held = [{key(rows[int(e.id.split(":")[1])]) for e in task.splits[s]} for s in ("train", "validation")]
-        assert not held[0] & held[1]
+        task = load_tested(name)
+        held = [[key(rows[int(e.id.split(":")[1])]) for e in task.splits[s]] for s in ("train", "validation")]
+        assert not set(held[0]) & set(held[1])
+        assert len(set(held[0])) < len(held[0])  # there were such rows to part
 
 
 @has_data
 def test_the_marked_pronoun_is_the_one_meant() -> None:
     rows = read_rows("wsc", "train")
-    task = load_whole("wsc")
+    task = load_tested("wsc")
     for example in (e for split in ("train", "validation") for e in task.splits[split]):
         target = rows[int(example.id.split(":")[1])]["target"]
         marked = example.context.split("\n")[0]

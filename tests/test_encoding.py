@@ -130,9 +130,7 @@ def test_truncation_takes_the_context_from_the_left_and_is_counted() -> None:
 def test_an_answer_that_does_not_fit_is_refused() -> None:
     long = Example("train:7", "a", (" so" * 9, " it"), 0, "g")
     assert encode(long, 9, scoring="options").input_lengths[0] == 9
-    with pytest.raises(
-        DataError, match=r"train row train:7: the answer has 9 tokens, .*max_length 8 .*and 1 more"
-    ):
+    with pytest.raises(DataError, match=r"train row train:7: the answer has 9 tokens, .*max_length 8 .*and 1 more"):
         encode([long, long], 8, scoring="options")
 
 
@@ -172,23 +170,21 @@ def test_kinds(choices: tuple[str, ...], scoring: str | None, kind: str) -> None
     assert encode_split(task, "train", load_tokenizer(), max_length=64).kind == kind
 
 
-def test_the_kind_is_the_same_for_every_split() -> None:
-    examples = [Example("train:0", "a", (" no", " yes"), 0, "g"), Example("train:1", "a", (" so", " it"), 0, "g")]
-    task = task_of(examples)
+def test_choices_of_each_row_are_options_however_they_look() -> None:
+    task = task_of([Example("train:0", "a", (" no", " yes"), 0, "g")], doc_to_choice="{{ends}}")
     assert {encode_split(task, s, load_tokenizer(), max_length=64).kind for s in task.splits} == {"options"}
 
 
 @pytest.mark.parametrize(
-    ("examples", "message"),
+    ("choices", "keys", "message"),
     [
-        ([((" it is so", " it is not so"), "a")], "begin with the same token"),
-        ([((" no", " yes"), "a"), ((" so", " it"), "a")], "choices vary from row to row"),
+        ((" it is so", " it is not so"), {}, "begin with the same token.*set scoring: options"),
+        ((" no", " yes"), {"doc_to_choice": "{{ends}}"}, "choices come from each row.*set scoring: options"),
     ],
 )
-def test_a_verbalizer_that_can_not_be(examples: list[tuple[tuple[str, ...], str]], message: str) -> None:
-    rows = [Example(f"train:{i}", context, choices, 0, "g") for i, (choices, context) in enumerate(examples)]
+def test_a_verbalizer_that_can_not_be(choices: tuple[str, ...], keys: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        encode(rows, scoring="verbalizer")
+        encode(Example("train:0", "a", choices, 0, "g"), scoring="verbalizer", **keys)
 
 
 @pytest.mark.parametrize("scoring", [None, "verbalizer", "options"])

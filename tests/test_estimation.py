@@ -145,17 +145,16 @@ def test_curvature_trace_is_the_hessian_at_equal_probabilities(mode: str) -> Non
 @pytest.mark.parametrize("balance", ["example", "task"])
 @pytest.mark.parametrize("penalty", [1e-3, 1.0, 100.0])
 def test_fit_is_the_optimum_scipy_finds(balance: str, penalty: float) -> None:
-    train = make_features("margin", "contrast", "logodds", "sequence", n=12).train
-    subsets = [(0,), (1, 3), (0, 1, 2, 3), (2, 0)]
+    train = make_features("margin", "contrast", "logodds", "sequence", n=8, d=4).train
+    subsets = [(0,), (1, 3), (0, 1, 2, 3)]
     fit = fit_subsets(train, subsets, l2_penalty=penalty, balance=balance, tolerance=1e-10)
     assert fit.converged.all()
     for s, subset in enumerate(subsets):
         blocks = [train[i] for i in subset]
         weights = [np.full(len(b.ids), 1 / len(b.ids) if balance == "task" else 1.0) for b in blocks]
         ridge = compute_penalties(train, subsets, penalty)[s]
-        twin = minimize(
-            partial(slow_objective, blocks), np.zeros(7), (ridge, weights), method="BFGS", options={"gtol": 1e-7}
-        )
+        optimum = partial(slow_objective, blocks)
+        twin = minimize(optimum, np.zeros(4), (ridge, weights), method="BFGS", options={"gtol": 1e-7})
         here = slow_objective(blocks, fit.weights[s], ridge, weights)
         assert here <= twin.fun + 1e-12
         assert here == pytest.approx(twin.fun, abs=1e-6)
@@ -353,6 +352,16 @@ def test_the_oracle_solves_a_subset_once_and_in_any_order_of_its_tasks() -> None
     np.testing.assert_allclose(
         Oracle((oracle.replicates[0],), 0.3, CONFIG).score([(1,)]).nll[0], scores.nll[2], rtol=1e-9
     )
+
+
+def test_the_oracle_counts_the_rows_its_fits_went_through() -> None:
+    features = make_features("margin", "margin")
+    oracle = Oracle((features, features), 0.3, CONFIG)
+    assert oracle.row_iterations == 0
+    oracle.solve([(0,), (0, 1)])
+    fit = fit_subsets(features.train, [(0,), (0, 1)], l2_penalty=0.3, tolerance=1e-10)
+    n = [len(block.ids) for block in features.train]
+    assert oracle.row_iterations == 2 * (fit.iterations[0] * n[0] + fit.iterations[1] * sum(n))
 
 
 def test_auto_penalty_is_the_grid_value_with_the_least_validation_loss() -> None:

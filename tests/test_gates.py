@@ -156,7 +156,7 @@ def test_shipped_files_are_found_beside_the_code():
     [
         ("", 0, "tests skipped: 1\n"),
         ("--no-skips", 1, "tests skipped: 1, and --no-skips forbids it\n"),
-        ("--no-skips -n 2", 1, "tests skipped: 1, and --no-skips forbids it\n"),
+        pytest.param("--no-skips -n 2", 1, "tests skipped: 1, and --no-skips forbids it\n", marks=pytest.mark.slow),
     ],
 )
 def test_a_skipped_test_is_counted_and_can_be_forbidden(tmp_path, flags, code, line):

@@ -119,3 +119,19 @@ def make_split(
         ids=tuple(f"train:{i}" for i in range(n)),
         n_truncated=0,
     )
+
+
+def make_learnable_split(kind: str, **options: Any) -> EncodedSplit:
+    """Rows whose answer a model can learn: the context's first token, or the right choice's own, gives it away."""
+    split = make_split(kind, **options)
+    for example, label in enumerate(split.labels):
+        rows = range(split.example_rows[example], split.example_rows[example + 1])
+        for choice, row in enumerate(rows):
+            start, answer = split.row_starts[row], split.row_starts[row] + split.answer_starts[row]
+            split.tokens[start] = 80 + label
+            if kind == "options":
+                split.tokens[answer] = 90 if choice == label else 91
+            if kind == "sequence":
+                split.tokens[start] = 80 + example % 3
+                split.tokens[answer : split.row_starts[row + 1]] = 60 + example % 3
+    return split

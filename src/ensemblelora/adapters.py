@@ -123,9 +123,11 @@ def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | Non
     start = adapter_state(adapted, THETA0) if state is None else state
     _check_shapes(adapted, name, start)
     if name not in adapted.peft.peft_config:
+        settings = copy.deepcopy(adapted.peft.peft_config[THETA0])
+        settings.modules_to_save = None  # PEFT adds the head's names itself, each time
         # PEFT makes the active adapter trainable when it adds one; leaving the context sets it back.
         with activate(adapted, THETA0), torch.random.fork_rng(), _without_known_warnings():
-            adapted.peft.add_adapter(name, copy.deepcopy(adapted.peft.peft_config[THETA0]))
+            adapted.peft.add_adapter(name, settings)
         adapted.peft.eval()
         _keep_head_in_float32(adapted, name)
     set_adapter_state(adapted, name, start)

@@ -252,7 +252,7 @@ def boost_groups(
                 groups,
                 config.boosting,
                 projector=make_projector(config.gradients, seed=config.seed),
-                max_tokens=config.evaluation.max_tokens_per_batch,
+                max_tokens=config.gradients.max_tokens_per_batch,
                 seed=config.seed,
                 meter=stage.meter,
             )

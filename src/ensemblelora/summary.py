@@ -146,8 +146,8 @@ def _new_table(*columns: str) -> Table:
 
 def _write_best(values: Sequence[float | None]) -> list[Text]:
     known = [value for value in values if value is not None]
-    best = max(known, default=None)
-    return [Text(format_percent(value), style="bold" if value == best and len(known) > 1 else "") for value in values]
+    best = max(known) if len(set(known)) > 1 else None  # no method stands out among equals
+    return [Text(format_percent(value), style="bold" if value and value == best else "") for value in values]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -2,14 +2,19 @@
 
 A stage is described by a name and the values it depends on. Their fingerprint, with the package version, decides:
 if the run folder's marker has the same one and the files are intact, the stage's body is passed over.
+Where a stage does run, what later stages made of its old outcome goes first (trained adapters stay: they are judged
+by their own markers), so that what lies in a run folder always belongs together.
 """
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +23,38 @@ from typing import Any
 import numpy as np
 
 from ensemblelora import __version__, artifacts, progress
-from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts
+from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts, StageRecord
 from ensemblelora.config import RunConfig, dump_config
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.errors import OutputError
+from ensemblelora.files import is_temporary
 
-__all__ = ["StageRun", "Workspace", "describe_environment", "fingerprint_split", "open_workspace"]
+__all__ = [
+    "ORACLE_FILE",
+    "StageRun",
+    "Workspace",
+    "check_place",
+    "describe_environment",
+    "fingerprint_split",
+    "open_workspace",
+]
+
+ORACLE_FILE = "oracle.json"
+"""the ridge that the subset oracle uses, and what it was chosen from"""
+
+# Every stage in its order, and the files in which others read its outcome.
+_OUTCOMES: Mapping[str, tuple[str, ...]] = {
+    "features": (),
+    "affinity": (artifacts.AFFINITY_FILE, ORACLE_FILE),
+    "group": (artifacts.PLAN_FILE,),
+    "train": (),
+    "boost": (),
+    "combine": (artifacts.ENSEMBLE_FILE,),
+    "baselines": (),
+    "evaluate": (artifacts.RESULTS_FILE,),
+    "report": (artifacts.REPORT_HTML_FILE, artifacts.REPORT_MARKDOWN_FILE),
+}
+_SAVING_SECONDS = 5.0
 
 
 class _LastStageReached(Exception):
@@ -33,6 +65,7 @@ class _LastStageReached(Exception):
 class StageRun:
     """One stage about to run, or to be passed over."""
 
+    name: str
     fingerprint: str
     is_needed: bool
     meter: Meter
@@ -47,9 +80,9 @@ class Workspace:
     config: RunConfig
     folder: artifacts.RunFolder
     until: str
+    start_fingerprint: str
+    """identity of model, adapter settings and seed: of the point theta0"""
     ledger: Ledger = field(default_factory=Ledger)
-    start_fingerprint: str = ""
-    """identity of model, adapter and seed: of the point theta0"""
 
     @property
     def path(self) -> Path:
@@ -57,38 +90,42 @@ class Workspace:
         return self.folder.path
 
     @contextmanager
-    def stage(self, name: str, *inputs: object, is_part: bool = False) -> Iterator[StageRun]:
+    def stage(self, name: str, *inputs: object, is_complete: bool = True) -> Iterator[StageRun]:
         """Announce a stage, measure it, and mark it done if its body ends well.
+
+        A stage that is broken off goes on counting where it was: its costs are in the ledger once, all attempts
+        together.
 
         Args:
             name: The stage's name; its marker's too.
             inputs: Everything its result depends on.
-            is_part: A piece of a larger stage, such as one adapter: never the one to stop after.
+            is_complete: False if something it leaves is missing that its marker does not watch.
         """
         identity = artifacts.fingerprint(__version__, name, *inputs)
-        is_needed = not self.folder.is_done(name, identity)
-        was_begun = self._begun(name) == identity
-        run = StageRun(identity, is_needed, Meter(name))
+        is_needed = not (self.folder.is_done(name, identity) and is_complete)
+        run = StageRun(name, identity, is_needed, Meter(name))
         if is_needed:
-            self.folder.forget(name)
-            artifacts.write_json(self._note(name), identity)
-            try:
-                with progress.stage(name), run.meter:
-                    yield run
-            finally:
-                self._enter(run.meter, is_continued=was_begun)
-            self.folder.mark_done(name, identity, files=run.files)
-            self._note(name).unlink(missing_ok=True)
+            yield from self._carry_out(run)
         else:
             progress.note(f"{name}: done before")
             yield run
-        if name == self.until and not is_part:
+        self._note(name).unlink(missing_ok=True)
+        if name == self.until:
             raise _LastStageReached
+
+    def adapter_digest(self, name: str) -> str:
+        """Identity of a trained adapter: the checksum of its weights."""
+        return artifacts.file_sha256(self.folder.adapter(name) / "adapter_model.safetensors")
 
     def enter_method(self, name: str, costs: MethodCosts) -> None:
         """Write one method's costs to the ledger."""
-        self.ledger = self.ledger.with_method(name, costs)
-        artifacts.write_json(self.path / artifacts.COSTS_FILE, self.ledger.to_dict())
+        self._write_ledger(self.ledger.with_method(name, costs))
+
+    def drop_costs(self, stage: str) -> None:
+        """Take a stage out of the ledger that the present plan does without."""
+        kept = tuple(record for record in self.ledger.stages if record.stage != stage)
+        if len(kept) < len(self.ledger.stages):
+            self._write_ledger(replace(self.ledger, stages=kept))
 
     def flops_of(self, *stages: str) -> int:
         """FLOPs of the named stages so far."""
@@ -98,21 +135,84 @@ class Workspace:
         """Wall seconds of the named stages so far."""
         return sum(record.wall_seconds for record in self.ledger.stages if record.stage in stages)
 
-    def _enter(self, meter: Meter, *, is_continued: bool) -> None:
-        self.ledger = self.ledger.with_stage(meter.record, is_continued=is_continued)
-        artifacts.write_json(self.path / artifacts.COSTS_FILE, self.ledger.to_dict())
+    def _carry_out(self, run: StageRun) -> Iterator[StageRun]:
+        earlier = self._read_spent(run)
+        started = time.perf_counter()
+
+        def spent() -> StageRecord:
+            record = run.meter.record  # the meter fills in the time when it ends
+            seconds = record.wall_seconds or time.perf_counter() - started
+            return earlier.joined(replace(record, wall_seconds=seconds))
+
+        def save() -> None:
+            artifacts.write_json(self._note(run.name), {"fingerprint": run.fingerprint, "spent": asdict(spent())})
+
+        self._clear_outcomes(run.name)
+        save()
+        try:
+            with progress.stage(run.name), run.meter, _repeating(save):
+                yield run
+        finally:
+            self._write_ledger(self.ledger.with_stage(spent()))
+            save()
+        self.folder.mark_done(run.name, run.fingerprint, files=run.files)
+
+    def _clear_outcomes(self, name: str) -> None:
+        """Drop what this stage and later ones left of other inputs."""
+        stages = list(_OUTCOMES)
+        self.folder.forget(name)
+        for later in stages[stages.index(name) :]:
+            found = [path for file in _OUTCOMES[later] if (path := self.path / file).exists()]
+            if found:
+                self.folder.forget(later)
+            for path in found:
+                path.unlink()
+
+    def _read_spent(self, run: StageRun) -> StageRecord:
+        """What earlier attempts at this very stage cost."""
+        path = self._note(run.name)
+        content = artifacts.read_json(path) if path.exists() else {}
+        return StageRecord(**content["spent"]) if content.get("fingerprint") == run.fingerprint else StageRecord(run.name)
+
+    def _write_ledger(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        artifacts.write_json(self.path / artifacts.COSTS_FILE, ledger.to_dict())
 
     def _note(self, name: str) -> Path:
         return self.path / artifacts.STAGES_FOLDER / f"{name}.begun.json"
 
-    def _begun(self, name: str) -> Any:
-        path = self._note(name)
-        return artifacts.read_json(path) if path.exists() else None
+
+def check_place(path: Path) -> None:
+    """Refuse a place that :func:`open_workspace` would refuse; makes nothing.
+
+    Raises:
+        OutputError: If the folder can't be written, is no run folder, or is in use.
+    """
+    try:
+        if (path / artifacts.RUN_FILE).exists():
+            with artifacts.RunFolder.open(path).lock():
+                return
+        ground = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: can't be used as the run folder ({ground} can't be written to); choose another")
+        entries = path.iterdir() if ground == path else ()
+        strangers = sorted(e.name for e in entries if not (e.name.startswith(".lock") or is_temporary(e)))
+    except OSError as error:
+        raise OutputError(f"{path}: can't be used as the run folder ({error.strerror}); choose another") from None
+    if strangers:
+        raise OutputError(
+            f"{path}: not empty and not a run folder (holds {strangers[0]!r}); choose a new or empty folder"
+        )
 
 
 @contextmanager
-def open_workspace(config: RunConfig, *, until: str) -> Iterator[Workspace]:
+def open_workspace(config: RunConfig, *, until: str, start_fingerprint: str) -> Iterator[Workspace]:
     """Make or take up the run folder, hold its lock, and leave after the stage ``until``.
+
+    Args:
+        config: The run; written to the folder.
+        until: The last stage to run.
+        start_fingerprint: Identity of model, adapter settings and seed.
 
     Raises:
         OutputError: If the folder can't be written, is no run folder, or is in use.
@@ -122,15 +222,18 @@ def open_workspace(config: RunConfig, *, until: str) -> Iterator[Workspace]:
         artifacts.write_text(folder.path / artifacts.CONFIG_FILE, dump_config(config))
         costs = folder.path / artifacts.COSTS_FILE
         ledger = Ledger.from_dict(artifacts.read_json(costs)) if costs.exists() else Ledger()
-        workspace = Workspace(config, folder, until, ledger)
-        try:
-            yield workspace
-        except _LastStageReached:
-            progress.note(f"stopped after {until}, as asked")
+        with suppress(_LastStageReached):
+            yield Workspace(config, folder, until, start_fingerprint, ledger)
 
 
-def describe_environment(model: dict[str, Any], device: str) -> dict[str, Any]:
-    """Versions and machine, for ``environment.json``."""
+def describe_environment(model: Mapping[str, Any], device: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, for ``environment.json``.
+
+    Args:
+        model: What is known of the base model.
+        device: Where it runs.
+        before: What the file says so far, whose date of creation stays.
+    """
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy", "cvxpy")}
     return {
         "package_version": __version__,
@@ -138,8 +241,8 @@ def describe_environment(model: dict[str, Any], device: str) -> dict[str, Any]:
         **versions,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
-        "model": model,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": dict(model),
+        "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -148,3 +251,22 @@ def fingerprint_split(split: EncodedSplit) -> str:
     arrays = (split.tokens, split.row_starts, split.answer_starts, split.example_rows, split.labels, split.n_choices)
     more = (split.label_tokens, split.divisors, split.groups, np.array(split.ids))
     return artifacts.fingerprint(split.task, split.split, split.kind, *arrays, *more)
+
+
+@contextmanager
+def _repeating(save: Callable[[], None]) -> Iterator[None]:
+    """Call ``save`` every few seconds while the body runs: a killed process can't say what it has spent."""
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        while not is_over.wait(_SAVING_SECONDS):
+            with suppress(OutputError):  # a full disk: the stage itself will say so
+                save()
+
+    thread = threading.Thread(target=repeat, name="saving costs", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

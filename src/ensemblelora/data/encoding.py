@@ -143,8 +143,9 @@ class _Pair(NamedTuple):
 def choose_kind(task: Task, tokenizer: Tokenizer) -> Kind:
     """Decide how a task is scored with this tokenizer; the same for all of its splits.
 
-    A multiple-choice task with fixed choices is a verbalizer task when each choice is a single token of its own, and an
-    options task otherwise, whatever its first tokens are, unless the card says which.
+    A multiple-choice task whose card lists its choices is a verbalizer task when each is a single token of its own, and
+    an options task otherwise, unless the card says which. Choices from a column or template always make options: a few
+    rows to predict must not be scored otherwise than the rows that were trained on.
 
     Raises:
         DataError: If the card asks for ``verbalizer`` and choices vary by row or begin with the same token.
@@ -156,10 +157,10 @@ def choose_kind(task: Task, tokenizer: Tokenizer) -> Kind:
         return "classification"
     if card.scoring == "options":
         return "options"
-    if not _has_fixed_choices(task):
+    if isinstance(card.doc_to_choice, str):
         if card.scoring == "verbalizer":
             raise DataError(
-                f"task {task.name!r}: choices vary from row to row, so a verbalizer can't score them; "
+                f"task {task.name!r}: choices come from each row, so a verbalizer can't score them; "
                 "set scoring: options"
             )
         return "options"
@@ -347,11 +348,6 @@ def _encode_labels(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
 
 def _first_example(task: Task) -> Example:
     return next(example for split in task.splits.values() for example in split)
-
-
-def _has_fixed_choices(task: Task) -> bool:
-    choices = _first_example(task).choices
-    return all(example.choices == choices for split in task.splits.values() for example in split)
 
 
 def _count_truncated(rows: Sequence[_Row], rows_each: NDArray[np.int64]) -> int:

@@ -154,7 +154,7 @@ def _take_best_step(
     changes = [sum(losses[new] - losses[old] for old, new in step.items()) for step in steps]
     if not changes or min(changes) > -_SMALLEST_GAIN:
         return None
-    step = steps[int(np.argmax(changes))]
+    step = steps[int(np.argmin(changes))]
     return sort_groups(step.get(group, group) for group in groups)
 
 

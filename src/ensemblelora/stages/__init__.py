@@ -1,0 +1,34 @@
+"""The stages that learn, from rows to an ensemble: what each reads, what it leaves in the run folder.
+
+A stage takes plain values of the stages before it and returns one. Where its marker in the run folder carries the
+fingerprint of its inputs, the value is read back instead of computed. The order is pipeline.py's business; the
+stages that judge the outcome are in judging.py. Test rows enter no fingerprint and no computation here.
+
+:mod:`.request` refuses what can't be carried out; :mod:`.rows` holds what is learnt from; :mod:`.choosing` has the
+stages up to the plan, :mod:`.learning` those that train.
+"""
+
+from __future__ import annotations
+
+from ensemblelora.stages.choosing import choose_plan, estimate_affinity, read_oracle, take_features
+from ensemblelora.stages.learning import boost_groups, combine_members, train_adapter, train_groups
+from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels
+from ensemblelora.stages.rows import Rows, describe_run, encode_tasks
+
+__all__ = [
+    "Rows",
+    "boost_groups",
+    "check_fit",
+    "check_request",
+    "choose_head",
+    "choose_plan",
+    "combine_members",
+    "count_labels",
+    "describe_run",
+    "encode_tasks",
+    "estimate_affinity",
+    "read_oracle",
+    "take_features",
+    "train_adapter",
+    "train_groups",
+]

@@ -1,0 +1,94 @@
+"""The rows of a run, encoded, and what is written about them before anything is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from ensemblelora import artifacts
+from ensemblelora.adapters import THETA0, AdaptedModel
+from ensemblelora.data.encoding import EncodedSplit, encode_split
+from ensemblelora.data.task import SPLITS, TaskSet
+from ensemblelora.errors import DataError
+from ensemblelora.models import BaseModel
+from ensemblelora.workspace import Workspace, describe_environment, fingerprint_split
+
+__all__ = ["Rows", "describe_run", "encode_tasks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Every task's encoded splits, in the order that task indices refer to."""
+
+    train: tuple[EncodedSplit, ...]
+    validation: tuple[EncodedSplit, ...]
+    test: tuple[EncodedSplit, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Task names."""
+        return tuple(split.task for split in self.train)
+
+    @property
+    def learning(self) -> tuple[EncodedSplit, ...]:
+        """What may be learnt from: train and validation, never test."""
+        return (*self.train, *self.validation)
+
+    @cached_property
+    def identities(self) -> dict[tuple[str, str], str]:
+        """Fingerprint of every split that may be learnt from, by task and split."""
+        return {(split.task, split.split): fingerprint_split(split) for split in self.learning}
+
+    def learning_fingerprint(self, tasks: Iterable[int] | None = None) -> str:
+        """Identity of what may be learnt from of some tasks; none: of all."""
+        chosen = range(len(self.train)) if tasks is None else tasks
+        return artifacts.fingerprint(
+            *(self.identities[splits[task].task, splits[task].split] for task in chosen for splits in self._learnt)
+        )
+
+    @property
+    def _learnt(self) -> Sequence[tuple[EncodedSplit, ...]]:
+        return (self.train, self.validation)
+
+
+def encode_tasks(tasks: TaskSet, base: BaseModel, *, max_length: int) -> Rows:
+    """Turn every split of every task into token ids.
+
+    Raises:
+        DataError: The first fault of every task that can't be encoded, joined by ``"; "``.
+    """
+    encoded: dict[str, list[EncodedSplit]] = {split: [] for split in SPLITS}
+    faults: list[str] = []
+    for task in tasks.tasks:
+        try:
+            for split in SPLITS:
+                encoded[split].append(encode_split(task, split, base.tokenizer, max_length=max_length))
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("; ".join(faults))
+    return Rows(**{split: tuple(found) for split, found in encoded.items()})
+
+
+def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedModel) -> None:
+    """Write what the run is made of: ``environment.json``, and ``tasks.json`` with every card."""
+    base, path = probe.base, work.path / artifacts.ENVIRONMENT_FILE
+    model = {
+        "name": base.name,
+        "n_parameters": sum(p.numel() for name, p in probe.network.named_parameters() if f".{THETA0}." not in name),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "fingerprint": base.fingerprint,
+    }
+    before = artifacts.read_json(path) if path.exists() else {}
+    artifacts.write_json(path, describe_environment(model, str(base.device), before))
+    cards = [
+        {
+            "card": task.card.model_dump(mode="json"),
+            "kind": split.kind,
+            "n_examples": {name: len(task.splits[name]) for name in SPLITS},
+        }
+        for task, split in zip(tasks.tasks, rows.train, strict=True)
+    ]
+    overlaps = [asdict(overlap) for overlap in tasks.overlaps]
+    artifacts.write_json(work.path / artifacts.TASKS_FILE, {"tasks": cards, "overlaps": overlaps})
