@@ -75,6 +75,12 @@ def test_uniform_draws_hold_every_task_equally_often() -> None:
     assert np.abs(counts / 400 - 10 / 3).max() < 5 * np.sqrt(10 * (1 / 3) * (2 / 3) / 400)
 
 
+def test_coverage_can_ask_for_every_subset() -> None:
+    """Each pair of six tasks is in four subsets of three; asking for four of each leaves none out."""
+    design = sample_subsets(6, AffinityConfig(subset_size=3, n_subsets=12, min_pair_count=9), seed=0)
+    assert design == every_subset(6, 3)
+
+
 def test_topped_up_means_stay_unbiased() -> None:
     """Half of the subsets are drawn around rare pairs, and scores depend wildly on who is in the subset."""
     n_tasks, size, n_seeds = 7, 3, 1500

@@ -295,6 +295,13 @@ def test_what_a_mode_cannot_tell_is_nan() -> None:
     assert (np.isnan(scores.macro_f1) == [False, False, True, True]).all()
 
 
+def test_a_logodds_row_counts_as_right_above_one_half() -> None:
+    block = make_block("a", mode="logodds")
+    weights = np.random.default_rng(6).normal(size=(3, 7))
+    outcomes = predict_outcomes(block, weights)
+    np.testing.assert_array_equal(outcomes.correct, np.exp(-outcomes.nll) > 0.5)
+
+
 def test_macro_f1_equals_scikit_learn() -> None:
     block = make_block("a", mode="contrast", n=25)
     weights = np.random.default_rng(4).normal(size=(6, 7))

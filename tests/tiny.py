@@ -84,7 +84,14 @@ def disturb(adapted: AdaptedModel, name: str = THETA0, *, scale: float = 0.3, se
 
 
 def make_split(
-    kind: str, *, n: int = 6, n_choices: int = 3, seed: int = 0, task: str = "t", split: str = "train", ragged: bool = False
+    kind: str,
+    *,
+    n: int = 6,
+    n_choices: int = 3,
+    seed: int = 0,
+    task: str = "t",
+    split: str = "train",
+    ragged: bool = False,
 ) -> EncodedSplit:
     """Random rows of one kind. ``ragged`` gives examples different numbers of choices (options only)."""
     rng = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import (
@@ -123,7 +124,7 @@ def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | Non
     start = adapter_state(adapted, THETA0) if state is None else state
     _check_shapes(adapted, name, start)
     if name not in adapted.peft.peft_config:
-        settings = copy.deepcopy(adapted.peft.peft_config[THETA0])
+        settings = _copy_settings(adapted, THETA0)
         settings.modules_to_save = None  # PEFT adds the head's names itself, each time
         # PEFT makes the active adapter trainable when it adds one; leaving the context sets it back.
         with activate(adapted, THETA0), torch.random.fork_rng(), _without_known_warnings():
@@ -173,10 +174,9 @@ def save_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
     """Write a plain PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_state(adapted, name), folder / _WEIGHTS_FILE, metadata={"format": "pt"})
-    settings = copy.deepcopy(adapted.peft.peft_config[name])
+    settings = _copy_settings(adapted, name)
     settings.inference_mode = True
-    if isinstance(settings, LoraConfig) and isinstance(settings.target_modules, set):
-        settings.target_modules = sorted(settings.target_modules)  # the same adapter gives the same file
+    settings.target_modules = sorted(settings.target_modules or ())  # a set would be written in any order
     settings.save_pretrained(str(folder))
 
 
@@ -193,7 +193,7 @@ def load_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
         state = load_file(folder / _WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"adapter folder {folder}: can't be read ({error}); train it again") from error
-    ours = adapted.peft.peft_config[THETA0]
+    ours = _copy_settings(adapted, THETA0)
     for key in _SETTINGS:
         found, expected = getattr(settings, key, None), getattr(ours, key)
         if found != expected:
@@ -297,6 +297,10 @@ def _check_shapes(adapted: AdaptedModel, name: str, state: dict[str, Tensor]) ->
             f"adapter {name!r}: {len(wrong)} tensors missing, unknown or of another shape, first {wrong[0]!r}; "
             "train it again"
         )
+
+
+def _copy_settings(adapted: AdaptedModel, name: str) -> LoraConfig:
+    return copy.deepcopy(cast("LoraConfig", adapted.peft.peft_config[name]))
 
 
 def _live_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ A family without a formula is counted in tokens only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ensemblelora.accounting.shapes import AdapterShape, ModelShape, adapter_sha
 from ensemblelora.data.batching import Batch
 from ensemblelora.errors import ModelError
 
-__all__ = ["PassCosts", "count_forward", "count_gradients", "count_training", "read_costs"]
+__all__ = ["PassCosts", "count_forward", "count_generation", "count_gradients", "count_training", "read_costs"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,30 @@ def count_gradients(
                 costs.shape, work, costs.adapter, n_backwards=n_backwards, n_outputs=n_outputs, proj_dim=proj_dim
             )
         )
+
+
+def count_generation(
+    meter: Meter | None, costs: PassCosts | None, context_lengths: Sequence[int], *, n_steps: int, times: int = 1
+) -> None:
+    """Enter the generation of one batch of answers with an attention cache.
+
+    Args:
+        meter: What is told.
+        costs: Sizes; none counts tokens only.
+        context_lengths: Tokens of each context; they are padded to the longest.
+        n_steps: Tokens generated for every context; the first comes from the pass over the contexts.
+        times: Members that generate together.
+    """
+    if meter is None:
+        return
+    rows, width = len(context_lengths), max(context_lengths)
+    later = n_steps - 1  # passes over one new token each
+    n_tokens = rows * (width + later)
+    meter.add_tokens(times * (sum(context_lengths) + rows * later), times * n_tokens)
+    if costs is not None:
+        seen = width**2 + sum(width + step for step in range(1, n_steps))
+        work = Workload(rows, n_tokens, n_pairs=rows * seen, n_logits=rows * n_steps * costs.shape.vocab_size)
+        meter.add_flops(times * count_forward_flops(costs.shape, work, costs.adapter))
 
 
 def _workload(costs: PassCosts, batch: Batch) -> Workload:

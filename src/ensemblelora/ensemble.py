@@ -8,7 +8,7 @@ Groups whose weight for a task is zero are not run for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,26 @@ import numpy.typing as npt
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.data.task import Kind
 from ensemblelora.errors import StoreError
 from ensemblelora.files import read_json, write_json
 from ensemblelora.prediction import MemberScores, predict_members
 from ensemblelora.weighting import combine
 
-__all__ = ["Ensemble", "Member", "combined_scores", "group_scores", "load_ensemble", "predict_ensemble", "save_ensemble"]
+__all__ = [
+    "Combination",
+    "Ensemble",
+    "Member",
+    "combined_scores",
+    "group_scores",
+    "load_ensemble",
+    "needed_adapters",
+    "predict_ensemble",
+    "save_ensemble",
+    "sum_groups",
+]
+
+Combination = Literal["logits", "probabilities"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Ensemble:
     """(n_tasks, n_groups); each row is non-negative and sums to one"""
     routed: tuple[bool, ...]
     """tasks whose weights are within one standard error of a single group's"""
-    combine: Literal["logits", "probabilities"]
+    combine: Combination
 
     @property
     def group_of(self) -> tuple[int, ...]:
@@ -59,6 +73,32 @@ class Ensemble:
     def members_of(self, group: int) -> tuple[Member, ...]:
         """The group's adapter, then its boosters."""
         return tuple(member for member in self.members if member.group == group)
+
+
+def needed_adapters(members: Sequence[Member], groups: Sequence[int], kind: Kind) -> tuple[str, ...]:
+    """Name the adapters that scoring some groups takes, theta0 among them where boosters are measured from it."""
+    used = _list_used(members, groups, kind)
+    start = (THETA0,) if any(member.kind == "booster" for member in used) else ()
+    return (*(member.name for member in used), *start)
+
+
+def sum_groups(
+    scores: MemberScores, names: Sequence[str], members: Sequence[Member], groups: Sequence[int]
+) -> MemberScores:
+    """Add boosters to their groups' own scores.
+
+    Args:
+        scores: Of the adapters ``names``, which hold all of :func:`needed_adapters`, ``(len(names), n_rows, K)``.
+        names: What each of them is.
+        members: The ensemble's.
+        groups: Which groups to return.
+
+    Returns:
+        Values of shape ``(len(groups), n_rows, K)``. Free-text tasks have no boosters (see ``boosting``).
+    """
+    by_name = dict(zip(names, scores.values, strict=True))
+    used = _list_used(members, groups, scores.kind)
+    return replace(scores, values=np.stack([_add_boosters(by_name, [m for m in used if m.group == g]) for g in groups]))
 
 
 def group_scores(
@@ -73,31 +113,27 @@ def group_scores(
     """Score a split with some groups, boosters included.
 
     Returns:
-        Values of shape ``(len(groups), n_rows, K)``. Free-text tasks have no boosters (see ``boosting``).
+        Values of shape ``(len(groups), n_rows, K)``.
     """
-    has_boosters = encoded.kind != "sequence"
-    used = [m for m in members if m.group in groups and (m.kind == "group" or has_boosters)]
-    names = [m.name for m in used]
-    if any(m.kind == "booster" for m in used):
-        names.append(THETA0)
-    scores = predict_members(adapted, encoded, names, max_tokens=max_tokens, meter=meter)
-    by_name = dict(zip(names, scores.values, strict=True))
-    return MemberScores(
-        task=scores.task,
-        kind=scores.kind,
-        values=np.stack([_add_boosters(by_name, [m for m in used if m.group == g]) for g in groups]),
-        row_example=scores.row_example,
-        row_weights=scores.row_weights,
+    names = needed_adapters(members, groups, encoded.kind)
+    return sum_groups(
+        predict_members(adapted, encoded, names, max_tokens=max_tokens, meter=meter), names, members, groups
     )
 
 
-def combined_scores(scores: MemberScores, weights: Sequence[float], how: str) -> npt.NDArray[np.float64]:
+def combined_scores(scores: MemberScores, weights: Sequence[float], how: Combination) -> npt.NDArray[np.float64]:
     """Weighted mean of the groups' scores, ``(n_rows, K)``; free-text tokens are always mixed as probabilities."""
     return combine(scores.values, np.asarray(weights), "mixture" if scores.kind == "sequence" else how)
 
 
 def predict_ensemble(
-    adapted: AdaptedModel, ensemble: Ensemble, task: int, encoded: EncodedSplit, *, max_tokens: int, meter: Meter | None = None
+    adapted: AdaptedModel,
+    ensemble: Ensemble,
+    task: int,
+    encoded: EncodedSplit,
+    *,
+    max_tokens: int,
+    meter: Meter | None = None,
 ) -> npt.NDArray[np.float64]:
     """Combined scores of one task's rows, ``(n_rows, K)``; only groups with a weight are run."""
     weights = np.asarray(ensemble.weights[task])
@@ -129,6 +165,10 @@ def load_ensemble(path: Path) -> Ensemble:
         )
     except (KeyError, TypeError) as error:
         raise StoreError(f"{path}: not an ensemble ({error!r}); run the combine stage again") from None
+
+
+def _list_used(members: Sequence[Member], groups: Sequence[int], kind: str) -> list[Member]:
+    return [m for m in members if m.group in groups and (m.kind == "group" or kind != "sequence")]
 
 
 def _add_boosters(by_name: Mapping[str, npt.NDArray[np.float32]], members: Sequence[Member]) -> npt.NDArray[np.float32]:

@@ -1,30 +1,39 @@
 """What a run would cost, before it starts: tokens and FLOPs by formula, seconds from a short measurement.
 
-In: the encoded rows and the adapted model. Out: one record per stage. Nothing is written.
-Training costs the same for any partition: every task's rows pass once an epoch, whichever group they are in.
+In: the encoded rows and the adapted model. Out: one record per stage, by the ledger's own names. Nothing is written.
+``features`` and ``baselines`` count the very batches a run will take. Training in groups costs nearly the same for any
+partition: every task's rows pass once an epoch, and only the padding depends on who shares a batch. What depends on
+the plan or on the outcome (``boost``, ``combine``, ``evaluate``) is counted at its most.
+The oracle's fits take seconds and no model, and are left out.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]  # ships no types
 import torch
 
 from ensemblelora.accounting.formulas import feature_bytes
-from ensemblelora.accounting.meter import Meter
+from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_bytes
 from ensemblelora.config import RunConfig
-from ensemblelora.counting import count_forward, count_gradients, count_training
-from ensemblelora.data.batching import Batch, collate, plan_batches
+from ensemblelora.counting import count_forward, count_generation, count_gradients, count_training
+from ensemblelora.data.batching import Batch, collate, iterate_batches, plan_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.generation import list_contexts
 from ensemblelora.gradients.output import choose_mode
 from ensemblelora.scoring import cross_entropy, score_batch
+from ensemblelora.seeding import seed_for
 from ensemblelora.stages import Rows
 
 __all__ = ["StageForecast", "forecast_run"]
+
+_BOOST_LENGTHS = 8  # forward passes of a line search, at most
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,26 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class _Rates:
+    """How fast this machine is; work is FLOPs, or padded tokens for a family without a formula."""
+
     forward: float
-    """FLOPs a second of forward passes"""
+    """work a second of forward passes"""
     training: float
+    """work a second of training steps"""
     bytes_per_token: float
     """of activations that a training step keeps for one padded token"""
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What a stage runs through the model."""
+
+    training: StageRecord = StageRecord("")
+    """passes with a backward pass"""
+    forward: StageRecord = StageRecord("")
+    disk_bytes: int = 0
+    batch_tokens: int = 0
+    """padded tokens of the largest batch that keeps activations"""
 
 
 def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str, StageForecast]:
@@ -57,42 +81,40 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
         probe: The model with its start adapter; a few seconds of passes are timed on it.
         rows: Encoded tasks.
     """
-    rates = _measure_rates(probe, rows)
-    epochs, tokens = config.training.num_train_epochs, config.evaluation.max_tokens_per_batch
-    n_checks = epochs * config.training.evaluations_per_epoch
-    most_members = min(config.grouping.max_groups, len(rows.names)) + config.boosting.n_rounds
-    one = adapter_bytes(probe)
-    learning, checking, testing = (
-        _count(probe, splits, tokens, kind) for splits, kind in ((rows.train, "training"), (rows.validation, "forward"), (rows.test, "forward"))
-    )
-    gradients = _count_features(config, probe, rows)
-    outputs = sum(_n_outputs(split, config) for split in (*rows.train, *rows.validation))
+    rates, resident = _measure_rates(probe, rows), psutil.Process().memory_info().rss
+    most_groups = config.grouping.n_groups
+    if most_groups == "auto":
+        most_groups = min(config.grouping.max_groups, len(rows.names))
+    one, n_boosters = adapter_bytes(probe), config.boosting.n_rounds
+    validated = _count_forward(probe, rows.validation, config.evaluation.max_tokens_per_batch)
+    training, checking = _count_training(config, probe, rows)
+    step = config.training.max_tokens_per_batch
     passes = {
-        "features": (gradients, rates.training, feature_bytes(outputs, config.gradients.proj_dim)),
-        "train": (_scaled(learning, epochs), rates.training, most_members * one),
-        "train: choosing checkpoints": (_scaled(checking, n_checks), rates.forward, 0),
-        "combine": (_scaled(checking, most_members), rates.forward, 0),
-        "baselines": (_scaled(learning, epochs), rates.training, one),
-        "baselines: choosing checkpoints": (_scaled(checking, n_checks), rates.forward, 0),
-        "evaluate": (_scaled(testing, most_members + 2), rates.forward, 0),
+        "features": _count_features(config, probe, rows),
+        "train": _Passes(training, checking, most_groups * one, step),
+        "boost": _count_boosting(config, probe, rows),
+        "combine": _Passes(forward=_times(validated, most_groups + n_boosters + bool(n_boosters))),
+        "baselines": _Passes(training, checking, one, step),
+        "evaluate": _Passes(forward=_count_evaluation(config, probe, rows, most_groups)),
     }
-    resident = psutil.Process().memory_info().rss
-    widest = {"features": config.gradients.max_tokens_per_batch, "train": config.training.max_tokens_per_batch}
-    widest["baselines"] = widest["train"]
-    stages = {
-        name: StageForecast(
-            seconds=flops / rate,
-            flops=flops,
-            n_tokens=n_tokens,
-            disk_bytes=disk,
-            memory_bytes=resident + round(rates.bytes_per_token * widest.get(name, 0)),
-        )
-        for name, ((flops, n_tokens), rate, disk) in passes.items()
-    }
+    if "shared" not in config.evaluation.baselines:
+        del passes["baselines"]
+    stages = {name: _predict(stage, rates, resident) for name, stage in passes.items()}
     return stages | {"total": _add_up(list(stages.values()))}
 
 
-def _add_up(stages: list[StageForecast]) -> StageForecast:
+def _predict(passes: _Passes, rates: _Rates, resident: int) -> StageForecast:
+    both = passes.training.joined(passes.forward)
+    return StageForecast(
+        seconds=_measure_work(passes.training) / rates.training + _measure_work(passes.forward) / rates.forward,
+        flops=both.flops,
+        n_tokens=both.n_tokens,
+        disk_bytes=passes.disk_bytes,
+        memory_bytes=resident + round(rates.bytes_per_token * passes.batch_tokens),
+    )
+
+
+def _add_up(stages: Sequence[StageForecast]) -> StageForecast:
     return StageForecast(
         seconds=sum(stage.seconds for stage in stages),
         flops=sum(stage.flops for stage in stages),
@@ -102,38 +124,101 @@ def _add_up(stages: list[StageForecast]) -> StageForecast:
     )
 
 
-def _count(probe: AdaptedModel, splits: tuple[EncodedSplit, ...], max_tokens: int, kind: str) -> tuple[int, int]:
-    """FLOPs and tokens of one pass over some splits."""
-    meter = Meter(kind)
-    for split in splits:
-        for indices in plan_batches(split.example_lengths, split.row_counts, max_tokens):
-            batch = collate([(split, int(e)) for e in indices], probe.base.pad_token_id)
-            (count_training if kind == "training" else count_forward)(meter, probe.costs, batch)
-    return meter.record.flops, meter.record.n_tokens
+def _count_training(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple[StageRecord, StageRecord]:
+    """One adapter for all tasks: its optimiser steps, and the validation passes that choose a checkpoint."""
+    settings = config.training
+    schedule = schedule_training(rows.train, settings, seed=seed_for(config.seed, "batches", "shared"))
+    meter, pad = Meter("train"), probe.base.pad_token_id
+    for step in schedule:
+        count_training(meter, probe.costs, collate([(rows.train[task], example) for task, example in step], pad))
+    n_planned = settings.num_train_epochs * settings.evaluations_per_epoch
+    stops = {max(1, round(len(schedule) * (i + 1) / n_planned)) for i in range(n_planned)}
+    checking = _count_forward(probe, rows.validation, 2 * settings.max_tokens_per_batch)
+    return meter.record, _times(checking, len(stops))
 
 
-def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple[int, int]:
-    meter = Meter("features")
-    for split in (*rows.train, *rows.validation):
-        single_row = split.kind in ("verbalizer", "classification")
-        width = _n_outputs(split, config) // split.n_examples
-        for indices in plan_batches(split.example_lengths, split.row_counts, config.gradients.max_tokens_per_batch):
-            batch = collate([(split, int(e)) for e in indices], probe.base.pad_token_id)
-            n_backwards = width if single_row else 1
+def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
+    settings, meter = config.gradients, Meter("features")
+    exact = probe.costs.adapter.n_output_parameters if probe.costs else settings.proj_dim
+    dimension = exact if settings.proj_type == "none" else settings.proj_dim
+    n_outputs = 0
+    for split in rows.learning:
+        most = int(split.n_choices.max())
+        mode = choose_mode(split.kind, most, settings.output, task=split.task)
+        width = most - 1 if mode == "contrast" else 1
+        n_outputs += width * split.n_examples
+        for batch in iterate_batches(split, settings.max_tokens_per_batch, probe.base.pad_token_id):
             count_gradients(
-                meter, probe.costs, batch, n_backwards=n_backwards, n_outputs=width * len(indices), proj_dim=config.gradients.proj_dim
+                meter,
+                probe.costs,
+                batch,
+                n_backwards=1 if split.kind == "options" else width,
+                n_outputs=width * len(batch.examples),
+                proj_dim=dimension,
             )
-    return meter.record.flops, meter.record.n_tokens
+    return _Passes(meter.record, StageRecord(""), feature_bytes(n_outputs, dimension), settings.max_tokens_per_batch)
 
 
-def _n_outputs(split: EncodedSplit, config: RunConfig) -> int:
-    most = int(split.n_choices.max())
-    mode = choose_mode(split.kind, most, config.gradients.output, task=split.task)
-    return split.n_examples * (most - 1 if mode == "contrast" else 1)
+def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
+    """At most: every task in the group that is boosted, and every step length tried."""
+    n_rounds, tokens = config.boosting.n_rounds, config.evaluation.max_tokens_per_batch
+    if not n_rounds:
+        return _Passes()
+    train, validation = ([s for s in splits if s.kind != "sequence"] for splits in (rows.train, rows.validation))
+    start = _times(_count_forward(probe, [*train, *validation], tokens), 2)
+    search = _times(_count_forward(probe, train, tokens), n_rounds * (_BOOST_LENGTHS + 1))
+    checks = _times(_count_forward(probe, validation, tokens), n_rounds)
+    if config.boosting.direction == "steps":
+        tokens, n_passes = config.training.max_tokens_per_batch, config.boosting.n_steps
+        share = n_passes / max(1, len(schedule_training(rows.train, config.training, seed=0)))
+        n_passes = -(-round(100 * share) // 100) or 1
+    else:
+        n_passes = int(config.boosting.direction == "dual")
+    backward = _times(_count(probe, train, tokens, count_training), n_rounds * n_passes)
+    return _Passes(backward, reduce(StageRecord.joined, (start, search, checks)), n_rounds * adapter_bytes(probe), tokens)
 
 
-def _scaled(cost: tuple[int, int], times: int) -> tuple[int, int]:
-    return cost[0] * times, cost[1] * times
+def _count_evaluation(config: RunConfig, probe: AdaptedModel, rows: Rows, most_groups: int) -> StageRecord:
+    """At most: every member on every test row, and the answers of every method to free-text questions."""
+    n_members = most_groups + config.boosting.n_rounds + len(config.evaluation.baselines)
+    meter = Meter("evaluate")
+    for split in rows.test:
+        if split.kind == "sequence":
+            n_steps = int((split.row_lengths - split.answer_starts).max())
+            lengths = np.array([len(context) for context in list_contexts(split)])
+            for batch in plan_batches(lengths + n_steps, split.row_counts, config.evaluation.max_tokens_per_batch):
+                times = len(config.evaluation.baselines) + 1 + most_groups
+                count_generation(meter, probe.costs, lengths[batch].tolist(), n_steps=n_steps, times=times)
+    scored = _count_forward(probe, rows.test, config.evaluation.max_tokens_per_batch)
+    return _times(scored, n_members).joined(meter.record)
+
+
+def _count_forward(probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int) -> StageRecord:
+    return _count(probe, splits, max_tokens, count_forward)
+
+
+def _count(
+    probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int, enter: Callable[..., None]
+) -> StageRecord:
+    """Cost of one pass over some splits."""
+    meter = Meter("")
+    for split in splits:
+        for batch in iterate_batches(split, max_tokens, probe.base.pad_token_id):
+            enter(meter, probe.costs, batch)
+    return meter.record
+
+
+def _times(record: StageRecord, n: int) -> StageRecord:
+    return StageRecord(
+        record.stage,
+        flops=n * record.flops,
+        n_tokens=n * record.n_tokens,
+        n_padded_tokens=n * record.n_padded_tokens,
+    )
+
+
+def _measure_work(record: StageRecord) -> int:
+    return record.flops or record.n_padded_tokens
 
 
 def _measure_rates(probe: AdaptedModel, rows: Rows) -> _Rates:
@@ -153,8 +238,8 @@ def _measure_rates(probe: AdaptedModel, rows: Rows) -> _Rates:
     count_training(meters["training"], probe.costs, batch)
     grown = max(psutil.Process().memory_info().rss - before, 0)
     return _Rates(
-        forward=max(meters["forward"].record.flops, 1) / seconds["forward"],
-        training=max(meters["training"].record.flops, 1) / seconds["training"],
+        forward=_measure_work(meters["forward"].record) / seconds["forward"],
+        training=_measure_work(meters["training"].record) / seconds["training"],
         bytes_per_token=grown / batch.n_padded_tokens,
     )
 
@@ -165,3 +250,5 @@ def _pass_once(probe: AdaptedModel, batch: Batch, *, is_training: bool) -> None:
         if is_training:
             loss.backward()
             probe.peft.zero_grad(set_to_none=True)
+    if probe.device.type == "cuda":
+        torch.cuda.synchronize()  # else the clock stops before the work does

@@ -9,21 +9,33 @@ Cost: members x (context + one token a step). Memory: members x one cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate
+from ensemblelora.counting import count_generation
 from ensemblelora.data.batching import plan_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.progress import track
 
-__all__ = ["decode_answers", "generate", "generate_answers", "matches_exactly"]
+__all__ = ["decode_answers", "generate", "generate_answers", "list_contexts", "matches_exactly"]
+
+Tokens = npt.NDArray[np.int64]
 
 
 def generate_answers(
-    adapted: AdaptedModel, encoded: EncodedSplit, members: Sequence[str], weights: Sequence[float], *, max_tokens: int
+    adapted: AdaptedModel,
+    encoded: EncodedSplit,
+    members: Sequence[str],
+    weights: Sequence[float],
+    *,
+    max_tokens: int,
+    meter: Meter | None = None,
 ) -> list[list[int]]:
     """Generate one answer per example of a free-text split, no longer than the longest reference answer.
 
@@ -33,33 +45,45 @@ def generate_answers(
         members: Adapter names.
         weights: Their shares of the mixture.
         max_tokens: Padded tokens in one batch, answers included.
+        meter: Told what every pass costs.
 
     Returns:
         Token ids of each answer, without the end token.
     """
-    contexts = [
+    longest = int((encoded.row_lengths - encoded.answer_starts).max())
+    contexts = list_contexts(encoded)
+    return generate(
+        adapted, contexts, members, weights, max_new_tokens=longest, max_tokens=max_tokens, meter=meter
+    )
+
+
+def list_contexts(encoded: EncodedSplit) -> list[Tokens]:
+    """Return what the model reads of every example of a free-text split before it answers."""
+    return [
         encoded.tokens[start : start + length].astype(np.int64)
         for start, length in zip(encoded.row_starts[:-1], encoded.answer_starts, strict=True)
     ]
-    longest = int((encoded.row_lengths - encoded.answer_starts).max())
-    return generate(adapted, contexts, members, weights, max_new_tokens=longest, max_tokens=max_tokens)
 
 
 def generate(
     adapted: AdaptedModel,
-    contexts: Sequence[np.ndarray],
+    contexts: Sequence[Tokens],
     members: Sequence[str],
     weights: Sequence[float],
     *,
     max_new_tokens: int,
     max_tokens: int,
+    meter: Meter | None = None,
 ) -> list[list[int]]:
     """Generate one answer per context, greedily from the members' mixture; see :func:`generate_answers`."""
     answers: list[list[int]] = [[] for _ in contexts]
     lengths = np.array([len(context) + max_new_tokens for context in contexts])
     plan = plan_batches(lengths, np.ones(len(contexts), dtype=np.int64), max_tokens)
     for batch in track(plan, "generate"):
-        produced = _generate_batch(adapted, [contexts[int(e)] for e in batch], members, weights, max_new_tokens)
+        chosen = [contexts[int(e)] for e in batch]
+        produced, n_steps = _generate_batch(adapted, chosen, members, weights, max_new_tokens)
+        widths = [len(context) for context in chosen]
+        count_generation(meter, adapted.costs, widths, n_steps=n_steps, times=len(members))
         for example, answer in zip(batch, produced, strict=True):
             answers[int(example)] = answer
     return answers
@@ -71,50 +95,59 @@ def decode_answers(adapted: AdaptedModel, answers: Sequence[Sequence[int]]) -> l
     return [str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip() for answer in answers]
 
 
-def matches_exactly(adapted: AdaptedModel, encoded: EncodedSplit, answers: Sequence[Sequence[int]]) -> np.ndarray:
-    """Whether each answer's text is the reference answer's, ``(n_examples,)`` bool."""
-    references = [
-        encoded.tokens[start + answer : stop].tolist()
-        for start, answer, stop in zip(encoded.row_starts[:-1], encoded.answer_starts, encoded.row_starts[1:], strict=True)
-    ]
+def matches_exactly(
+    adapted: AdaptedModel, encoded: EncodedSplit, answers: Sequence[Sequence[int]]
+) -> npt.NDArray[np.bool_]:
+    """Whether each answer's text is the reference answer's, bool ``(n_examples,)``."""
+    ends = zip(encoded.row_starts[:-1], encoded.answer_starts, encoded.row_starts[1:], strict=True)
+    references = [encoded.tokens[start + answer : stop].tolist() for start, answer, stop in ends]
     pairs = zip(decode_answers(adapted, answers), decode_answers(adapted, references), strict=True)
     return np.array([answer == reference for answer, reference in pairs])
 
 
 @torch.inference_mode()
 def _generate_batch(
-    adapted: AdaptedModel, contexts: Sequence[np.ndarray], members: Sequence[str], weights: Sequence[float], steps: int
-) -> list[list[int]]:
-    device, end = adapted.device, adapted.base.tokenizer.eos_token_id
-    tokens, mask = (torch.from_numpy(a).to(device) for a in _pad_left(contexts, adapted.base.pad_token_id))
-    caches: list[object] = [None] * len(members)
+    adapted: AdaptedModel, contexts: Sequence[Tokens], members: Sequence[str], weights: Sequence[float], steps: int
+) -> tuple[list[list[int]], int]:
+    """Return the answers, and how many steps were taken before the last of them ended."""
+    end = adapted.base.tokenizer.eos_token_id
+    tokens, mask = (torch.from_numpy(a).to(adapted.device) for a in _pad_left(contexts, adapted.base.pad_token_id))
+    caches: list[Any] = [None] * len(members)
     answers: list[list[int]] = [[] for _ in contexts]
-    running = np.ones(len(contexts), dtype=bool)
-    for _ in range(steps):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        mixture: Tensor | None = None
+    is_running = np.ones(len(contexts), dtype=bool)
+    for step in range(steps):
+        mixture = torch.zeros((), device=adapted.device)
         for m, (member, weight) in enumerate(zip(members, weights, strict=True)):
             with activate(adapted, member):
-                output = adapted.network(
-                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=caches[m], use_cache=True, logits_to_keep=1
-                )
-            caches[m] = output.past_key_values
-            share = weight * torch.softmax(output.logits[:, -1].float(), dim=-1)
-            mixture = share if mixture is None else mixture + share
-        assert mixture is not None
-        chosen = mixture.argmax(-1)
+                logits, caches[m] = _next_logits(adapted, tokens, mask, caches[m])
+            mixture = mixture + weight * torch.softmax(logits, dim=-1)
+        chosen = mixture.argmax(-1)  # (n,)
         for example, token in enumerate(chosen.tolist()):
-            running[example] &= token != end
-            if running[example]:
+            is_running[example] &= token != end
+            if is_running[example]:
                 answers[example].append(token)
-        if not running.any():
-            break
+        if not is_running.any():
+            return answers, step + 1
         tokens = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return answers
+    return answers, steps
 
 
-def _pad_left(contexts: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+def _next_logits(adapted: AdaptedModel, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits of the token after ``tokens`` ``(n, width)``, float32 ``(n, V)``, and the cache that now holds them."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    output = adapted.network(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float(), output.past_key_values
+
+
+def _pad_left(contexts: Sequence[Tokens], pad: int) -> tuple[Tokens, Tokens]:
     width = max(len(context) for context in contexts)
     tokens = np.full((len(contexts), width), pad, dtype=np.int64)
     mask = np.zeros_like(tokens)

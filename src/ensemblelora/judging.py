@@ -6,47 +6,65 @@ In: the ensemble and the test splits, which nothing before has read. Out: ``resu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ensemblelora import artifacts
 from ensemblelora.accounting.meter import Meter, MethodCosts
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_bytes, load_adapter, measure_distance
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.ensemble import Ensemble, combined_scores, group_scores
+from ensemblelora.ensemble import Ensemble, combined_scores, needed_adapters, sum_groups
 from ensemblelora.evaluation.evaluate import compare_methods
 from ensemblelora.evaluation.linearity import measure_linearity
 from ensemblelora.generation import generate_answers, matches_exactly
 from ensemblelora.planning import Plan
 from ensemblelora.prediction import MemberScores, predict_members
 from ensemblelora.report import write_report as compose_report
-from ensemblelora.stages import Rows, train_adapter, training_inputs
+from ensemblelora.stages import Rows, train_adapter
 from ensemblelora.workspace import Workspace, fingerprint_split
 
 __all__ = ["evaluate_methods", "train_baselines", "write_report"]
 
 _SHARED = "shared"
 _LINEARITY_ROWS = 48  # per task; a gradient pass each
+_REPORTED = (
+    artifacts.CONFIG_FILE,
+    artifacts.ENVIRONMENT_FILE,
+    artifacts.PLAN_FILE,
+    artifacts.AFFINITY_FILE,
+    artifacts.ENSEMBLE_FILE,
+    artifacts.RESULTS_FILE,
+)
+
+Mixture = tuple[tuple[str, ...], tuple[float, ...]]
+"""adapters, and their shares"""
 
 
-def train_baselines(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows) -> str:
-    """Fine-tune one adapter for all tasks, at the same number of epochs; returns its name.
+def train_baselines(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows) -> str | None:
+    """Fine-tune one adapter for all tasks, at the same number of epochs.
 
     Where the plan is one adapter for all, that adapter is the baseline.
+
+    Returns:
+        Its name; none if the config asks for no such baseline.
     """
-    if len(plan.groups) == 1:
-        return "group-0"
-    with work.stage("baselines", training_inputs(work, rows)) as stage:
+    is_wanted = _SHARED in work.config.evaluation.baselines
+    if not is_wanted or len(plan.groups) == 1:
+        work.drop_costs("baselines")
+        return "group-0" if is_wanted else None
+    everyone = range(len(rows.names))
+    with work.stage("baselines", rows.learning_fingerprint(), work.start_fingerprint, work.config.training) as stage:
         if stage.is_needed:
-            train_adapter(work, probe, _SHARED, range(len(rows.names)), rows, stage)
+            train_adapter(work, probe, _SHARED, everyone, rows, stage)
     load_adapter(probe, _SHARED, work.folder.adapter(_SHARED))
     return _SHARED
 
 
 def evaluate_methods(
-    work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str, plan: Plan, rows: Rows
+    work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str | None, plan: Plan, rows: Rows
 ) -> dict[str, Any]:
     """Score base model, one adapter for all, and the ensemble on the test rows. Leaves ``results.json``.
 
@@ -54,91 +72,129 @@ def evaluate_methods(
     so it stands in the table too.
     """
     config, path = work.config, work.path / artifacts.RESULTS_FILE
+    adapters = {name: work.adapter_digest(name) for name in _list_adapters(ensemble, shared)}
     tests = [fingerprint_split(split) for split in rows.test]
-    inputs = (training_inputs(work, rows), asdict(ensemble), shared, tests, config.evaluation)
-    with work.stage("evaluate", *inputs) as stage:
+    inputs = (rows.learning_fingerprint(), work.start_fingerprint, asdict(ensemble), adapters, shared, tests)
+    with work.stage("evaluate", *inputs, plan.predicted, config.evaluation, config.gradients) as stage:
         if stage.is_needed:
             table = _score_tests(work, probe, ensemble, shared, rows, stage.meter)
-            health = _measure_health(work, probe, ensemble, shared, rows, stage.meter)
-            table |= {"linearity": health, "predicted_vs_measured": _compare_with_plan(work, plan, ensemble, table)}
+            table["linearity"] = _measure_health(work, probe, ensemble, shared, rows, stage.meter)
+            table["predicted_vs_measured"] = _compare_with_plan(work, plan, ensemble, table)
             artifacts.write_json(path, table)
             stage.files.append(path)
-            _enter_costs(work, probe, ensemble, shared)
+            _enter_costs(work, probe, ensemble, shared, rows)
     return dict(artifacts.read_json(path))
 
 
 def write_report(work: Workspace) -> None:
     """Write ``report.html`` and ``report.md`` from what the run folder holds."""
-    made_of = [name for name in _REPORTED if (work.path / name).exists()]
-    with work.stage("report", [artifacts.file_sha256(work.path / name) for name in made_of]) as stage:
+    made_of = {name: artifacts.file_sha256(work.path / name) for name in _REPORTED if (work.path / name).exists()}
+    spent = [record for record in work.ledger.stages if record.stage != "report"]
+    with work.stage("report", made_of, spent, dict(work.ledger.methods)) as stage:
         if stage.is_needed:
             compose_report(work.path)
             stage.files += [work.path / artifacts.REPORT_HTML_FILE, work.path / artifacts.REPORT_MARKDOWN_FILE]
 
 
-_REPORTED = (
-    artifacts.CONFIG_FILE,
-    artifacts.PLAN_FILE,
-    artifacts.AFFINITY_FILE,
-    artifacts.ENSEMBLE_FILE,
-    artifacts.RESULTS_FILE,
-)
+def _list_adapters(ensemble: Ensemble, shared: str | None) -> list[str]:
+    names = (*(member.name for member in ensemble.members), shared)
+    return [name for name in dict.fromkeys(names) if name is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class _TaskTable:
+    """Every method on one task's test rows."""
+
+    scores: Mapping[str, npt.NDArray[np.float64]]
+    exact: Mapping[str, npt.NDArray[np.bool_]]
+    """free text only"""
+    layout: MemberScores
 
 
 def _score_tests(
-    work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str, rows: Rows, meter: Meter
+    work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str | None, rows: Rows, meter: Meter
 ) -> dict[str, Any]:
     config = work.config.evaluation
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in ("base", "shared", "own group", "ensemble")}
-    exact: dict[str, dict[int, np.ndarray]] = {name: {} for name in scores}
-    layouts: list[MemberScores] = []
-    for task, split in enumerate(rows.test):
-        plain = predict_members(probe, split, [THETA0, shared], max_tokens=config.max_tokens_per_batch, meter=meter)
-        groups = range(len(ensemble.groups))
-        grouped = group_scores(probe, split, ensemble.members, groups, max_tokens=config.max_tokens_per_batch, meter=meter)
-        own = ensemble.group_of[task]
-        scores["base"].append(plain.values[0].astype(np.float64))
-        scores["shared"].append(plain.values[1].astype(np.float64))
-        scores["own group"].append(grouped.values[own].astype(np.float64))
-        scores["ensemble"].append(combined_scores(grouped, ensemble.weights[task], ensemble.combine))
-        layouts.append(plain)
-        if split.kind == "sequence":
-            for name, (members, weights) in _mixtures(ensemble, task, shared).items():
-                answers = generate_answers(probe, split, members, weights, max_tokens=config.max_tokens_per_batch)
-                exact[name][task] = matches_exactly(probe, split, answers)
-    return compare_methods(scores, layouts, rows.test, config, seed=work.config.seed, exact=exact)
+    plain = {"base": THETA0, _SHARED: shared}
+    baselines = {method: name for method in config.baselines if (name := plain[method]) is not None}
+    tables = [
+        _score_task(probe, ensemble, task, split, baselines, config.max_tokens_per_batch, meter)
+        for task, split in enumerate(rows.test)
+    ]
+    methods = list(tables[0].scores)
+    return compare_methods(
+        {method: [table.scores[method] for table in tables] for method in methods},
+        [table.layout for table in tables],
+        rows.test,
+        config,
+        seed=work.config.seed,
+        exact={m: {i: table.exact[m] for i, table in enumerate(tables) if m in table.exact} for m in methods},
+    )
 
 
-def _mixtures(ensemble: Ensemble, task: int, shared: str) -> dict[str, tuple[list[str], list[float]]]:
+def _score_task(
+    probe: AdaptedModel,
+    ensemble: Ensemble,
+    task: int,
+    split: EncodedSplit,
+    baselines: Mapping[str, str],
+    max_tokens: int,
+    meter: Meter,
+) -> _TaskTable:
+    """Score every method on one task, running each adapter once and only where a method needs it."""
+    own, weights = ensemble.group_of[task], np.asarray(ensemble.weights[task])
+    groups = sorted({own, *np.flatnonzero(weights).tolist()})
+    names = list(dict.fromkeys([*baselines.values(), *needed_adapters(ensemble.members, groups, split.kind)]))
+    found = predict_members(probe, split, names, max_tokens=max_tokens, meter=meter)
+    grouped = sum_groups(found, names, ensemble.members, groups)
+    scores = {method: found.values[names.index(name)].astype(np.float64) for method, name in baselines.items()}
+    scores["own group"] = grouped.values[groups.index(own)].astype(np.float64)
+    scores["ensemble"] = combined_scores(grouped, weights[groups].tolist(), ensemble.combine)
+    exact: dict[str, npt.NDArray[np.bool_]] = {}
+    if split.kind == "sequence":
+        exact = _match_answers(probe, split, _list_mixtures(ensemble, task, baselines), max_tokens, meter)
+    return _TaskTable(scores, exact, replace(found, values=found.values[:0]))
+
+
+def _match_answers(
+    probe: AdaptedModel, split: EncodedSplit, mixtures: Mapping[str, Mixture], max_tokens: int, meter: Meter
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Generate every method's free-text answers, equal mixtures once."""
+    matches: dict[Mixture, npt.NDArray[np.bool_]] = {}
+    for members, weights in mixtures.values():
+        if (members, weights) not in matches:
+            answers = generate_answers(probe, split, members, weights, max_tokens=max_tokens, meter=meter)
+            matches[members, weights] = matches_exactly(probe, split, answers)
+    return {method: matches[mixture] for method, mixture in mixtures.items()}
+
+
+def _list_mixtures(ensemble: Ensemble, task: int, baselines: Mapping[str, str]) -> dict[str, Mixture]:
     """Which adapters, with which shares, write each method's free-text answers."""
     names = [ensemble.members_of(g)[0].name for g in range(len(ensemble.groups))]
-    weights = ensemble.weights[task]
-    used = [g for g, weight in enumerate(weights) if weight > 0]
+    used = [(names[g], weight) for g, weight in enumerate(ensemble.weights[task]) if weight > 0]
     return {
-        "base": ([THETA0], [1.0]),
-        "shared": ([shared], [1.0]),
-        "own group": ([names[ensemble.group_of[task]]], [1.0]),
-        "ensemble": ([names[g] for g in used], [weights[g] for g in used]),
+        **{method: ((name,), (1.0,)) for method, name in baselines.items()},
+        "own group": ((names[ensemble.group_of[task]],), (1.0,)),
+        "ensemble": (tuple(name for name, _ in used), tuple(weight for _, weight in used)),
     }
 
 
 def _measure_health(
-    work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str, rows: Rows, meter: Meter
+    work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str | None, rows: Rows, meter: Meter
 ) -> dict[str, Any]:
     """How far every adapter moved, and how linear its outputs are, on validation rows."""
     own = [ensemble.members_of(g)[0].name for g in ensemble.group_of]
-    found = measure_linearity(
-        probe, rows.validation, own, work.config.gradients, max_rows=_LINEARITY_ROWS, meter=meter
-    )
-    names = dict.fromkeys([*(member.name for member in ensemble.members), shared])
+    found = measure_linearity(probe, rows.validation, own, work.config.gradients, max_rows=_LINEARITY_ROWS, meter=meter)
     return {
         "tasks": {name: asdict(entry) for name, entry in zip(rows.names, found, strict=True)},
-        "distances": {name: measure_distance(probe, name) for name in names},
+        "distances": {name: measure_distance(probe, name) for name in _list_adapters(ensemble, shared)},
     }
 
 
-def _compare_with_plan(work: Workspace, plan: Plan, ensemble: Ensemble, table: dict[str, Any]) -> list[dict[str, Any]]:
-    """The plan's predictions beside what its adapters gave: on the validation rows it spoke of, and on the test rows."""
+def _compare_with_plan(
+    work: Workspace, plan: Plan, ensemble: Ensemble, table: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The plan's predictions beside what its adapters gave: on the validation rows it spoke of, and on test rows."""
     measured = artifacts.read_json(work.path / artifacts.ENSEMBLE_FILE)["own_validation_nll"]
     return [
         {
@@ -153,30 +209,37 @@ def _compare_with_plan(work: Workspace, plan: Plan, ensemble: Ensemble, table: d
     ]
 
 
-def _enter_costs(work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str) -> None:
+def _enter_costs(work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str | None, rows: Rows) -> None:
+    """What every method costs to choose, train and use; choosing is the same for one's own group and the ensemble."""
     one = adapter_bytes(probe)
-    used = np.asarray(ensemble.weights) > 0
-    boosted = {member.group for member in ensemble.members if member.kind == "booster"}
+    own = [(group,) for group in ensemble.group_of]
+    used = [tuple(np.flatnonzero(row).tolist()) for row in ensemble.weights]
+    grouped = MethodCosts(
+        select_flops=work.flops_of("features", "affinity", "group"), adapter_bytes=one * len(ensemble.members)
+    )
+    by_method = {"base": MethodCosts()} if "base" in work.config.evaluation.baselines else {}
+    if shared is not None:
+        stage = "baselines" if shared == _SHARED else "train"
+        by_method[_SHARED] = MethodCosts(
+            train_flops=work.flops_of(stage), adapter_bytes=one, train_seconds=work.seconds_of(stage)
+        )
+    for method, groups, training in (
+        ("own group", own, ("train", "boost")),
+        ("ensemble", used, ("train", "boost", "combine")),
+    ):
+        by_method[method] = replace(
+            grouped,
+            train_flops=work.flops_of(*training),
+            train_seconds=work.seconds_of(*training),
+            inference_forward_passes=_mean_passes(ensemble, groups, rows),
+        )
+    work.enter_methods(by_method)
+
+
+def _mean_passes(ensemble: Ensemble, groups: Sequence[tuple[int, ...]], rows: Rows) -> float:
+    """Forward passes a prediction takes, averaged over tasks."""
     passes = [
-        sum(len(ensemble.members_of(int(g))) for g in np.flatnonzero(row)) + bool(boosted & set(np.flatnonzero(row).tolist()))
-        for row in used
+        len(needed_adapters(ensemble.members, used, split.kind))
+        for used, split in zip(groups, rows.test, strict=True)
     ]
-    selecting, grouping = ("features", "affinity", "group"), ("train", "boost", "combine")
-    shared_stage = "train" if shared == "group-0" else "baselines"
-    work.enter_method("base", MethodCosts())
-    work.enter_method(
-        "shared",
-        MethodCosts(
-            train_flops=work.flops_of(shared_stage), adapter_bytes=one, train_seconds=work.seconds_of(shared_stage)
-        ),
-    )
-    work.enter_method(
-        "ensemble",
-        MethodCosts(
-            train_flops=work.flops_of(*grouping),
-            select_flops=work.flops_of(*selecting),
-            inference_forward_passes=float(np.mean(passes)),
-            adapter_bytes=one * len(ensemble.members),
-            train_seconds=work.seconds_of(*grouping),
-        ),
-    )
+    return float(np.mean(passes))

@@ -1,6 +1,7 @@
 """The main path: from datasets and a language model to an ensemble and its report, one line a stage.
 
-Read :func:`run` first; it is the method. Everything it calls is in ``stages.py``, in the same order.
+Read :func:`run` first; it is the method. Everything it calls is in the package ``stages`` and in ``judging.py``, in the
+same order.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ensemblelora import artifacts, judging, stages
-from ensemblelora.adapters import attach
+from ensemblelora.adapters import AdaptedModel, attach
 from ensemblelora.config import RunConfig
 from ensemblelora.data.loading import load_tasks
+from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError
 from ensemblelora.forecast import forecast_run
 from ensemblelora.models import load_base
-from ensemblelora.workspace import open_workspace
+from ensemblelora.workspace import check_place, open_workspace
 
 __all__ = ["STAGES", "RunResult", "estimate", "read_result", "run"]
 
@@ -45,18 +47,16 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
         Plan, results, costs and report of the run folder ``config.out``.
 
     Raises:
-        UsageError: If config, data, model or output folder are wrong; before anything expensive has started.
+        UsageError: If config, data, model or output folder are wrong; before the run folder is made or changed.
         EnsembleLoraError: If a stage fails; what was finished is kept.
     """
     if until not in STAGES:
         raise ConfigError(f"stage {until!r}: expected one of {', '.join(STAGES)}")
-    tasks = load_tasks(config.data, seed=config.seed)
-    stages.check_request(config, tasks)
-    with open_workspace(config, until=until) as work:
-        base = load_base(config.model, head=stages.choose_head(tasks), n_labels=stages.count_labels(tasks))
-        rows = stages.encode_tasks(tasks, base, max_length=config.data.max_length)
-        probe = attach(base, config.adapter, seed=config.seed)  # theta0, where gradients are taken
-        stages.describe_run(work, tasks, probe)
+    check_place(Path(config.out))
+    tasks, rows, probe = _prepare(config)
+    start = artifacts.fingerprint(probe.base.fingerprint, config.adapter, config.seed)
+    with open_workspace(config, until=until, start_fingerprint=start) as work:
+        stages.describe_run(work, tasks, rows, probe)
 
         store = stages.take_features(work, probe, rows)  # projected gradients, section 2.2
         oracle, affinity = stages.estimate_affinity(work, store, rows)  # f-hat of many subsets; equation 1
@@ -78,11 +78,7 @@ def estimate(config: RunConfig) -> dict[str, dict[str, float]]:
     Raises:
         UsageError: If config, data or model are wrong, as :func:`run` would say.
     """
-    tasks = load_tasks(config.data, seed=config.seed)
-    stages.check_request(config, tasks)
-    base = load_base(config.model, head=stages.choose_head(tasks), n_labels=stages.count_labels(tasks))
-    rows = stages.encode_tasks(tasks, base, max_length=config.data.max_length)
-    probe = attach(base, config.adapter, seed=config.seed)
+    _, rows, probe = _prepare(config)
     return {name: asdict(stage) for name, stage in forecast_run(config, probe, rows).items()}
 
 
@@ -106,3 +102,14 @@ def read_result(folder: Path) -> RunResult:
         costs=read(artifacts.COSTS_FILE),
         report=html if html.exists() else None,
     )
+
+
+def _prepare(config: RunConfig) -> tuple[TaskSet, stages.Rows, AdaptedModel]:
+    """Load and check everything a run needs; nothing is written."""
+    tasks = load_tasks(config.data, seed=config.seed)
+    stages.check_request(config, tasks)
+    base = load_base(config.model, head=stages.choose_head(tasks), n_labels=stages.count_labels(tasks))
+    rows = stages.encode_tasks(tasks, base, max_length=config.data.max_length)
+    probe = attach(base, config.adapter, seed=config.seed)  # theta0, where gradients are taken
+    stages.check_fit(config, rows, probe)
+    return tasks, rows, probe

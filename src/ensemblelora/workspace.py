@@ -117,9 +117,9 @@ class Workspace:
         """Identity of a trained adapter: the checksum of its weights."""
         return artifacts.file_sha256(self.folder.adapter(name) / "adapter_model.safetensors")
 
-    def enter_method(self, name: str, costs: MethodCosts) -> None:
-        """Write one method's costs to the ledger."""
-        self._write_ledger(self.ledger.with_method(name, costs))
+    def enter_methods(self, costs: Mapping[str, MethodCosts]) -> None:
+        """Write the methods' costs to the ledger, in place of earlier ones."""
+        self._write_ledger(replace(self.ledger, methods=dict(costs)))
 
     def drop_costs(self, stage: str) -> None:
         """Take a stage out of the ledger that the present plan does without."""

@@ -33,7 +33,13 @@ Array = npt.NDArray[np.float64]
 
 
 def score_method(
-    scores: Array, layout: MemberScores, encoded: EncodedSplit, config: EvaluationConfig, *, seed: int, exact: npt.NDArray[np.bool_] | None = None
+    scores: Array,
+    layout: MemberScores,
+    encoded: EncodedSplit,
+    config: EvaluationConfig,
+    *,
+    seed: int,
+    exact: npt.NDArray[np.bool_] | None = None,
 ) -> TaskScores:
     """Score one method on one task.
 
@@ -72,44 +78,61 @@ def compare_methods(
 
     Returns:
         ``methods`` (per task and mean) and ``differences`` of each pair of methods, per task and in the mean over tasks.
+        Accuracy of free text is the share of exact matches.
     """
-    methods = {}
+    methods: dict[str, Any] = {}
+    rows: dict[str, list[dict[str, Array]]] = {}
     for name, values in scores.items():
-        found = [
-            score_method(value, layout, split, config, seed=seed, exact=exact.get(name, {}).get(i))
-            for i, (value, layout, split) in enumerate(zip(values, layouts, splits, strict=True))
-        ]
+        matches = [exact.get(name, {}).get(task) for task in range(len(splits))]
+        every = list(zip(values, layouts, splits, matches, strict=True))
+        found = [score_method(*task[:3], config, seed=seed, exact=task[3]) for task in every]
         per_task = {
-            split.task: {"kind": split.kind} | _without_nan(asdict(result)) for split, result in zip(splits, found, strict=True)
+            split.task: {"kind": split.kind} | _without_nan(asdict(result))
+            for split, result in zip(splits, found, strict=True)
         }
         methods[name] = {"per_task": per_task, "mean": _means(found)}
-    rows = {name: [_row_values(*task) for task in zip(values, layouts, splits, strict=True)] for name, values in scores.items()}
+        rows[name] = [_row_values(*task) for task in every]
     differences = [
-        difference for a, b in combinations(reversed(list(scores)), 2) for difference in _differences(a, b, rows, splits, config, seed)
+        difference
+        for a, b in combinations(reversed(list(scores)), 2)
+        for difference in _differences(a, b, rows, splits, config, seed)
     ]
     return {"methods": methods, "differences": differences}
 
 
 def _differences(
-    a: str, b: str, rows: Mapping[str, Sequence[Mapping[str, Array]]], splits: Sequence[EncodedSplit], config: EvaluationConfig, seed: int
+    a: str,
+    b: str,
+    rows: Mapping[str, Sequence[Mapping[str, Array]]],
+    splits: Sequence[EncodedSplit],
+    config: EvaluationConfig,
+    seed: int,
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     options: dict[str, Any] = {"n_bootstrap": config.n_bootstrap, "confidence": config.confidence, "seed": seed}
     for metric in ("nll", "accuracy"):
-        shared = [i for i in range(len(splits)) if metric in rows[a][i]]
-        for i in shared:
-            result = compare_paired(rows[a][i][metric], rows[b][i][metric], splits[i].groups, **options)
-            found.append({"a": a, "b": b, "metric": metric, "task": splits[i].task} | _without_nan(asdict(result)))
-        if shared:
-            columns = ([rows[m][i][metric] for i in shared] for m in (a, b))
-            overall = compare_paired_tasks(*columns, [splits[i].groups for i in shared], **options)
-            found.append({"a": a, "b": b, "metric": metric, "task": None} | _without_nan(asdict(overall)))
+        head = {"a": a, "b": b, "metric": metric}
+        known = [
+            (split, rows[a][i][metric], rows[b][i][metric])
+            for i, split in enumerate(splits)
+            if metric in rows[a][i] and metric in rows[b][i]
+        ]
+        for split, first, second in known:
+            result = compare_paired(first, second, split.groups, **options)
+            found.append(head | {"task": split.task} | _without_nan(asdict(result)))
+        if known:
+            groups, firsts, seconds = [split.groups for split, _, _ in known], [k[1] for k in known], [k[2] for k in known]
+            overall = compare_paired_tasks(firsts, seconds, groups, **options)
+            found.append(head | {"task": None} | _without_nan(asdict(overall)))
     return found
 
 
-def _row_values(scores: Array, layout: MemberScores, split: EncodedSplit) -> dict[str, Array]:
+def _row_values(
+    scores: Array, layout: MemberScores, split: EncodedSplit, exact: npt.NDArray[np.bool_] | None
+) -> dict[str, Array]:
     if split.kind == "sequence":
-        return {"nll": _example_nll(scores, layout, split)}
+        losses = {"nll": _example_nll(scores, layout, split)}
+        return losses if exact is None else losses | {"accuracy": exact.astype(np.float64)}
     return {
         "nll": compute_row_nll(scores, split.labels, split.n_choices),
         "accuracy": compute_row_correct(scores, split.labels, split.n_choices).astype(np.float64),

@@ -9,10 +9,11 @@ Source: paper, section 2.2 (the error term of the expansion); docs/paper.md, row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,16 +34,16 @@ __all__ = ["Linearity", "measure_linearity"]
 class Linearity:
     """One task under its own group's adapter."""
 
-    r2_over_zero_order: float
-    """1 - sum (u_X - u_lin)^2 / sum (u_X - u*)^2"""
-    rms_relative_error: float
+    r2_over_zero_order: float | None
+    """1 - sum (u_X - u_lin)^2 / sum (u_X - u*)^2; none where the adapter changes no output"""
+    rms_relative_error: float | None
     """root of sum (u_X - u_lin)^2 / sum u_X^2"""
     n_rows: int
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Projects gradients onto given parameter steps, one column a member."""
+    """Stands in for a random projector: projects gradients onto given parameter steps, one column a member."""
 
     steps: Mapping[str, Tensor]
     """layer part -> (rows, m)"""
@@ -76,45 +77,68 @@ def measure_linearity(
     with activate(adapted, THETA0):
         linears = find_active_linears(adapted, validation)
         steps = _Steps(_collect_steps(adapted, members, list(linears)), proj_dim=len(members))
-        found = []
-        for split, member in zip(validation, member_of, strict=True):
-            found.append(_measure_task(adapted, linears, steps, split, member, members.index(member), config, max_rows, meter))
-    return tuple(found)
+        return tuple(
+            _summarise(_iterate_outputs(adapted, linears, steps, split, member, config, max_rows, meter), column)
+            for split, member, column in zip(validation, member_of, map(members.index, member_of), strict=True)
+        )
 
 
-def _measure_task(
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """Outputs of a few examples: of the member, and what the expansion at theta0 says of it."""
+
+    true: npt.NDArray[np.float64]
+    """u_X, (n, c)"""
+    start: npt.NDArray[np.float32]
+    """u*, (n, c)"""
+    changes: npt.NDArray[np.float32]
+    """grad u . (X - theta0) for every member's X, (n, c, m)"""
+
+
+def _iterate_outputs(
     adapted: AdaptedModel,
     linears: Mapping[str, torch.nn.Linear],
     steps: _Steps,
     split: EncodedSplit,
     member: str,
-    column: int,
     config: GradientsConfig,
     max_rows: int,
     meter: Meter,
-) -> Linearity:
+) -> Iterator[_Outputs]:
     mode = choose_mode(split.kind, int(split.n_choices.max()), config.output, task=split.task)
     rows = np.linspace(0, split.n_examples - 1, min(max_rows, split.n_examples)).astype(int)
-    missed = moved = size = 0.0
     for chosen in plan_batches(split.example_lengths[rows], split.row_counts[rows], config.max_tokens_per_batch):
         batch = collate([(split, int(rows[i])) for i in chosen], adapted.base.pad_token_id)
-        base = compute_features(adapted, linears, steps, batch, mode)  # type: ignore[arg-type]
+        base = compute_features(adapted, linears, steps, batch, mode)  # type: ignore[arg-type]  # projects, like one
         with activate(adapted, member), torch.inference_mode():
             z = score_batch(adapted.network, batch).z
             labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
-            true = compute_outputs(z, labels, n_choices, mode).float().cpu().numpy().astype(np.float64)
-        linear = base.outputs + base.features[:, :, column]
-        missed += float(((true - linear) ** 2).sum())
-        moved += float(((true - base.outputs) ** 2).sum())
-        size += float((true**2).sum())
+            true = compute_outputs(z, labels, n_choices, mode).double().cpu().numpy()
+        yield _Outputs(true, base.outputs, base.features)
+        n_outputs = base.outputs.shape[1]
         count_forward(meter, adapted.costs, batch)
         count_gradients(
-            meter, adapted.costs, batch, n_backwards=1, n_outputs=base.outputs.size, proj_dim=steps.proj_dim
+            meter,
+            adapted.costs,
+            batch,
+            n_backwards=1 if split.kind == "options" else n_outputs,
+            n_outputs=base.outputs.size,
+            proj_dim=steps.proj_dim,
         )
+
+
+def _summarise(batches: Iterable[_Outputs], column: int) -> Linearity:
+    missed = moved = size = 0.0
+    n_rows = 0
+    for batch in batches:
+        missed += float(((batch.true - batch.start - batch.changes[:, :, column]) ** 2).sum())
+        moved += float(((batch.true - batch.start) ** 2).sum())
+        size += float((batch.true**2).sum())
+        n_rows += len(batch.true)
     return Linearity(
-        r2_over_zero_order=1.0 - missed / moved if moved else float("nan"),
-        rms_relative_error=(missed / size) ** 0.5 if size else float("nan"),
-        n_rows=len(rows),
+        r2_over_zero_order=1.0 - missed / moved if moved else None,
+        rms_relative_error=(missed / size) ** 0.5 if size else None,
+        n_rows=n_rows,
     )
 
 

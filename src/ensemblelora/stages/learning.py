@@ -1,0 +1,203 @@
+"""The stages that train: one adapter a group, boosters, and the weights that combine them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ensemblelora import __version__, artifacts, boosting, training, weighting
+from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
+from ensemblelora.boosting import BoostRound, BoostTask
+from ensemblelora.config import RunConfig
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.ensemble import Ensemble, Member, group_scores, load_ensemble, save_ensemble
+from ensemblelora.gradients.collect import make_projector
+from ensemblelora.planning import Plan
+from ensemblelora.prediction import MemberScores, member_nll
+from ensemblelora.stages.rows import Rows
+from ensemblelora.store import FeatureStore
+from ensemblelora.workspace import StageRun, Workspace
+
+__all__ = ["boost_groups", "combine_members", "train_adapter", "train_groups"]
+
+_BOOSTING_FILE = "boosting.json"
+_CHECKPOINTS = "checkpoints"
+_SHARED = "shared"
+
+
+def train_groups(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows) -> tuple[str, ...]:
+    """Fine-tune one adapter per group. Leaves ``adapters/group-G/`` with ``training.json``; returns their names.
+
+    An adapter depends on its own group's rows alone, so a change in another group leaves it as it is.
+    """
+    groups = {f"group-{g}": group for g, group in enumerate(plan.groups)}
+    with work.stage("train", {name: _identify(work, name, group, rows) for name, group in groups.items()}) as stage:
+        if stage.is_needed:
+            for name, group in groups.items():
+                train_adapter(work, probe, name, group, rows, stage)
+            _drop_adapters(work, keep=[_SHARED, *groups], keep_boosters_of=list(groups))
+    for name in groups:
+        load_adapter(probe, name, work.folder.adapter(name))
+    return tuple(groups)
+
+
+def train_adapter(
+    work: Workspace, probe: AdaptedModel, name: str, group: Sequence[int], rows: Rows, stage: StageRun
+) -> None:
+    """Train one adapter, or keep it where it is already there and intact (a killed run's finished part)."""
+    config, folder = work.config, work.folder.adapter(name)
+    identity = _identify(work, name, group, rows)
+    if not work.folder.is_done(name, identity):
+        work.folder.forget(name)
+        trained = training.fine_tune(
+            probe,
+            name,
+            [rows.train[task] for task in group],
+            [rows.validation[task] for task in group],
+            config.training,
+            seed=config.seed,
+            checkpoints=work.path / _CHECKPOINTS / f"{name}-{identity[:12]}",
+            meter=stage.meter,
+        )
+        with artifacts.atomic_folder(folder) as scratch:
+            save_adapter(probe, name, scratch)
+            artifacts.write_json(scratch / "training.json", asdict(trained))
+        work.folder.mark_done(name, identity, files=[folder])
+        shutil.rmtree(work.path / _CHECKPOINTS, ignore_errors=True)  # those of plans given up, too
+    stage.files.append(folder)
+
+
+def boost_groups(
+    work: Workspace, probe: AdaptedModel, plan: Plan, members: Sequence[str], store: FeatureStore, rows: Rows
+) -> tuple[BoostRound, ...]:
+    """Add adapters where a group still errs. Leaves them under ``adapters/`` and the rounds in ``boosting.json``."""
+    config, path = work.config, work.path / _BOOSTING_FILE
+    digests = [work.adapter_digest(name) for name in members]
+    inputs = (rows.learning_fingerprint(), work.start_fingerprint, plan.groups, digests)
+    with work.stage("boost", *inputs, config.boosting, config.gradients) as stage:
+        if stage.is_needed:
+            _drop_adapters(work, keep=[_SHARED, *members])
+            groups = [
+                [BoostTask(rows.train[i], rows.validation[i], store.read(rows.names[i], "train")) for i in group]
+                for group in plan.groups
+            ]
+            found = boosting.boost(
+                probe,
+                members,
+                groups,
+                config.boosting,
+                projector=make_projector(config.gradients, seed=config.seed),
+                max_tokens=config.evaluation.max_tokens_per_batch,
+                seed=config.seed,
+                meter=stage.meter,
+            )
+            for name in [entry.name for entry in found if entry.accepted]:
+                with artifacts.atomic_folder(work.folder.adapter(name)) as scratch:
+                    save_adapter(probe, name, scratch)
+                stage.files.append(work.folder.adapter(name))
+            artifacts.write_json(path, [asdict(entry) for entry in found])
+            stage.files.append(path)
+    rounds = tuple(BoostRound(**entry) for entry in artifacts.read_json(path))
+    for entry in rounds:
+        if entry.accepted:
+            load_adapter(probe, entry.name, work.folder.adapter(entry.name))
+    return rounds
+
+
+def combine_members(
+    work: Workspace,
+    probe: AdaptedModel,
+    plan: Plan,
+    members: Sequence[str],
+    rounds: Sequence[BoostRound],
+    rows: Rows,
+) -> Ensemble:
+    """Fit every task's weights over the groups, on validation rows. Leaves ``ensemble.json``."""
+    config, path = work.config, work.path / artifacts.ENSEMBLE_FILE
+    every = (
+        *(Member(name, g, "group", 1.0) for g, name in enumerate(members)),
+        *(Member(entry.name, entry.group, "booster", entry.rate) for entry in rounds if entry.accepted),
+    )
+    digests = {member.name: work.adapter_digest(member.name) for member in every}
+    described = [_describe_round(index, entry) for index, entry in enumerate(rounds)]
+    inputs = (rows.learning_fingerprint(), work.start_fingerprint, plan.groups, digests, described, config.ensemble)
+    with work.stage("combine", *inputs) as stage:
+        if stage.is_needed:
+            tokens, groups = config.evaluation.max_tokens_per_batch, range(len(plan.groups))
+            scores = [
+                group_scores(probe, split, every, groups, max_tokens=tokens, meter=stage.meter)
+                for split in rows.validation
+            ]
+            model, own_nll = _fit_ensemble(scores, plan, every, rows, config)
+            extra = {"boosting": described, "own_validation_nll": own_nll, "adapter_sha256": digests}
+            save_ensemble(model, path, **extra)
+            stage.files.append(path)
+    return load_ensemble(path)
+
+
+def _identify(work: Workspace, name: str, group: Sequence[int], rows: Rows) -> str:
+    """Everything a trained adapter depends on; its name too, since that seeds the order of its batches."""
+    return artifacts.fingerprint(
+        __version__, name, rows.learning_fingerprint(group), work.start_fingerprint, work.config.training
+    )
+
+
+def _drop_adapters(work: Workspace, *, keep: Sequence[str], keep_boosters_of: Sequence[str] = ()) -> None:
+    """Remove the adapters of an earlier plan, so that ``adapters/`` holds what the run uses and no more."""
+    for folder in (work.path / artifacts.ADAPTERS_FOLDER).glob("*"):
+        if folder.name not in keep and folder.name.partition("-boost-")[0] not in keep_boosters_of:
+            work.folder.forget(folder.name)
+            shutil.rmtree(folder)
+
+
+def _fit_ensemble(
+    scores: Sequence[MemberScores], plan: Plan, members: tuple[Member, ...], rows: Rows, config: RunConfig
+) -> tuple[Ensemble, list[float]]:
+    """Return the ensemble, and every task's validation NLL under its own group alone."""
+    owners = {task: g for g, group in enumerate(plan.groups) for task in group}
+    own = [owners[task] for task in range(len(rows.names))]
+    fitted = _fit_weights(scores, rows.validation, own, config)
+    ensemble = Ensemble(
+        task_names=rows.names,
+        groups=plan.groups,
+        members=members,
+        weights=tuple(tuple(float(weight) for weight in row) for row in fitted.weights),
+        routed=tuple(bool(is_routed) for is_routed in fitted.routed),
+        combine=config.ensemble.combine,
+    )
+    own_nll = [
+        float(member_nll(found, split.labels)[group].mean())
+        for found, split, group in zip(scores, rows.validation, own, strict=True)
+    ]
+    return ensemble, own_nll
+
+
+def _fit_weights(
+    scores: Sequence[MemberScores], splits: Sequence[EncodedSplit], groups: Sequence[int], config: RunConfig
+) -> weighting.EnsembleWeights:
+    logits = [
+        weighting.MemberLogits(
+            values=found.values,
+            labels=split.labels,
+            groups=split.groups,
+            row_example=found.row_example if split.kind == "sequence" else None,
+        )
+        for found, split in zip(scores, splits, strict=True)
+    ]
+    return weighting.fit_weights(logits, groups, config.ensemble, seed=config.seed)
+
+
+def _describe_round(index: int, entry: BoostRound) -> dict[str, Any]:
+    return {
+        "round": index + 1,
+        "group": entry.group,
+        "train_loss_before": entry.train_nll_before,
+        "train_loss_after": entry.train_nll_after,
+        "heldout_before": entry.heldout_nll_before,
+        "heldout_after": entry.heldout_nll_after,
+        "rate": entry.rate * entry.step_length,
+        "accepted": entry.accepted,
+        "reason": entry.reason,
+    }
