@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, activate
-from ensemblelora.config import GradientsConfig
+from ensemblelora.adapters import THETA0, activate, attach
+from ensemblelora.config import AdapterConfig, GradientsConfig
 from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.errors import ModelError
 from ensemblelora.gradients.collect import collect_features, compute_features, find_active_linears, make_projector
 from ensemblelora.gradients.output import choose_mode, compute_outputs
+from ensemblelora.models import prepare_base
 from ensemblelora.scoring import score_batch
 from ensemblelora.store import FeatureStore
-from tests.tiny import CLASSIFIERS, DECODERS, disturb, make_adapted, make_split
+from tests.tiny import CLASSIFIERS, DECODERS, PadOnly, disturb, make_adapted, make_base, make_network, make_split
 
 EXACT = GradientsConfig(proj_type="none")
 
@@ -88,6 +90,16 @@ def test_hooks_equal_autograd_per_example(family: str, head: str, kind: str, n_c
     np.testing.assert_allclose(fast.gram, gram, rtol=1e-3, atol=1e-4 * np.abs(gram).max())
 
 
+@pytest.mark.parametrize("kind", ["verbalizer", "options", "sequence"])
+def test_an_adapted_output_layer_equals_autograd(kind: str) -> None:
+    adapted = attach(make_base("llama"), AdapterConfig(r=2, target_modules=("lm_head", "q_proj")), seed=0)
+    split, mode = make_split(kind), "sequence" if kind == "sequence" else "contrast"
+    outputs, gradients = autograd_features(adapted, split, mode)
+    fast = hook_features(adapted, split, mode)
+    np.testing.assert_allclose(fast.outputs, outputs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fast.features, gradients, rtol=1e-4, atol=1e-5 * np.abs(gradients).max())
+
+
 def test_ragged_choices_equal_autograd() -> None:
     adapted, split = make_adapted(), make_split("options", n_choices=4, ragged=True)
     outputs, gradients = autograd_features(adapted, split, "contrast")
@@ -152,7 +164,8 @@ def test_store_holds_every_example_in_order_and_is_not_computed_twice(tmp_path: 
         collect_features(adapted, splits, store, config, seed=0, fingerprints=identity, meter=again)
     assert again.record.n_tokens == 0
     with Meter("changed") as changed:
-        collect_features(adapted, splits, store, config, seed=0, fingerprints=dict.fromkeys(identity, "y"), meter=changed)
+        other = dict.fromkeys(identity, "y")
+        collect_features(adapted, splits, store, config, seed=0, fingerprints=other, meter=changed)
     assert changed.record.flops == meter.record.flops
 
 
@@ -168,3 +181,62 @@ def test_a_classifier_head_counts_among_the_trained_coordinates(family: str) -> 
     adapted = make_adapted(family, head="sequence_classification")
     names = find_active_linears(adapted, [make_split("classification")])
     assert any("classifier" in name or "score" in name for name in names)
+
+
+def test_features_of_a_head_wider_than_the_task_are_those_of_the_tasks_own_classes(tmp_path: Path) -> None:
+    adapted = make_adapted("llama", head="sequence_classification", n_labels=5)
+    splits = [make_split("classification", n_choices=k, task=f"of-{k}") for k in (2, 3, 5)]
+    store, identity = FeatureStore(tmp_path), {(s.task, s.split): "x" for s in splits}
+    collect_features(adapted, splits, store, GradientsConfig(proj_dim=16), seed=0, fingerprints=identity)
+    assert [store.read(s.task, s.split).n_outputs for s in splits] == [1, 2, 4]
+    outputs, gradients = autograd_features(adapted, splits[1], "contrast")
+    fast = hook_features(adapted, splits[1], "contrast")
+    np.testing.assert_allclose(fast.outputs, outputs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fast.features, gradients, rtol=1e-4, atol=1e-5 * np.abs(gradients).max())
+
+
+def test_a_model_that_sees_its_padding_is_refused(tmp_path: Path) -> None:
+    adapted = make_adapted("bert", head="sequence_classification", initializer_range=0.3)
+    split = make_split("classification")
+
+    def see_everything(module, args, options):
+        return args, options | {"attention_mask": torch.ones_like(options["attention_mask"])}
+
+    adapted.network.register_forward_pre_hook(see_everything, with_kwargs=True)
+    with pytest.raises(ModelError, match=r"gradient changes with its batch .* attention masks are not respected"):
+        collect_features(
+            adapted, [split], FeatureStore(tmp_path), GradientsConfig(), seed=0, fingerprints={("t", "train"): "x"}
+        )
+
+
+@pytest.mark.parametrize("head", ["lm", "sequence_classification"])
+def test_precision_of_a_bfloat16_model_is_measured_and_its_weights_are_left_alone(head: str, tmp_path: Path) -> None:
+    network = make_network("llama", head=head, initializer_range=0.15).bfloat16()
+    base = prepare_base("low", network, PadOnly(), head=head)  # type: ignore[arg-type]
+    adapted = attach(base, AdapterConfig(r=4), seed=0)
+    split = make_split("verbalizer" if head == "lm" else "classification")
+    before = {name: tensor.clone() for name, tensor in adapted.peft.state_dict().items()}
+    health = collect_features(
+        adapted, [split], FeatureStore(tmp_path), GradientsConfig(), seed=0, fingerprints={("t", "train"): "x"}
+    )
+    assert 0.98 < health.precision_cosine < 1.0
+    after = adapted.peft.state_dict()
+    assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_health_of_a_float32_model(tmp_path: Path) -> None:
+    adapted, split = make_adapted(), make_split("verbalizer", n=12)
+    config = GradientsConfig(proj_dim=400)
+    health = collect_features(
+        adapted, [split], FeatureStore(tmp_path), config, seed=0, fingerprints={("t", "train"): "x"}
+    )
+    assert health.precision_cosine is None
+    assert health.n_coordinates == sum(m.weight.numel() for m in find_active_linears(adapted, [split]).values())
+    assert health.projection_error < 3 / 400**0.5
+
+
+def test_a_split_of_one_example_has_features(tmp_path: Path) -> None:
+    adapted, split = make_adapted(), make_split("options", n=1)
+    store = FeatureStore(tmp_path)
+    collect_features(adapted, [split], store, GradientsConfig(proj_dim=8), seed=0, fingerprints={("t", "train"): "x"})
+    assert store.read("t", "train").features.shape == (1, 2, 8)

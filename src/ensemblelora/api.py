@@ -1,10 +1,11 @@
 """A finished run, in Python: predict with its ensemble, ask its oracle about any subset.
 
+Example:
     >>> from ensemblelora import load_run
-    >>> run = load_run("runs/demo")                                     # doctest: +SKIP
-    >>> run.predict("demo_sst2", [{"sentence": "A joy."}])[0].label     # doctest: +SKIP
+    >>> run = load_run("runs/demo")  # doctest: +SKIP
+    >>> run.predict("demo_sst2", [{"sentence": "A joy."}])[0].label  # doctest: +SKIP
     'positive'
-    >>> run.ask(["demo_rte", "demo_cb"])["demo_rte"]["nll"]             # doctest: +SKIP
+    >>> run.ask(["demo_rte", "demo_cb"])["demo_rte"]["nll"]  # doctest: +SKIP
     0.61
 """
 
@@ -22,20 +23,22 @@ import numpy as np
 from ensemblelora import artifacts
 from ensemblelora.adapters import AdaptedModel, attach, load_adapter
 from ensemblelora.config import RunConfig, load_config
-from ensemblelora.data.encoding import encode_split
+from ensemblelora.data.encoding import EncodedSplit, encode_split
 from ensemblelora.data.loading import render_inputs
 from ensemblelora.data.rendering import find_input_columns
-from ensemblelora.data.task import Task, TaskCard
+from ensemblelora.data.task import Example, Kind, Task, TaskCard
 from ensemblelora.ensemble import Ensemble, load_ensemble, predict_ensemble
-from ensemblelora.errors import DataError, UsageError
-from ensemblelora.estimation import Oracle, TaskFeatures, build_oracle
-from ensemblelora.generation import decode_answers, generate
+from ensemblelora.errors import DataError, StoreError, UsageError
+from ensemblelora.estimation import Oracle
+from ensemblelora.generation import decode_answers, generate, list_contexts
 from ensemblelora.models import load_base
-from ensemblelora.store import FeatureStore
+from ensemblelora.stages import read_oracle
+from ensemblelora.workspace import ORACLE_FILE
 
 __all__ = ["Prediction", "Run", "load_run"]
 
 _MAX_NEW_TOKENS = 64
+_ANY_ANSWER = " a"  # tells where a context ends; never read by the model
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Run:
     path: Path
     config: RunConfig
     cards: Mapping[str, TaskCard]
+    kinds: Mapping[str, Kind]
+    """how every task is scored with this run's tokenizer"""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -83,37 +88,31 @@ class Run:
             task: Its name.
             rows: Column values as the task's card reads them; a plain text stands for the card's one column.
 
+        Returns:
+            One answer a question, in order (a row that the card explodes asks several).
+
         Raises:
             UsageError: If the task is unknown or the run has no ensemble yet.
             DataError: If a row lacks a column.
         """
         card = self._card(task)
+        if not rows:
+            return []
         examples = render_inputs(card, [_as_row(card, row) for row in rows])
         adapted, ensemble = self._model
         index = ensemble.task_names.index(task)
-        shares = {
-            ensemble.members_of(g)[0].name: weight for g, weight in enumerate(ensemble.weights[index]) if weight > 0
-        }
-        if card.output_type != "multiple_choice":
-            texts = self._generate([example.context for example in examples], shares)
-            return [Prediction(text, None, shares) for text in texts]
-        split = encode_split(
-            Task(card, {"train": [], "validation": [], "test": examples}),
-            "test",
-            adapted.base.tokenizer,  # type: ignore[arg-type]
-            max_length=self.config.data.max_length,
-        )
+        weights = ensemble.weights[index]
+        shares = {ensemble.members_of(g)[0].name: weight for g, weight in enumerate(weights) if weight > 0}
+        if self.kinds[task] == "sequence":
+            return [Prediction(text, None, shares) for text in self._generate(task, examples, shares)]
+        split = self._encode(task, examples, max_length=self.config.data.max_length)
         scores = predict_ensemble(
             adapted, ensemble, index, split, max_tokens=self.config.evaluation.max_tokens_per_batch
         )
         shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
         probabilities = shifted / shifted.sum(axis=1, keepdims=True)
         return [
-            Prediction(
-                label=example.choices[int(row.argmax())].strip(),
-                probabilities={choice.strip(): float(p) for choice, p in zip(example.choices, row, strict=False)},
-                groups=shares,
-            )
+            Prediction(example.choices[int(row.argmax())].strip(), _name_choices(example, row.tolist()), shares)
             for example, row in zip(examples, probabilities, strict=True)
         ]
 
@@ -127,23 +126,22 @@ class Run:
             For every task of the run: ``nll``, ``accuracy``, their standard errors, and ``is_in_subset``.
 
         Raises:
-            UsageError: If a name is unknown, or the run has no features yet.
+            UsageError: If a name is unknown, or the run has no oracle yet.
         """
         names = list(self.cards)
         indices = tuple(names.index(self._card(name).task) for name in dict.fromkeys(subset))
         scores = self._oracle.score([indices])
-        columns = {"nll": scores.nll, "nll_se": scores.nll_se, "accuracy": scores.accuracy, "accuracy_se": scores.accuracy_se}
+        columns = ("nll", "nll_se", "accuracy", "accuracy_se")
         return {
-            name: {column: _finite(values[0, i]) for column, values in columns.items()} | {"is_in_subset": i in indices}
+            name: {column: _finite(getattr(scores, column)[0, i]) for column in columns}
+            | {"is_in_subset": i in indices}
             for i, name in enumerate(names)
         }
 
     @cached_property
     def _model(self) -> tuple[AdaptedModel, Ensemble]:
-        path = self.path / artifacts.ENSEMBLE_FILE
-        if not path.exists():
-            raise UsageError(f"{self.path}: the run has no ensemble yet; finish it with: ensemblelora run {self.path}")
-        ensemble = load_ensemble(path)
+        self._read(artifacts.ENSEMBLE_FILE, "combine")
+        ensemble = load_ensemble(self.path / artifacts.ENSEMBLE_FILE)
         heads = {card.head for card in self.cards.values()}
         n_labels = max(len(card.doc_to_choice or ()) for card in self.cards.values())
         base = load_base(self.config.model, head=heads.pop(), n_labels=n_labels)
@@ -161,25 +159,25 @@ class Run:
 
     @cached_property
     def _oracle(self) -> Oracle:
-        store = FeatureStore(self.path / artifacts.FEATURES_FOLDER)
-        features = TaskFeatures(
-            train=tuple(store.read(name, "train") for name in self.cards),
-            validation=tuple(store.read(name, "validation") for name in self.cards),
-        )
-        settings = self.config.estimation
-        plan = self.path / artifacts.PLAN_FILE
-        if plan.exists():  # the ridge was chosen then; the same answers now
-            settings = settings.model_copy(update={"l2_penalty": artifacts.read_json(plan)["l2_penalty"]})
-        return build_oracle([features], settings)
+        self._read(ORACLE_FILE, "affinity")
+        return read_oracle(self.path, list(self.cards), self.config.estimation)
 
-    def _generate(self, contexts: Sequence[str], shares: Mapping[str, float]) -> list[str]:
+    def _encode(self, task: str, examples: Sequence[Example], *, max_length: int) -> EncodedSplit:
+        card, kind = self.cards[task], self.kinds[task]
+        if kind in ("verbalizer", "options"):
+            # Said outright: a few rows may look like another kind than the task's rows together.
+            card = card.model_copy(update={"scoring": kind})
         adapted, _ = self._model
-        encoded = adapted.base.tokenizer([text.rstrip() for text in contexts])["input_ids"]
-        room = self.config.data.max_length - _MAX_NEW_TOKENS
-        tokens = [np.array(ids[-max(room, 1) :], dtype=np.int64) for ids in encoded]  # type: ignore[index]
+        asked = Task(card, {"train": [], "validation": [], "test": examples})
+        return encode_split(asked, "test", adapted.base.tokenizer, max_length=max_length)
+
+    def _generate(self, task: str, examples: Sequence[Example], shares: Mapping[str, float]) -> list[str]:
+        adapted, _ = self._model
+        asked = [Example(e.id, e.context, (_ANY_ANSWER,), 0, e.group) for e in examples]
+        split = self._encode(task, asked, max_length=max(self.config.data.max_length - _MAX_NEW_TOKENS, 8))
         answers = generate(
             adapted,
-            tokens,
+            list_contexts(split),
             list(shares),
             list(shares.values()),
             max_new_tokens=_MAX_NEW_TOKENS,
@@ -204,13 +202,19 @@ def load_run(folder: Path | str) -> Run:
     Raises:
         OutputError: If it is no run folder.
         UsageError: If its first stage has not begun.
+        StoreError: If a file in it is damaged.
     """
     path = artifacts.RunFolder.open(folder).path
     tasks = path / artifacts.TASKS_FILE
     if not tasks.exists():
         raise UsageError(f"{path}: nothing was done yet; start with: ensemblelora run {path}")
-    cards = [TaskCard.model_validate(entry["card"]) for entry in artifacts.read_json(tasks)["tasks"]]
-    return Run(path, load_config(path / artifacts.CONFIG_FILE), {card.task: card for card in cards})
+    try:
+        entries = artifacts.read_json(tasks)["tasks"]
+        cards = [TaskCard.model_validate(entry["card"]) for entry in entries]
+        kinds = {card.task: entry["kind"] for card, entry in zip(cards, entries, strict=True)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{tasks}: not the cards of a run ({error!r}); delete it and run again") from None
+    return Run(path, load_config(path / artifacts.CONFIG_FILE), {card.task: card for card in cards}, kinds)
 
 
 def _as_row(card: TaskCard, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
@@ -222,6 +226,14 @@ def _as_row(card: TaskCard, row: Mapping[str, Any] | str) -> Mapping[str, Any]:
             f"task {card.task!r}: its text is made of the columns {', '.join(columns)}; give a JSON object with these"
         )
     return {columns[0]: row}
+
+
+def _name_choices(example: Example, probabilities: Sequence[float]) -> dict[str, float]:
+    """Probability of each choice by its text; equal texts add up."""
+    named: dict[str, float] = {}
+    for choice, probability in zip(example.choices, probabilities, strict=False):  # other rows may have more choices
+        named[choice.strip()] = named.get(choice.strip(), 0.0) + probability
+    return named
 
 
 def _finite(value: float) -> float | None:

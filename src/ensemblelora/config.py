@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
 
 from ensemblelora.errors import ConfigError
 
@@ -44,31 +44,38 @@ class DataConfig(_Stage):
 
     tasks: tuple[str, ...] = Field(min_length=1, description="Names of shipped cards, card files, or folders.")
     max_train_examples: int | None = Field(None, ge=1, description="Rows kept per task, chosen by seed; none: all.")
-    max_validation_examples: int | None = Field(None, ge=1)
-    max_test_examples: int | None = Field(None, ge=1)
+    max_validation_examples: int | None = Field(
+        None, ge=1, description="Rows kept for choosing: ridge, groups, checkpoint, weights."
+    )
+    max_test_examples: int | None = Field(None, ge=1, description="Rows kept for the final table.")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="Cut from train where a card names no split.")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Cut from train where a card names no test split.")
-    max_length: int = Field(512, ge=8, description="Tokens per row; the context is cut from the left, never the answer.")
-    overlap: Literal["refuse", "report"] = Field("report", description="What to do with rows shared by splits or tasks.")
+    max_length: int = Field(
+        512, ge=8, description="Tokens per row; the context is cut from the left, never the answer."
+    )
+    overlap: Literal["refuse", "report"] = Field(
+        "report", description="What to do with rows shared by splits or tasks."
+    )
 
 
 class ModelConfig(_Stage):
     """The base model: a hub id, a local folder, a .gguf file, or ``smollm2-135m``."""
 
-    name: str = "smollm2-135m"
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    trust_remote_code: Literal[False] = False
+    name: str = Field("smollm2-135m", description="Hub id, folder, .gguf file, or the embedded default.")
+    revision: str | None = Field(None, description="Commit or tag of a hub model; none: its newest.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the processor computes in it; adapters stay float32."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best.")
 
 
 class AdapterConfig(_Stage):
     """The adapter, in PEFT's own words."""
 
-    method: Literal["lora"] = "lora"
+    method: Literal["lora"] = Field("lora", description="The only one so far.")
     r: int = Field(8, ge=1, description="The paper uses 4 on 8B models; small models need more.")
-    lora_alpha: float = Field(16.0, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_alpha: float = Field(16.0, gt=0, description="Scale of the adapter is lora_alpha / r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="In training only; features are taken without.")
     target_modules: Literal["auto"] | tuple[str, ...] = Field("auto", description="auto: the attention projections.")
     layers_to_transform: tuple[int, ...] | None = Field(None, description="Adapt only these layers; none: all.")
 
@@ -76,8 +83,12 @@ class AdapterConfig(_Stage):
 class GradientsConfig(_Stage):
     """Projected gradients at the base model."""
 
-    output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = "auto"
-    proj_type: Literal["rademacher", "gaussian", "none"] = "rademacher"
+    output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = Field(
+        "auto", description="auto: margin for 2 classes, contrast to 8, logodds above, sequence for free text."
+    )
+    proj_type: Literal["rademacher", "gaussian", "none"] = Field(
+        "rademacher", description="none keeps every coordinate, for small models."
+    )
     proj_dim: int = Field(400, ge=1, description="Paper, Table 3: error is flat from 400 on.")
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")
 
@@ -85,11 +96,13 @@ class GradientsConfig(_Stage):
 class EstimationConfig(_Stage):
     """The subset oracle's convex fit."""
 
-    l2_penalty: Literal["auto"] | float = Field("auto", description="In curvature units, scaled with 1/N_S; auto: by validation.")
-    l2_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+    l2_penalty: Literal["auto"] | NonNegativeFloat = Field(
+        "auto", description="In curvature units, scaled with 1/N_S; auto: by validation."
+    )
+    l2_grid: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2), description="What auto tries.")
     balance: Literal["example", "task"] = Field("example", description="Whether each example or each task counts once.")
-    max_iter: int = Field(100, ge=1)
-    tolerance: float = Field(1e-6, gt=0)
+    max_iter: int = Field(100, ge=1, description="Evaluations of one fit.")
+    tolerance: float = Field(1e-6, gt=0, description="Largest gradient norm of a finished fit.")
 
 
 class AffinityConfig(_Stage):
@@ -99,18 +112,18 @@ class AffinityConfig(_Stage):
     n_subsets: int = Field(200, ge=1, description="Paper: 200; every subset when there are fewer.")
     min_pair_count: int = Field(3, ge=0, description="Every pair of tasks meets at least so often.")
     score: Literal["nll", "accuracy"] = Field("nll", description="nll enters with its sign turned: higher is better.")
-    row_scale: Literal["none", "sd"] = "none"
+    row_scale: Literal["none", "sd"] = Field("none", description="sd: divide each task's row by its spread.")
 
 
 class GroupingConfig(_Stage):
     """How many groups, which, and when not to group at all."""
 
-    n_groups: Literal["auto"] | int = "auto"
+    n_groups: Literal["auto"] | int = Field("auto", description="auto: by predicted performance; may be 1.")
     max_groups: int = Field(6, ge=1, description="Paper varies 2 to 6.")
     rounding: Literal["best", "threshold"] = Field("best", description="threshold: the paper's, with components.")
     threshold: float = Field(1.0, ge=1.0, description="c in the paper's c/n threshold.")
-    n_restarts: int = Field(20, ge=1)
-    n_random_partitions: int = Field(20, ge=0)
+    n_restarts: int = Field(20, ge=1, description="Starts of k-means and random starts.")
+    n_random_partitions: int = Field(20, ge=0, description="Random groups of the same sizes, to compare with.")
     refine: bool = Field(True, description="Let a local search on predicted performance improve the rounded groups.")
     max_memory_bytes: int | None = Field(None, ge=1, description="Refuse group counts whose adapters need more.")
     max_latency_ratio: float | None = Field(None, ge=1, description="Inference forward passes against one adapter.")
@@ -122,16 +135,20 @@ class TrainingConfig(_Stage):
     learning_rate: float = Field(5e-4, gt=0, description="Paper: 2e-5 at 8B; this suits 135M.")
     num_train_epochs: int = Field(3, ge=1, description="Paper: 10.")
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens in one optimiser step.")
-    max_examples_per_batch: int = Field(16, ge=1)
-    warmup_ratio: float = Field(0.06, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    loss: Literal["label_softmax", "vocab_softmax"] = "label_softmax"
-    sampling: Literal["proportional", "sqrt", "uniform"] = "proportional"
-    evaluations_per_epoch: int = Field(1, ge=1)
-    gradient_checkpointing: bool = False
-    report_to: tuple[str, ...] = ()
+    max_examples_per_batch: int = Field(16, ge=1, description="Examples in one optimiser step.")
+    warmup_ratio: float = Field(0.06, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this norm.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
+    loss: Literal["label_softmax", "vocab_softmax"] = Field(
+        "label_softmax", description="Cross-entropy over a task's labels, or the paper's over the vocabulary."
+    )
+    sampling: Literal["proportional", "sqrt", "uniform"] = Field(
+        "proportional", description="Share of each task in an epoch, by its rows. Paper: proportional."
+    )
+    evaluations_per_epoch: int = Field(1, ge=1, description="Each may become the checkpoint that is kept.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
+    report_to: tuple[str, ...] = Field((), description="Experiment trackers, as transformers names them.")
 
 
 class BoostingConfig(_Stage):
@@ -139,9 +156,11 @@ class BoostingConfig(_Stage):
 
     n_rounds: int = Field(1, ge=0, description="At most; stops earlier where held-out loss does not drop. Paper: 1.")
     boosting_rate: float = Field(1.0, gt=0, le=1, description="Shrinkage; the paper uses 0.1 without line search.")
-    direction: Literal["dual", "projected", "steps"] = "dual"
+    direction: Literal["dual", "projected", "steps"] = Field(
+        "dual", description="dual: weighted gradient; projected: the paper's P w; steps: optimiser steps."
+    )
     l2_penalty: float = Field(1.0, gt=0, description="Ridge of the residual fit, in curvature units.")
-    line_search: bool = True
+    line_search: bool = Field(True, description="Find the step's length by true forward passes.")
     n_steps: int = Field(32, ge=1, description="Optimiser steps of direction: steps.")
     learning_rate: float = Field(5e-4, gt=0, description="Of direction: steps.")
     tolerance: float = Field(1e-4, ge=0, description="Smallest relative drop of training loss that counts.")
@@ -150,26 +169,32 @@ class BoostingConfig(_Stage):
 class EnsembleConfig(_Stage):
     """How members are combined."""
 
-    weights: Literal["task", "global", "uniform", "own"] = "task"
-    combine: Literal["logits", "probabilities"] = "logits"
+    weights: Literal["task", "global", "uniform", "own"] = Field(
+        "task", description="Fitted per task or for all; equal; or each task's own group alone."
+    )
+    combine: Literal["logits", "probabilities"] = Field("logits", description="What is averaged. Paper: outputs.")
     own_group_prior: float = Field(0.9, gt=0, le=1, description="Prior weight of a task's own group.")
-    kl_penalty: Literal["auto"] | float = Field("auto", description="Pull to the prior; auto: by 5-fold validation.")
+    kl_penalty: Literal["auto"] | NonNegativeFloat = Field(
+        "auto", description="Pull to the prior; auto: by 5-fold validation."
+    )
 
 
 class EvaluationConfig(_Stage):
     """The final table."""
 
-    baselines: tuple[Literal["base", "shared"], ...] = ("base", "shared")
-    n_bootstrap: int = Field(2000, ge=100)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    max_tokens_per_batch: int = Field(8192, ge=1)
+    baselines: tuple[Literal["base", "shared"], ...] = Field(
+        ("base", "shared"), description="base: the model as it is; shared: one adapter for all tasks."
+    )
+    n_bootstrap: int = Field(2000, ge=100, description="Draws of groups of rows for each interval.")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="Of the intervals.")
+    max_tokens_per_batch: int = Field(8192, ge=1, description="Padded tokens of one forward pass.")
 
 
 class RunConfig(_Stage):
     """Everything one run needs."""
 
     out: str = Field("runs/latest", description="The run folder.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Root of all randomness.")
     data: DataConfig
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -236,10 +261,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
 
 
-def _describe_fault(fault: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is a loose mapping
+def _describe_fault(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "float", "literal['auto']"))
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; see `ensemblelora config --help` or docs for the known ones"
+        return f"{where}: unknown key; `ensemblelora config` lists the known ones"
     if fault["type"] == "missing":
         return f"{where}: missing"
     return f"{where}: got {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # ships no types
@@ -21,7 +20,7 @@ import torch
 from ensemblelora.accounting.formulas import feature_bytes
 from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_bytes
-from ensemblelora.config import RunConfig
+from ensemblelora.config import RunConfig, TrainingConfig
 from ensemblelora.counting import count_forward, count_generation, count_gradients, count_training
 from ensemblelora.data.batching import Batch, collate, iterate_batches, plan_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
@@ -34,6 +33,7 @@ from ensemblelora.stages import Rows
 __all__ = ["StageForecast", "forecast_run"]
 
 _BOOST_LENGTHS = 8  # forward passes of a line search, at most
+_NOTHING = StageRecord("")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class _Rates:
 class _Passes:
     """What a stage runs through the model."""
 
-    training: StageRecord = StageRecord("")
+    training: StageRecord = _NOTHING
     """passes with a backward pass"""
-    forward: StageRecord = StageRecord("")
+    forward: StageRecord = _NOTHING
     disk_bytes: int = 0
     batch_tokens: int = 0
     """padded tokens of the largest batch that keeps activations"""
@@ -82,9 +82,8 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
         rows: Encoded tasks.
     """
     rates, resident = _measure_rates(probe, rows), psutil.Process().memory_info().rss
-    most_groups = config.grouping.n_groups
-    if most_groups == "auto":
-        most_groups = min(config.grouping.max_groups, len(rows.names))
+    asked = config.grouping.n_groups
+    most_groups = min(config.grouping.max_groups, len(rows.names)) if asked == "auto" else asked
     one, n_boosters = adapter_bytes(probe), config.boosting.n_rounds
     validated = _count_forward(probe, rows.validation, config.evaluation.max_tokens_per_batch)
     training, checking = _count_training(config, probe, rows)
@@ -156,26 +155,34 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
                 n_outputs=width * len(batch.examples),
                 proj_dim=dimension,
             )
-    return _Passes(meter.record, StageRecord(""), feature_bytes(n_outputs, dimension), settings.max_tokens_per_batch)
+    return _Passes(meter.record, _NOTHING, feature_bytes(n_outputs, dimension), settings.max_tokens_per_batch)
 
 
 def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
     """At most: every task in the group that is boosted, and every step length tried."""
     n_rounds, tokens = config.boosting.n_rounds, config.evaluation.max_tokens_per_batch
-    if not n_rounds:
-        return _Passes()
     train, validation = ([s for s in splits if s.kind != "sequence"] for splits in (rows.train, rows.validation))
+    if not n_rounds or not train:
+        return _Passes()
     start = _times(_count_forward(probe, [*train, *validation], tokens), 2)
     search = _times(_count_forward(probe, train, tokens), n_rounds * (_BOOST_LENGTHS + 1))
     checks = _times(_count_forward(probe, validation, tokens), n_rounds)
-    if config.boosting.direction == "steps":
-        tokens, n_passes = config.training.max_tokens_per_batch, config.boosting.n_steps
-        share = n_passes / max(1, len(schedule_training(rows.train, config.training, seed=0)))
-        n_passes = -(-round(100 * share) // 100) or 1
-    else:
-        n_passes = int(config.boosting.direction == "dual")
-    backward = _times(_count(probe, train, tokens, count_training), n_rounds * n_passes)
-    return _Passes(backward, reduce(StageRecord.joined, (start, search, checks)), n_rounds * adapter_bytes(probe), tokens)
+    backward = _times(_count_direction(config, probe, train), n_rounds)
+    return _Passes(
+        backward, start.joined(search).joined(checks), disk_bytes=n_rounds * adapter_bytes(probe), batch_tokens=tokens
+    )
+
+
+def _count_direction(config: RunConfig, probe: AdaptedModel, train: Sequence[EncodedSplit]) -> StageRecord:
+    if config.boosting.direction == "projected":
+        return _NOTHING
+    if config.boosting.direction == "dual":
+        return _count(probe, train, config.evaluation.max_tokens_per_batch, count_training)
+    settings = TrainingConfig(num_train_epochs=1)
+    n_steps = len(schedule_training(train, settings, seed=0))
+    return _times(
+        _count(probe, train, settings.max_tokens_per_batch, count_training), config.boosting.n_steps / n_steps
+    )
 
 
 def _count_evaluation(config: RunConfig, probe: AdaptedModel, rows: Rows, most_groups: int) -> StageRecord:
@@ -208,12 +215,12 @@ def _count(
     return meter.record
 
 
-def _times(record: StageRecord, n: int) -> StageRecord:
+def _times(record: StageRecord, n: float) -> StageRecord:
     return StageRecord(
         record.stage,
-        flops=n * record.flops,
-        n_tokens=n * record.n_tokens,
-        n_padded_tokens=n * record.n_padded_tokens,
+        flops=round(n * record.flops),
+        n_tokens=round(n * record.n_tokens),
+        n_padded_tokens=round(n * record.n_padded_tokens),
     )
 
 

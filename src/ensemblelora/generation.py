@@ -52,9 +52,7 @@ def generate_answers(
     """
     longest = int((encoded.row_lengths - encoded.answer_starts).max())
     contexts = list_contexts(encoded)
-    return generate(
-        adapted, contexts, members, weights, max_new_tokens=longest, max_tokens=max_tokens, meter=meter
-    )
+    return generate(adapted, contexts, members, weights, max_new_tokens=longest, max_tokens=max_tokens, meter=meter)
 
 
 def list_contexts(encoded: EncodedSplit) -> list[Tokens]:

@@ -29,7 +29,7 @@ from ensemblelora.workspace import Workspace, fingerprint_split
 __all__ = ["evaluate_methods", "train_baselines", "write_report"]
 
 _SHARED = "shared"
-_LINEARITY_ROWS = 48  # per task; a gradient pass each
+_LINEARITY_ROWS = 24  # per task; a gradient pass each
 _REPORTED = (
     artifacts.CONFIG_FILE,
     artifacts.ENVIRONMENT_FILE,
@@ -115,8 +115,8 @@ def _score_tests(
     work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str | None, rows: Rows, meter: Meter
 ) -> dict[str, Any]:
     config = work.config.evaluation
-    plain = {"base": THETA0, _SHARED: shared}
-    baselines = {method: name for method in config.baselines if (name := plain[method]) is not None}
+    plain: dict[str, str | None] = {"base": THETA0, _SHARED: shared}
+    baselines = {str(method): name for method in config.baselines if (name := plain[method]) is not None}
     tables = [
         _score_task(probe, ensemble, task, split, baselines, config.max_tokens_per_batch, meter)
         for task, split in enumerate(rows.test)
@@ -239,7 +239,6 @@ def _enter_costs(work: Workspace, probe: AdaptedModel, ensemble: Ensemble, share
 def _mean_passes(ensemble: Ensemble, groups: Sequence[tuple[int, ...]], rows: Rows) -> float:
     """Forward passes a prediction takes, averaged over tasks."""
     passes = [
-        len(needed_adapters(ensemble.members, used, split.kind))
-        for used, split in zip(groups, rows.test, strict=True)
+        len(needed_adapters(ensemble.members, used, split.kind)) for used, split in zip(groups, rows.test, strict=True)
     ]
     return float(np.mean(passes))

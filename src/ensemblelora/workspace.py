@@ -172,7 +172,9 @@ class Workspace:
         """What earlier attempts at this very stage cost."""
         path = self._note(run.name)
         content = artifacts.read_json(path) if path.exists() else {}
-        return StageRecord(**content["spent"]) if content.get("fingerprint") == run.fingerprint else StageRecord(run.name)
+        return (
+            StageRecord(**content["spent"]) if content.get("fingerprint") == run.fingerprint else StageRecord(run.name)
+        )
 
     def _write_ledger(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -77,7 +77,7 @@ def compare_methods(
         exact: Method -> task index -> exact matches, for free-text tasks.
 
     Returns:
-        ``methods`` (per task and mean) and ``differences`` of each pair of methods, per task and in the mean over tasks.
+        ``methods`` (per task and mean), and ``differences`` of each pair of methods (per task, and mean over tasks).
         Accuracy of free text is the share of exact matches.
     """
     methods: dict[str, Any] = {}
@@ -112,17 +112,13 @@ def _differences(
     options: dict[str, Any] = {"n_bootstrap": config.n_bootstrap, "confidence": config.confidence, "seed": seed}
     for metric in ("nll", "accuracy"):
         head = {"a": a, "b": b, "metric": metric}
-        known = [
-            (split, rows[a][i][metric], rows[b][i][metric])
-            for i, split in enumerate(splits)
-            if metric in rows[a][i] and metric in rows[b][i]
-        ]
-        for split, first, second in known:
-            result = compare_paired(first, second, split.groups, **options)
-            found.append(head | {"task": split.task} | _without_nan(asdict(result)))
+        known = [i for i in range(len(splits)) if metric in rows[a][i] and metric in rows[b][i]]
+        first, second = ([rows[method][i][metric] for i in known] for method in (a, b))
+        groups = [splits[i].groups for i in known]
+        for i, *pair in zip(known, first, second, groups, strict=True):
+            found.append(head | {"task": splits[i].task} | _without_nan(asdict(compare_paired(*pair, **options))))
         if known:
-            groups, firsts, seconds = [split.groups for split, _, _ in known], [k[1] for k in known], [k[2] for k in known]
-            overall = compare_paired_tasks(firsts, seconds, groups, **options)
+            overall = compare_paired_tasks(first, second, groups, **options)
             found.append(head | {"task": None} | _without_nan(asdict(overall)))
     return found
 

@@ -177,11 +177,11 @@ def compute_features(
         z = score_batch(adapted.network, batch).z
         labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
         outputs = compute_outputs(z, labels, n_choices, mode)  # (n, c)
-        tap.start(*outputs.shape, with_gram=with_gram, device=z.device)
+        n, c = outputs.shape
+        tap.start(n, c, torch.from_numpy(batch.position_row).to(z.device), with_gram=with_gram)
         for objective, combine, is_last in _backward_passes(z, outputs, batch, mode, labels, n_choices):
             tap.combine = combine
             objective.backward(retain_graph=not is_last)
-    n, c = outputs.shape
     return Features(
         outputs=outputs.detach().float().cpu().numpy(),
         features=tap.features.reshape(n, c, -1).cpu().numpy(),

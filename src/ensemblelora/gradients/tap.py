@@ -33,6 +33,8 @@ class Tap:
     """where a layer part's numbers begin; empty where projections of all parts add up"""
     combine: Tensor = field(default_factory=lambda: torch.empty(0))
     """(n c, rows): from gradients of a batch's rows to those of its outputs; set before each backward pass"""
+    position_row: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(n_scored,): the row of each scored position; an adapted output layer sees these positions alone"""
     features: Tensor = field(default_factory=lambda: torch.empty(0))
     """(n c, width)"""
     squared_norms: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -40,14 +42,19 @@ class Tap:
     gram: Tensor = field(default_factory=lambda: torch.empty(0))
     """(c, n, n) inner products of each output's gradients, where asked for"""
 
-    def start(self, n_examples: int, n_outputs: int, *, with_gram: bool, device: torch.device) -> None:
+    def start(self, n_examples: int, n_outputs: int, position_row: Tensor, *, with_gram: bool) -> None:
         """Clear the sums for a batch."""
+        device, self.position_row = position_row.device, position_row
         self.features = torch.zeros(n_examples * n_outputs, self.width, device=device)
         self.squared_norms = torch.zeros(n_examples * n_outputs, device=device)
         self.gram = torch.zeros((n_outputs, n_examples, n_examples) if with_gram else (0, 0, 0), device=device)
 
     def add(self, part: str, row_gradients: Tensor) -> None:
-        """Take one layer part's gradients of the batch's rows, float32 ``(rows, size)``."""
+        """Take one layer part's gradients, float32 ``(rows, size)``, or ``(n_scored, size)`` of scored positions."""
+        n_rows = self.combine.shape[1]
+        if len(row_gradients) != n_rows:
+            by_row = row_gradients.new_zeros(n_rows, row_gradients.shape[1])
+            row_gradients = by_row.index_add(0, self.position_row, row_gradients)
         gradients = self.combine @ row_gradients  # (n c, size)
         self.squared_norms += gradients.pow(2).sum(1)
         if self.gram.numel():

@@ -113,7 +113,9 @@ def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) ->
     try:
         penalty, table = float(record["l2_penalty"]), tuple(PenaltyTrial(**trial) for trial in record["penalty_table"])
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{folder / ORACLE_FILE}: no record of an oracle ({error!r}); delete it and run again") from None
+        raise StoreError(
+            f"{folder / ORACLE_FILE}: no record of an oracle ({error!r}); delete it and run again"
+        ) from None
     features = _read_features(FeatureStore(folder / artifacts.FEATURES_FOLDER), names)
     return Oracle((features,), penalty, config, table)
 

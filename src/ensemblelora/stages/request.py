@@ -43,9 +43,7 @@ def check_fit(config: RunConfig, rows: Rows, probe: AdaptedModel) -> None:
     for split in rows.learning:
         choose_mode(split.kind, int(split.n_choices.max()), config.gradients.output, task=split.task)
     wanted = config.grouping
-    budget = Budget(
-        adapter_bytes(probe), config.boosting.n_rounds, wanted.max_memory_bytes, wanted.max_latency_ratio
-    )
+    budget = Budget(adapter_bytes(probe), config.boosting.n_rounds, wanted.max_memory_bytes, wanted.max_latency_ratio)
     if wanted.n_groups != "auto" and (faults := budget.list_faults(wanted.n_groups)):
         raise ConfigError(f"grouping.n_groups {wanted.n_groups} takes {' and '.join(faults)}; change one of them")
 
