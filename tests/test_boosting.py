@@ -25,6 +25,7 @@ from ensemblelora.adapters import (
 from ensemblelora.blocks import helmert
 from ensemblelora.boosting import BoostRound, BoostTask, boost, fit_residual, residual_targets, search_length
 from ensemblelora.boosting.direction import find_direction
+from ensemblelora.boosting.residual import guess_length
 from ensemblelora.boosting.state import GroupState, Setup
 from ensemblelora.config import AdapterConfig, BoostingConfig, GradientsConfig
 from ensemblelora.data.batching import collate
@@ -88,31 +89,48 @@ def test_targets_are_minus_the_gradient_of_the_loss_in_the_outputs(mode: str, n_
     np.testing.assert_allclose(residual_targets(z.numpy(), labels.numpy(), mode), -u.grad, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("best", [0.01, 0.3, 1.0, 5.0, 40.0])
-def test_the_length_search_finds_a_parabolas_lowest_power_of_two(best: float) -> None:
+@pytest.mark.parametrize("best", [0.01, 0.3, 1.0, 40.0])
+@pytest.mark.parametrize("ratio", [0.2, 1.0, 3.0])
+def test_the_length_search_comes_near_a_parabolas_lowest_point(best: float, ratio: float) -> None:
     tried = []
 
     def loss_at(length: float) -> float:
         tried.append(length)
         return (length - best) ** 2
 
-    found = search_length(loss_at, best**2)
-    assert len(tried) <= 8
+    found = search_length(loss_at, best**2, guess=ratio * best)
+    assert len(tried) <= 4
     assert len(set(tried)) == len(tried), "no length is paid for twice"
     assert loss_at(found) < best**2
-    assert best / 2 <= found <= 2 * best
+    assert best / 2 <= found <= 1.6 * best
 
 
 @pytest.mark.parametrize("wall", [0.1, 0.6])
 def test_the_length_search_walks_away_from_lengths_that_break_the_model(wall: float) -> None:
     found = search_length(lambda t: math.inf if t > wall else (t - 1.0) ** 2, 1.0)
-    assert wall / 2 < found <= wall
+    assert wall / 4 < found <= wall
 
 
 def test_the_length_search_ends_where_no_length_helps() -> None:
     tried = []
     search_length(lambda t: tried.append(t) or 1.0 + t, 1.0)
-    assert len(tried) == 8
+    assert len(tried) == 4
+
+
+def test_the_guessed_length_is_newtons_where_the_curvature_is_a_quarter() -> None:
+    """At p = 1/2 everywhere the bound on the curvature is exact, so a tiny ridge fit needs its full Newton length."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 1, 3)).astype(np.float32)
+    targets = rng.choice([-0.5, 0.5], (40, 1))  # onehot - softmax(0) of two classes, as a margin's residual
+    w, _ = fit_residual(features, targets, 1e-9)
+    length = guess_length(features, targets, w)
+
+    def loss(t: float) -> float:
+        margin = (features[:, 0] @ w) * t * np.sign(targets[:, 0])
+        return float(np.logaddexp(0.0, -margin).mean())
+
+    assert length == pytest.approx(4.0, rel=1e-4)  # the fit's slope over its own square is 1
+    assert loss(length) < loss(length / 2) < loss(0.0)
 
 
 def make_model(targets: tuple[str, ...] | str = "auto") -> AdaptedModel:
@@ -229,7 +247,7 @@ def find(
     config = BoostingConfig(**{"l2_penalty": 0.1} | changes)
     setup = Setup(adapted, config, make_projector(features, seed=0), 60, 0, Meter("boost"))
     before = adapter_state(adapted, "booster")
-    step = find_direction(setup, "booster", GroupState.start(setup, MEMBER, tasks))
+    step, _ = find_direction(setup, "booster", GroupState.start(setup, MEMBER, tasks))
     after = adapter_state(adapted, "booster")
     assert all(torch.equal(before[key], after[key]) for key in before), "the place to compute in is left as it was"
     return step

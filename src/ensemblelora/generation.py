@@ -8,7 +8,7 @@ Cost: members x (context + one token a step). Memory: members x one cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,23 +103,17 @@ def matches_exactly(
     return np.array([answer == reference for answer, reference in pairs])
 
 
-@torch.inference_mode()
 def _generate_batch(
     adapted: AdaptedModel, contexts: Sequence[Tokens], members: Sequence[str], weights: Sequence[float], steps: int
 ) -> tuple[list[list[int]], int]:
     """Return the answers, and how many steps were taken before the last of them ended."""
     end = adapted.base.tokenizer.eos_token_id
     tokens, mask = (torch.from_numpy(a).to(adapted.device) for a in _pad_left(contexts, adapted.base.pad_token_id))
-    caches: list[Any] = [None] * len(members)
+    next_probabilities = _start_mixture(adapted, members, weights)
     answers: list[list[int]] = [[] for _ in contexts]
     is_running = np.ones(len(contexts), dtype=bool)
     for step in range(steps):
-        mixture = torch.zeros((), device=adapted.device)
-        for m, (member, weight) in enumerate(zip(members, weights, strict=True)):
-            with activate(adapted, member):
-                logits, caches[m] = _next_logits(adapted, tokens, mask, caches[m])
-            mixture = mixture + weight * torch.softmax(logits, dim=-1)
-        chosen = mixture.argmax(-1)  # (n,)
+        chosen = next_probabilities(tokens, mask).argmax(-1)  # (n,)
         for example, token in enumerate(chosen.tolist()):
             is_running[example] &= token != end
             if is_running[example]:
@@ -131,18 +125,25 @@ def _generate_batch(
     return answers, steps
 
 
-def _next_logits(adapted: AdaptedModel, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits of the token after ``tokens`` ``(n, width)``, float32 ``(n, V)``, and the cache that now holds them."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    output = adapted.network(
-        input_ids=tokens,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1].float(), output.past_key_values
+def _start_mixture(
+    adapted: AdaptedModel, members: Sequence[str], weights: Sequence[float]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what gives the mixture's probabilities of the next token, ``(n, V)``, from new tokens and the mask."""
+    caches: list[Any] = [None] * len(members)
+
+    @torch.inference_mode()
+    def next_probabilities(tokens: Tensor, mask: Tensor) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        mixture = torch.zeros((), device=tokens.device)
+        for m, (member, weight) in enumerate(zip(members, weights, strict=True)):
+            with activate(adapted, member):
+                output = adapted.network(**inputs, past_key_values=caches[m], use_cache=True, logits_to_keep=1)
+            caches[m] = output.past_key_values
+            mixture = mixture + weight * torch.softmax(output.logits[:, -1].float(), dim=-1)
+        return mixture
+
+    return next_probabilities
 
 
 def _pad_left(contexts: Sequence[Tokens], pad: int) -> tuple[Tokens, Tokens]:

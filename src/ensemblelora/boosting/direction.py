@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, set_adapter_state, trainable_linears
-from ensemblelora.boosting.residual import fit_residual, residual_targets
+from ensemblelora.boosting.residual import fit_residual, guess_length, residual_targets
 from ensemblelora.boosting.state import GroupState, Setup
 from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import count_training
@@ -34,8 +34,10 @@ _LayerSteps = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """(weight, bias) of each linear layer"""
 
 
-def find_direction(setup: Setup, name: str, state: GroupState) -> dict[str, Tensor]:
-    """Return the step from theta0 that lowers the group's residual loss, keyed as the adapter's saved tensors.
+def find_direction(setup: Setup, name: str, state: GroupState) -> tuple[dict[str, Tensor], float]:
+    """Return the step from theta0 that lowers the group's residual loss, and a first guess of its best length.
+
+    The step is keyed as the adapter's saved tensors.
 
     Args:
         setup: Model, config and projection.
@@ -47,15 +49,18 @@ def find_direction(setup: Setup, name: str, state: GroupState) -> dict[str, Tens
         SolverError: If there is nothing to fit.
     """
     if setup.config.direction == "steps":
-        return _train_on_residual(setup, name, state)
-    w, alphas = _fit_group(state, setup.config.l2_penalty)
+        return _train_on_residual(setup, name, state), 1.0
+    w, alphas, length = _fit_group(state, setup.config.l2_penalty)
+    length /= setup.config.boosting_rate
     if setup.config.direction == "projected":
-        return _as_state(setup.adapted, name, _expand(setup.adapted, setup.projector, state, w))
-    return _as_state(setup.adapted, name, _sum_gradients(setup, name, state, alphas))
+        return _as_state(setup.adapted, name, _expand(setup.adapted, setup.projector, state, w)), length
+    return _as_state(setup.adapted, name, _sum_gradients(setup, name, state, alphas)), length
 
 
-def _fit_group(state: GroupState, l2_penalty: float) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]]]:
-    """Fit the residuals of all tasks with one w; the dual variables come back per task."""
+def _fit_group(
+    state: GroupState, l2_penalty: float
+) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]], float]:
+    """Fit the residuals of all tasks with one w; return it, the dual variables per task, and a guess of its length."""
     for task in state.tasks:
         if task.features.ids != task.train.ids:
             raise StoreError(
@@ -67,13 +72,12 @@ def _fit_group(state: GroupState, l2_penalty: float) -> tuple[npt.NDArray[np.flo
         for scores, task in zip(state.scores["train"], state.tasks, strict=True)
     ]
     width = max(block.shape[1] for block in features)  # tasks with fewer outputs get outputs without a gradient
-    w, alpha = fit_residual(
-        np.concatenate([np.pad(f, ((0, 0), (0, width - f.shape[1]), (0, 0))) for f in features]),
-        np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in targets]),
-        l2_penalty,
-    )
+    jacobian = np.concatenate([np.pad(f, ((0, 0), (0, width - f.shape[1]), (0, 0))) for f in features])
+    target = np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1]))) for t in targets])
+    w, alpha = fit_residual(jacobian, target, l2_penalty)
     ends = np.cumsum([len(f) for f in features])
-    return w, [piece[:, : f.shape[1]] for piece, f in zip(np.split(alpha, ends[:-1]), features, strict=True)]
+    alphas = [piece[:, : f.shape[1]] for piece, f in zip(np.split(alpha, ends[:-1]), features, strict=True)]
+    return w, alphas, guess_length(jacobian, target, w)
 
 
 def _sum_gradients(

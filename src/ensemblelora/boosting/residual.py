@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from ensemblelora.blocks import OutputMode, helmert
 from ensemblelora.errors import SolverError
 
-__all__ = ["fit_residual", "mean_nll", "residual_targets"]
+__all__ = ["fit_residual", "guess_length", "mean_nll", "residual_targets"]
 
 
 def mean_nll(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]) -> float:
@@ -81,3 +81,20 @@ def fit_residual(
         return jacobian.T @ alpha, alpha.reshape(n, c)
     w = solve(jacobian.T @ jacobian + ridge * np.eye(d), jacobian.T @ flat, assume_a="pos")
     return w, ((flat - jacobian @ w) / ridge).reshape(n, c)
+
+
+def guess_length(
+    features: npt.NDArray[np.float32], targets: npt.NDArray[np.float64], w: npt.NDArray[np.float64]
+) -> float:
+    """Length at which a step along ``w`` should lower the cross-entropy most, by its slope and largest curvature.
+
+    Costs no forward pass; with curvature at its bound of 1/4 it rather falls short, which doubling mends.
+
+    Args:
+        features: J, ``(n, c, d)``.
+        targets: The negative slope of the loss in each output, ``(n, c)``.
+        w: The direction, ``(d,)``.
+    """
+    change = features.reshape(-1, features.shape[2]).astype(np.float64) @ w
+    slope, curvature = float(targets.reshape(-1) @ change), 0.25 * float(change @ change)
+    return slope / curvature if slope > 0 and curvature > 0 else 1.0

@@ -1,0 +1,98 @@
+"""What is entered in the ledger against torch's own counter, on a tiny Llama with eager attention."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import THETA0, activate
+from ensemblelora.counting import count_forward, count_generation, count_gradients, count_training, read_costs
+from ensemblelora.data.batching import Batch, collate
+from ensemblelora.scoring import cross_entropy, score_batch
+from tests.tiny import make_adapted, make_split
+
+KINDS = ["verbalizer", "options", "sequence"]
+TOLERANCE = 0.02
+
+
+def make_batch(adapted, kind: str) -> Batch:
+    split = make_split(kind, n=6)
+    return collate([(split, example) for example in range(6)], adapted.base.pad_token_id)
+
+
+def measure(call) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_pass(kind):
+    adapted, meter = make_adapted(), Meter("t")
+    batch = make_batch(adapted, kind)
+    with activate(adapted, THETA0), torch.no_grad():
+        true = measure(lambda: score_batch(adapted.network, batch))
+    count_forward(meter, adapted.costs, batch)
+    assert meter.record.flops == pytest.approx(true, rel=TOLERANCE)
+    assert (meter.record.n_tokens, meter.record.n_padded_tokens) == (batch.n_real_tokens, batch.n_padded_tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step(kind):
+    adapted, meter = make_adapted(), Meter("t")
+    batch = make_batch(adapted, kind)
+    with activate(adapted, THETA0, trainable=True):
+        true = measure(lambda: cross_entropy(score_batch(adapted.network, batch).z, batch).mean().backward())
+    count_training(meter, adapted.costs, batch)
+    assert meter.record.flops == pytest.approx(true, rel=TOLERANCE)
+
+
+def test_every_member_counts_and_nothing_is_entered_without_a_meter():
+    adapted, once, thrice = make_adapted(), Meter("t"), Meter("t")
+    batch = make_batch(adapted, "verbalizer")
+    count_forward(once, adapted.costs, batch)
+    count_forward(thrice, adapted.costs, batch, times=3)
+    assert thrice.record.flops == 3 * once.record.flops and thrice.record.n_tokens == 3 * once.record.n_tokens
+    count_forward(None, adapted.costs, batch)
+    count_training(None, adapted.costs, batch)
+    count_gradients(None, adapted.costs, batch, n_backwards=1, n_outputs=1, proj_dim=1)
+    count_generation(None, adapted.costs, [3], n_steps=1)
+
+
+def test_gradients_cost_a_pass_more_for_every_output_and_the_projection():
+    adapted = make_adapted()
+    batch, found = make_batch(adapted, "verbalizer"), []
+    for n_backwards, proj_dim in ((1, 0), (2, 0), (1, 10)):
+        meter = Meter("t")
+        count_gradients(meter, adapted.costs, batch, n_backwards=n_backwards, n_outputs=6, proj_dim=proj_dim)
+        found.append(meter.record.flops)
+        assert meter.record.n_tokens == batch.n_real_tokens
+    forward = Meter("t")
+    count_forward(forward, adapted.costs, batch)
+    assert found[1] - found[0] == found[0] - forward.record.flops > 0
+    assert found[2] - found[0] == 2 * adapted.costs.adapter.n_output_parameters * 10 * 6
+
+
+def test_one_generated_token_costs_the_pass_over_its_context():
+    adapted, meter = make_adapted(), Meter("t")
+    count_generation(meter, adapted.costs, [5, 3], n_steps=1)
+    assert (meter.record.n_tokens, meter.record.n_padded_tokens) == (8, 10)
+    longer = Meter("t")
+    count_generation(longer, adapted.costs, [5, 3], n_steps=3)
+    assert (longer.record.n_tokens, longer.record.n_padded_tokens) == (12, 14)
+
+
+def test_a_family_without_a_formula_is_counted_in_tokens(caplog):
+    with caplog.at_level(logging.WARNING):
+        costs = read_costs({"model_type": "unheard-of"}, 4, ["q_proj"])
+    assert costs is None and "unheard-of" in caplog.text
+    adapted, meter = make_adapted(), Meter("t")
+    batch = make_batch(adapted, "verbalizer")
+    count_training(meter, costs, batch)
+    count_generation(meter, costs, [4], n_steps=2)
+    assert meter.record.flops == 0 and meter.record.n_tokens == batch.n_real_tokens + 5
