@@ -28,6 +28,7 @@ from ensemblelora.errors import ModelError
 __all__ = ["Scores", "check_output_layer", "cross_entropy", "score_batch"]
 
 _OUTPUT_TOLERANCE = 0.02  # of the largest logit; bfloat16 rounding stays well below, a forgotten scaling does not
+_POSITIONS_AT_ONCE = 256  # 50 MB of float32 logits with 49,152 tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +137,7 @@ def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normal
 
     spelled = torch.nonzero(~is_label)[:, 0]
     if len(spelled):
-        logits = _output_layer(network, hidden[spelled])  # (n_spelled, V)
-        logprobs = -functional.cross_entropy(logits, targets[spelled], reduction="none")
+        logprobs = _token_logprobs(network, hidden[spelled], targets[spelled])
         token_logprobs = token_logprobs.index_put((spelled,), logprobs)
         divisors = torch.from_numpy(batch.divisors).to(device)
         sums = torch.zeros(len(row_example), device=device).index_add(0, row_of[spelled], logprobs) / divisors
@@ -150,6 +150,13 @@ def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normal
         tokens = torch.from_numpy(batch.label_tokens).to(device)[examples]  # (n_labelled, K_max), -1 pads
         z = z.index_put((examples,), _label_logits(network, hidden[labelled], tokens, normalize=normalize, width=width))
     return Scores(z=z, token_logprobs=token_logprobs)
+
+
+def _token_logprobs(network: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target, ``(n,)``; a few positions at a time, so that (n, V) logits never exist."""
+    pieces = zip(hidden.split(_POSITIONS_AT_ONCE), targets.split(_POSITIONS_AT_ONCE), strict=True)
+    losses = [functional.cross_entropy(_output_layer(network, h), t, reduction="none") for h, t in pieces]
+    return -torch.cat(losses)
 
 
 def _label_logits(network: nn.Module, hidden: Tensor, tokens: Tensor, *, normalize: bool, width: int) -> Tensor:
