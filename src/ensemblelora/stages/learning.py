@@ -89,7 +89,7 @@ def boost_groups(
                 groups,
                 config.boosting,
                 projector=make_projector(config.gradients, seed=config.seed),
-                max_tokens=config.evaluation.max_tokens_per_batch,
+                max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
                 seed=config.seed,
                 meter=stage.meter,
             )
