@@ -97,7 +97,7 @@ MOMENTS = [
     ("group", None, "plan.json", "stages/group.json"),
     ("train", 1, "stages/group.json", "checkpoints/*/checkpoint-*"),
     ("train", 20, "checkpoints/group-0-*/checkpoint-*", "adapters/group-0"),
-    ("train", 20, "stages/group-0.json", "stages/train.json"),
+    ("train", 14, "stages/group-0.json", "stages/train.json"),
     ("boost", 12, "stages/train.json", "boosting.json"),
     ("combine", 3, "boosting.json", "ensemble.json"),
     ("baselines", 20, "checkpoints/shared-*/checkpoint-*", "adapters/shared"),
