@@ -32,7 +32,7 @@ from ensemblelora.stages import Rows
 
 __all__ = ["StageForecast", "forecast_run"]
 
-_BOOST_LENGTHS = 8  # forward passes of a line search, at most
+_BOOST_LENGTHS = 4  # forward passes of a line search, at most
 _NOTHING = StageRecord("")
 
 

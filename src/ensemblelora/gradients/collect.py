@@ -279,7 +279,7 @@ def _check_health(
             f"{worst:.2g}, expected below {_BATCH_TOLERANCE}); padding or attention masks are not respected, "
             "try model.dtype=float32"
         )
-    few = _spread(splits[0][0], 8)
+    few = _spread(splits[0][0], 6)
     low = features_of(*splits[0], few)
     return FeatureHealth(
         n_coordinates=sum(size for name, module in linears.items() for _, size in layer_parts(name, module)),

@@ -71,8 +71,5 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
         yield f"estimation.l2_grid {list(grid)}: expected positive numbers, at least one"
     if penalty != "auto" and penalty <= 0:
         yield f"estimation.l2_penalty {penalty}: expected a positive number, or auto"
-    pull = config.ensemble.kl_penalty
-    if pull != "auto" and pull < 0:
-        yield f"ensemble.kl_penalty {pull}: expected 'auto' or a number of at least 0"
     if config.ensemble.weights == "global" and config.ensemble.own_group_prior == 1 and n_groups != 1:
         yield "ensemble.own_group_prior 1: leaves no common weights for tasks of several groups; lower it"
