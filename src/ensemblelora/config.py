@@ -155,7 +155,9 @@ class BoostingConfig(_Stage):
     """Adapters added where a group still errs."""
 
     n_rounds: int = Field(1, ge=0, description="At most; stops earlier where held-out loss does not drop. Paper: 1.")
-    boosting_rate: float = Field(1.0, gt=0, le=1, description="Shrinkage; the paper uses 0.1 without line search.")
+    boosting_rate: float = Field(
+        0.3, gt=0, le=1, description="Share of the searched step that is added; the paper uses 0.1 without a search."
+    )
     direction: Literal["dual", "projected", "steps"] = Field(
         "dual", description="dual: weighted gradient; projected: the paper's P w; steps: optimiser steps."
     )

@@ -160,7 +160,7 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
 
 def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
     """At most: every task in the group that is boosted, and every step length tried."""
-    n_rounds, tokens = config.boosting.n_rounds, config.evaluation.max_tokens_per_batch
+    n_rounds, tokens = config.boosting.n_rounds, config.gradients.max_tokens_per_batch
     train, validation = ([s for s in splits if s.kind != "sequence"] for splits in (rows.train, rows.validation))
     if not n_rounds or not train:
         return _Passes()
@@ -177,7 +177,7 @@ def _count_direction(config: RunConfig, probe: AdaptedModel, train: Sequence[Enc
     if config.boosting.direction == "projected":
         return _NOTHING
     if config.boosting.direction == "dual":
-        return _count(probe, train, config.evaluation.max_tokens_per_batch, count_training)
+        return _count(probe, train, config.gradients.max_tokens_per_batch, count_training)
     settings = TrainingConfig(num_train_epochs=1)
     n_steps = len(schedule_training(train, settings, seed=0))
     return _times(

@@ -51,7 +51,6 @@ def find_direction(setup: Setup, name: str, state: GroupState) -> tuple[dict[str
     if setup.config.direction == "steps":
         return _train_on_residual(setup, name, state), 1.0
     w, alphas, length = _fit_group(state, setup.config.l2_penalty)
-    length /= setup.config.boosting_rate
     if setup.config.direction == "projected":
         return _as_state(setup.adapted, name, _expand(setup.adapted, setup.projector, state, w)), length
     return _as_state(setup.adapted, name, _sum_gradients(setup, name, state, alphas)), length

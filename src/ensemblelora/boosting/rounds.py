@@ -18,8 +18,9 @@ from ensemblelora.adapters import (
     set_adapter_state,
 )
 from ensemblelora.boosting.direction import find_direction
-from ensemblelora.boosting.state import BoostTask, GroupState, Part, Scores, Setup
+from ensemblelora.boosting.state import BoostTask, GroupState, Scores, Setup
 from ensemblelora.config import BoostingConfig
+from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.progress import note
 
@@ -125,13 +126,17 @@ def _try_round(setup: Setup, name: str, group: int, state: GroupState) -> BoostR
     tried: dict[float, Scores] = {}
 
     def loss_at(length: float) -> float:
-        tried[length] = _scores_at(setup, name, state, step, length, "train")
-        loss = state.nll("train", tried[length])
+        # The whole change is searched with; the rate then shrinks what is added, as in gradient boosting.
+        tried[length] = _scores_at(setup, name, step, state.splits("train"), length)
+        loss = state.nll("train", state.moved("train", tried[length], 1.0))
         return loss if math.isfinite(loss) else math.inf
 
     length = search_length(loss_at, before, guess=guess) if setup.config.line_search else 1.0
-    train = tried[length] if length in tried else _scores_at(setup, name, state, step, length, "train")
-    heldout = _scores_at(setup, name, state, step, length, "validation")
+    rate = setup.config.boosting_rate
+    found = tried[length] if length in tried else _scores_at(setup, name, step, state.splits("train"), length)
+    train = state.moved("train", found, rate)
+    new = _scores_at(setup, name, step, state.splits("validation"), length)
+    heldout = state.moved("validation", new, rate)
     after, heldout_after = state.nll("train", train), state.nll("validation", heldout)
     reason = _find_objection(setup.config, before, after, heldout_before, heldout_after)
     if reason is None:
@@ -139,7 +144,7 @@ def _try_round(setup: Setup, name: str, group: int, state: GroupState) -> BoostR
     return BoostRound(
         name=name,
         group=group,
-        rate=setup.config.boosting_rate,
+        rate=rate,
         step_length=length,
         train_nll_before=before,
         train_nll_after=after,
@@ -151,13 +156,12 @@ def _try_round(setup: Setup, name: str, group: int, state: GroupState) -> BoostR
 
 
 def _scores_at(
-    setup: Setup, name: str, state: GroupState, step: dict[str, Tensor], length: float, part: Part
+    setup: Setup, name: str, step: dict[str, Tensor], splits: Sequence[EncodedSplit], length: float
 ) -> Scores:
-    """F after adding the adapter ``theta0 + length x step``, which is left in the model."""
+    """Scores of the adapter ``theta0 + length x step``, which is left in the model."""
     start = adapter_state(setup.adapted, THETA0)
     set_adapter_state(setup.adapted, name, {key: start[key] + length * step[key] for key in start})
-    new = [values[0] for values in setup.predict(state.splits(part), [name])]
-    return state.moved(part, new, setup.config.boosting_rate)
+    return [values[0] for values in setup.predict(splits, [name])]
 
 
 def _find_objection(
