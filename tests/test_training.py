@@ -19,12 +19,12 @@ from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.training import TrainedAdapter, fine_tune, measure_validation_nll
 from tests.tiny import make_adapted, make_base, make_learnable_split
 
-CONFIG = TrainingConfig(learning_rate=2e-2, num_train_epochs=4, max_examples_per_batch=8)
+CONFIG = TrainingConfig(learning_rate=2e-2, num_train_epochs=3, max_examples_per_batch=8)
 NAME = "group-0"
 
 
 def make_group(
-    kinds: tuple[str, ...] = ("verbalizer", "options"), n: int = 40
+    kinds: tuple[str, ...] = ("verbalizer", "options"), n: int = 24
 ) -> tuple[list[EncodedSplit], list[EncodedSplit]]:
     def make(split: str, size: int, seed: int) -> list[EncodedSplit]:
         return [
@@ -67,7 +67,7 @@ def test_it_learns_what_can_be_learnt(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_classification_head_learns_too(family: str, tmp_path: Path) -> None:
-    trained = tune(make_learner("sequence_classification", family), tmp_path, kinds=("classification",), n=64)
+    trained = tune(make_learner("sequence_classification", family), tmp_path, kinds=("classification",), n=96)
     assert trained.best_validation_nll < 0.7 * math.log(3)
 
 
@@ -77,7 +77,7 @@ def test_the_best_checkpoint_by_the_groups_own_validation_is_kept(tmp_path: Path
     config = CONFIG.model_copy(update={"learning_rate": 0.1, "evaluations_per_epoch": 3})
     trained = tune(adapted, tmp_path, config, n=10)
     losses = [record["validation_nll"] for record in trained.history]
-    assert len(losses) == 12
+    assert len(losses) == 9
     assert trained.best_validation_nll == min(losses) < losses[-1]
     assert trained.best_step == trained.history[int(np.argmin(losses))]["step"] < trained.n_steps
     _, validation = make_group(n=10)
@@ -125,7 +125,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptedMode
     return adapted, trained, meter.record.n_tokens
 
 
-@pytest.mark.parametrize("n_passes", [5, 25, 47])
+@pytest.mark.parametrize("n_passes", [3, 13, 23])  # of 24; a checkpoint follows every eighth
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     n_passes: int, uninterrupted: tuple[AdaptedModel, TrainedAdapter, int], tmp_path: Path
 ) -> None:
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     torch.manual_seed(99)  # another process is in another state
     assert tune(resumed, tmp_path, meter=meter) == expected
     assert same(resumed, whole)
-    has_checkpoint = n_passes > 20
+    has_checkpoint = n_passes > 8
     assert (meter.record.n_tokens < n_tokens) == has_checkpoint, "what was done before is not done again"
 
 
@@ -153,7 +153,7 @@ def test_a_half_written_checkpoint_is_thrown_away(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_an_error_that_says_where(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        tune(make_adapted("llama"), tmp_path, meter=DyingMeter(30))
+        tune(make_adapted("llama"), tmp_path, meter=DyingMeter(15))
     for file in (tmp_path / "scratch").glob("checkpoint-*/adapter_model.safetensors"):
         file.write_bytes(b"cut")
     with pytest.raises(StoreError, match="checkpoint-"):
@@ -190,7 +190,7 @@ def test_it_is_silent_and_leaves_no_file(tmp_path: Path, capfd: pytest.CaptureFi
 
 def test_checkpoints_hold_no_pickled_arguments(tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        tune(make_adapted("llama"), tmp_path, meter=DyingMeter(40))
+        tune(make_adapted("llama"), tmp_path, meter=DyingMeter(20))
     names = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert "adapter_model.safetensors" in names
     assert "training_args.bin" not in names
@@ -225,8 +225,10 @@ def test_recomputing_activations_changes_memory_and_nothing_else(tmp_path: Path)
     [{"loss": "vocab_softmax"}, {"lr_scheduler_type": "cosine", "weight_decay": 0.1}, {"sampling": "uniform"}],
 )
 def test_every_setting_trains(change: dict[str, Any], tmp_path: Path) -> None:
-    trained = tune(make_adapted("llama"), tmp_path, CONFIG.model_copy(update=change))
-    assert trained.best_validation_nll < trained.history[0]["validation_nll"]
+    adapted = make_learner()
+    trained = tune(adapted, tmp_path, CONFIG.model_copy(update=change))
+    before = measure_validation_nll(adapted, THETA0, make_group()[1], max_tokens=500)
+    assert trained.best_validation_nll < 0.9 * before
 
 
 def test_the_meter_counts_training_and_validation(tmp_path: Path) -> None:
@@ -245,7 +247,7 @@ CURVE = (2.986, 2.956, 2.900, 2.858, 2.800, 2.725, 2.662, 2.649, 2.640, 2.660,
 
 def test_twenty_steps_follow_the_recorded_curve(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_train_epochs": 2, "evaluations_per_epoch": 10})
-    trained = tune(make_adapted("llama"), tmp_path, config)
+    trained = tune(make_adapted("llama"), tmp_path, config, n=40)
     losses = [record["validation_nll"] for record in trained.history]
     assert [record["step"] for record in trained.history] == list(range(1, 21))
     np.testing.assert_allclose(losses, CURVE, rtol=0.02)

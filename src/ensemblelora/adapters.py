@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from ensemblelora.config import AdapterConfig
 from ensemblelora.counting import PassCosts, read_costs
 from ensemblelora.errors import ModelError, StoreError
-from ensemblelora.models import BaseModel, find_target_modules
+from ensemblelora.models import BaseModel, find_target_modules, forked_generators
 from ensemblelora.seeding import seed_for
 
 __all__ = [
@@ -103,7 +103,7 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
         fan_in_fan_out=_uses_conv1d(base.model, targets),
     )
     try:
-        with torch.random.fork_rng(), _without_known_warnings():
+        with forked_generators(base.device), _without_known_warnings():
             torch.manual_seed(seed_for(seed, "adapter", THETA0) % 2**31)
             model = get_peft_model(base.model, settings, adapter_name=THETA0)
     except ValueError as error:
@@ -127,7 +127,7 @@ def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | Non
         settings = _copy_settings(adapted, THETA0)
         settings.modules_to_save = None  # PEFT adds the head's names itself, each time
         # PEFT makes the active adapter trainable when it adds one; leaving the context sets it back.
-        with activate(adapted, THETA0), torch.random.fork_rng(), _without_known_warnings():
+        with activate(adapted, THETA0), forked_generators(adapted.device), _without_known_warnings():
             adapted.peft.add_adapter(name, settings)
         adapted.peft.eval()
         _keep_head_in_float32(adapted, name)

@@ -49,6 +49,7 @@ __all__ = [
     "cache_folder",
     "embedded_gguf",
     "find_target_modules",
+    "forked_generators",
     "load_base",
     "prepare_base",
 ]
@@ -103,7 +104,7 @@ def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2) -> B
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     options["local_files_only"] = Path(location).is_dir() or not _is_on_hub(config.name, config.revision)
     try:
-        with _without_bars(hidden=Path(location).is_dir()), torch.random.fork_rng():
+        with _without_bars(hidden=Path(location).is_dir()), forked_generators(device):
             architecture = AutoConfig.from_pretrained(location, **options)
             _check_head(config.name, architecture, head)
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
@@ -137,6 +138,13 @@ def prepare_base(
     model.config.pad_token_id = pad
     model.requires_grad_(False).eval()
     return BaseModel(name=name, model=model, tokenizer=tokenizer, head=head, fingerprint=_fingerprint(model))
+
+
+@contextmanager
+def forked_generators(device: torch.device) -> Iterator[None]:
+    """Set torch's global generators back on leaving, so that drawing initial weights shifts nobody else's numbers."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def cache_folder() -> Path:
