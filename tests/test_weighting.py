@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special
 
-from ensemblelora.config import EnsembleConfig
+from ensemblelora.config import EnsembleConfig, parse_config
 from ensemblelora.errors import ConfigError, DataError, TrainingError
 from ensemblelora.weighting import MemberLogits, combine, fit_weights
 from ensemblelora.weighting.fit import _cut_folds
@@ -391,7 +391,7 @@ def test_impossible_inputs_are_refused() -> None:
 def test_impossible_requests_are_refused() -> None:
     task = make_task()
     with pytest.raises(ConfigError, match=r"ensemble\.kl_penalty: got -1"):
-        fit_weights([task], [0], EnsembleConfig(kl_penalty=-1.0), seed=0)
+        parse_config({"data": {"tasks": ["t"]}, "ensemble": {"kl_penalty": -1.0}})
     with pytest.raises(DataError, match=r"task 0.*own group 3"):
         fit_weights([task], [3], EnsembleConfig(), seed=0)
     with pytest.raises(DataError, match="task 1: 2 groups"):

@@ -82,7 +82,7 @@ def fit_weights(
         Weights with their certificates.
 
     Raises:
-        ConfigError: If the penalty is negative.
+        ConfigError: If the prior leaves tasks of several groups no common weights.
         DataError: If shapes disagree, or a group or label is out of range.
         TrainingError: If a logit is not finite.
         SolverError: If a fit does not come within 1e-8 nats of the best.
@@ -90,8 +90,6 @@ def fit_weights(
     Reference:
         Paper, section 2.3, which says "train the weights" and no more; docs/paper.md, row "ensemble weights".
     """
-    if config.kl_penalty != "auto" and config.kl_penalty < 0:
-        raise ConfigError(f"ensemble.kl_penalty: got {config.kl_penalty}, expected 'auto' or a number of at least 0")
     _check_tasks(tasks, own_groups)
     n_groups = len(tasks[0].values)
     losses = [prepare(task, config.combine) for task in tasks]
