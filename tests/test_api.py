@@ -14,7 +14,6 @@ import pytest
 import ensemblelora
 from ensemblelora import pipeline
 from ensemblelora.api import Run, load_run
-from ensemblelora.data.rendering import compile_card
 from ensemblelora.data.task import Example, TaskCard
 from ensemblelora.errors import DataError, OutputError, StoreError, UsageError
 from ensemblelora.estimation import TaskFeatures, build_oracle
@@ -100,14 +99,19 @@ def test_a_plain_text_is_not_enough_for_several_columns():
         make_column_run().predict(CHOICES[0], ["text"])
 
 
-def test_a_few_rows_are_scored_as_the_task_was_and_not_as_they_look():
-    # One row has fixed choices, each a single token: alone it would pass for a verbalizer task.
+@pytest.mark.parametrize("kind", ["options", "verbalizer"])
+def test_rows_are_scored_as_the_task_was_and_not_as_they_look(kind):
+    # The kind was decided on all rows of the task; the label tokens of a few new rows could suggest another.
+    run = replace(loaded(), kinds={CHOICES[0]: kind})
+    run.__dict__["_model"] = loaded()._model
+    example = Example("0", "Words: fire\nAnswer:", (" no", " yes"), 0, "0")
+    assert run._encode(CHOICES[0], [example], max_length=64).kind == kind
+
+
+def test_a_row_may_bring_its_own_choices_and_equal_ones_add_up():
     run = make_column_run()
     run.__dict__["_model"] = loaded()._model
     row = {"a": "fire", "b": "ice", "options": ["no", "yes"]}
-    card = run.cards[CHOICES[0]]
-    example = compile_card(card.model_copy(update={"doc_to_target": 0, "group": None}), tuple(row)).example(row, "0")
-    assert run._encode(CHOICES[0], [example], max_length=64).kind == "options"
     assert set(run.predict(CHOICES[0], [row])[0].probabilities) == {"no", "yes"}
     repeated = run.predict(CHOICES[0], [row | {"options": ["no", "yes", "no"]}])[0].probabilities
     assert sum(repeated.values()) == pytest.approx(1.0) and set(repeated) == {"no", "yes"}

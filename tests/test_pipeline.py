@@ -266,6 +266,9 @@ def test_missing_and_damaged_files_are_made_again_as_they_were(tmp_path, carried
 
 def test_one_adapter_for_all_is_its_own_baseline_and_old_adapters_go(tmp_path):
     recipe = copy_run(tmp_path)
+    pipeline.run(read_config(recipe, grouping={"n_groups": 1}), until="train")
+    trained = {path.name for path in (tmp_path / "run" / "adapters").iterdir() if "-boost-" not in path.name}
+    assert trained == {"group-0", "shared"}
     pipeline.run(read_config(recipe, grouping={"n_groups": 1}))
     members = {member["name"] for member in read_json(tmp_path, "ensemble.json")["members"]}
     assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} == members | {"shared"}
