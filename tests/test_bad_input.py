@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaForCausalLM
 
 from ensemblelora.artifacts import RunFolder
 from ensemblelora.cli import main
-from tests.tiny_run import finished_run, make_inputs
+from ensemblelora.data.loading import load_tasks
+from ensemblelora.stages import check_request
+from tests.tiny_run import finished_run, make_inputs, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "family0_task0"
@@ -146,6 +149,16 @@ BAD_SETTINGS = [
     (["estimation.l2_grid=[]"], ["estimation.l2_grid []"]),
     (["ensemble.kl_penalty=-1"], ["ensemble.kl_penalty"]),
     (["gradients.output=margin"], ["gradients.output 'margin' does not fit task 'written'"]),
+    (["gradients.proj_dim=20001"], ["gradients.proj_dim: got 20001", "less than or equal to 20000"]),
+    (["gradients.proj_type=none", "adapter.r=128"], ["gradients.proj_type none keeps all 24576 coordinates"]),
+    (["affinity.n_subsets=1"], ["affinity.n_subsets 1: 1 of 5 tasks would be in no subset"]),
+    (
+        ["training.report_to=[nothing, wandb]"],
+        [
+            "training.report_to 'nothing': nothing is not supported",
+            "training.report_to 'wandb': WandbCallback requires",
+        ],
+    ),
     (["ensemble.weights=global", "ensemble.own_group_prior=1"], ["ensemble.own_group_prior 1"]),
     (["grouping.max_memory_bytes=10000"], ["grouping.n_groups 2 takes", "grouping.max_memory_bytes is 10000"]),
     (["data.tasks=[nowhere]"], ["task 'nowhere': neither a shipped card nor a file or folder"]),
@@ -163,6 +176,26 @@ def test_bad_settings_are_refused(project, capsys, changes, messages):
     line = refuse(capsys, "run", "recipe.yaml", *flags)
     assert all(message in line for message in messages), line
     assert not (project / "run").exists()
+
+
+def test_rows_longer_than_the_model_are_refused(project, capsys):
+    write_rows(project, [{"text": w * 300, "label": label} for w, label in (("a ", "no"), ("b ", "yes"))], "test")
+    line = refuse(capsys, "run", "recipe.yaml", "--set", "data.max_length=1000")
+    assert f"data.max_length 1000: a row of task '{FIRST}' has" in line and "the model takes 256" in line
+    assert not (project / "run").exists()
+
+
+def test_activations_that_a_model_can_not_recompute_are_refused(project, capsys, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    line = refuse(capsys, "run", "recipe.yaml", "--set", "training.gradient_checkpointing=true")
+    assert "training.gradient_checkpointing: LlamaForCausalLM can't recompute activations" in line
+    assert not (project / "run").exists()
+
+
+@pytest.mark.parametrize("trackers", [[], ["all"], ["none"]])
+def test_words_for_any_tracker_are_no_faults(project, trackers):
+    config = read_config(project / "recipe.yaml", training={"report_to": trackers})
+    check_request(config, load_tasks(config.data, seed=config.seed))
 
 
 def test_an_encoder_can_not_score_label_words(project, capsys):

@@ -76,9 +76,10 @@ def test_collate_against_rows_written_out(splits: dict[str, EncodedSplit]) -> No
             divisors.append(split.divisors[row])
     assert read_back(batch) == inputs
     assert [(*p, t) for p, t in zip(batch.positions.tolist(), batch.targets.tolist(), strict=True)] == scored
-    assert batch.position_row.tolist() == [row for row, _, _ in scored]
+    assert batch.position_choice.tolist() == [row for row, _, _ in scored]
     assert batch.row_example.tolist() == examples
-    assert batch.row_choice.tolist() == choices
+    assert batch.choice_example.tolist() == examples
+    assert batch.choice_index.tolist() == choices
     assert batch.divisors.tolist() == divisors
     assert batch.labels.tolist() == [int(split.labels[e]) for split, e in parts]
     assert batch.n_choices.tolist() == [int(split.n_choices[e]) for split, e in parts]
@@ -96,7 +97,7 @@ def test_label_tokens_are_padded(splits: dict[str, EncodedSplit]) -> None:
 def test_a_classifier_scores_no_position(splits: dict[str, EncodedSplit]) -> None:
     batch = collate([(splits["classification"], 0)], PAD)
     assert batch.positions.shape == (0, 2)
-    assert batch.targets.shape == batch.position_row.shape == (0,)
+    assert batch.targets.shape == batch.position_choice.shape == (0,)
     assert batch.n_real_tokens == splits["classification"].row_lengths[0]
 
 

@@ -10,10 +10,11 @@ import torch
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, activate, attach
-from ensemblelora.config import AdapterConfig, GradientsConfig
+from ensemblelora.config import AdapterConfig, EstimationConfig, GradientsConfig
 from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
+from ensemblelora.estimation import TaskFeatures, build_oracle
 from ensemblelora.gradients.collect import collect_features, compute_features, find_active_linears, make_projector
 from ensemblelora.gradients.output import choose_mode, compute_outputs
 from ensemblelora.models import prepare_base
@@ -207,6 +208,26 @@ def test_a_model_that_sees_its_padding_is_refused(tmp_path: Path) -> None:
         collect_features(
             adapted, [split], FeatureStore(tmp_path), GradientsConfig(), seed=0, fingerprints={("t", "train"): "x"}
         )
+
+
+@pytest.mark.parametrize("widest", ["train", "validation"])
+def test_splits_with_other_numbers_of_choices_meet_in_one_oracle(widest: str, tmp_path: Path) -> None:
+    adapted, store = make_adapted(), FeatureStore(tmp_path)
+    splits = [make_split("options", n=8, n_choices=4 if s == widest else 2, ragged=s == widest, split=s)
+              for s in ("train", "validation")]  # fmt: skip
+    collect_features(
+        adapted, splits, store, GradientsConfig(proj_dim=16), seed=0,
+        fingerprints={("t", "train"): "x", ("t", "validation"): "x"},
+    )  # fmt: skip
+    blocks = [store.read("t", split) for split in ("train", "validation")]
+    assert [block.mode for block in blocks] == ["contrast", "contrast"]
+    features = TaskFeatures(*((block,) for block in blocks))
+    scores = build_oracle([features], EstimationConfig(l2_penalty=1.0)).score([(), (0,)])
+    batch = collate([(splits[1], e) for e in range(8)], adapted.base.pad_token_id)
+    with torch.no_grad():
+        z = score_batch(adapted.network, batch).z
+    true = torch.nn.functional.cross_entropy(z, torch.from_numpy(splits[1].labels))
+    assert scores.nll[0, 0] == pytest.approx(float(true), rel=1e-4), "the base model's loss"
 
 
 @pytest.mark.parametrize("head", ["lm", "sequence_classification"])

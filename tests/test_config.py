@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from ensemblelora.config import RunConfig, dump_config, load_config, parse_config
+from ensemblelora.config import DataConfig, RunConfig, TrainingConfig, dump_config, load_config, parse_config
 from ensemblelora.errors import ConfigError
 from ensemblelora.recipe import describe_config, override, read_request
 
@@ -34,6 +35,7 @@ configs = st.fixed_dictionaries(
     },
     optional={
         "seed": st.integers(0),
+        "compat": st.sampled_from(["none", "paper"]),
         "out": names,
         "model": st.fixed_dictionaries({}, optional={"name": names, "revision": st.none() | names}),
         "adapter": st.fixed_dictionaries({}, optional={"target_modules": st.just("auto") | st.lists(names)}),
@@ -57,6 +59,70 @@ def test_written_config_states_every_value(tmp_path):
             assert set(written[name]) == set(type(field.default).model_fields)
 
 
+def test_a_preset_gives_its_values_where_keys_are_left_out():
+    plain, paper = parse_config(MINIMAL), parse_config({**MINIMAL, "compat": "paper"})
+    assert plain == parse_config({**MINIMAL, "compat": "none"})
+    assert (plain.training.learning_rate, plain.boosting.line_search) == (5e-4, True)
+    assert (paper.training.learning_rate, paper.boosting.line_search) == (2e-5, False)
+    assert paper.grouping.n_restarts == plain.grouping.n_restarts, "the paper is silent"
+    assert paper.data.tasks == plain.data.tasks
+
+
+@pytest.mark.parametrize("rate", [1e-3, 5e-4])
+def test_a_stated_key_wins_over_the_preset_even_if_it_is_our_default(tmp_path, rate):
+    stated = {**MINIMAL, "compat": "paper", "training": {"learning_rate": rate}}
+    for config in (parse_config(stated), load_config(write_recipe(tmp_path, stated), ("adapter.r=32",))):
+        assert (config.training.learning_rate, config.training.num_train_epochs) == (rate, 10)
+    assert config.adapter.r == 32
+    training = TrainingConfig(learning_rate=rate)
+    made = RunConfig(compat="paper", data=DataConfig(tasks=("a", "b")), training=training)
+    assert made == parse_config(stated)
+
+
+def test_a_preset_can_be_set_from_the_command_line(tmp_path):
+    assert load_config(write_recipe(tmp_path, MINIMAL), ("compat=paper",)) == parse_config(
+        {**MINIMAL, "compat": "paper"}
+    )
+
+
+def test_a_written_config_is_not_changed_by_reading_it_again(tmp_path):
+    stated = {**MINIMAL, "compat": "paper", "training": {"num_train_epochs": 1}}
+    written = dump_config(parse_config(stated))
+    assert yaml.safe_load(written)["adapter"]["r"] == 4
+    assert dump_config(parse_config(yaml.safe_load(written))) == written
+    ours = yaml.safe_load(dump_config(parse_config(MINIMAL)))
+    assert parse_config(ours | {"compat": "paper"}).training == parse_config(MINIMAL).training
+
+
+@pytest.mark.parametrize("training", [None, "fast", ["learning_rate"]])
+def test_a_section_that_is_none_is_refused_with_a_preset_as_without(training):
+    faults = []
+    for compat in ("none", "paper"):
+        with pytest.raises(ConfigError) as caught:
+            parse_config({**MINIMAL, "compat": compat, "training": training})
+        faults.append(str(caught.value))
+    assert faults[0] == faults[1] and faults[0].startswith("config: training: got")
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ConfigError, match="compat: got 'reference': input should be 'none' or 'paper'"):
+        parse_config({**MINIMAL, "compat": "reference"})
+
+
+def test_the_list_of_the_papers_values_is_what_the_preset_gives():
+    page = (Path(__file__).parents[1] / "docs" / "decisions" / "0006-compat-presets.md").read_text(encoding="utf-8")
+    listed = {key: yaml.safe_load(value) for key, value in re.findall(r"^\| `([\w.]+)` \| (\S+) \| \S", page, re.M)}
+    plain, paper = (
+        yaml.safe_load(dump_config(parse_config({**MINIMAL, "compat": compat}))) for compat in ("none", "paper")
+    )
+    values = {f"{stage}.{key}": value for stage, keys in paper.items() if isinstance(keys, dict)
+              for key, value in keys.items()}  # fmt: skip
+    assert listed == {key: values[key] for key in listed}
+    changed = {f"{stage}.{key}" for stage, keys in paper.items() if isinstance(keys, dict)
+               for key, value in keys.items() if value != plain[stage][key]}  # fmt: skip
+    assert changed <= set(listed) and len(changed) > 10
+
+
 def test_config_is_immutable():
     config = parse_config(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
@@ -78,7 +144,7 @@ def test_every_fault_is_reported_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage", [name for name, field in RunConfig.model_fields.items() if name not in ("out", "seed")]
+    "stage", [name for name, field in RunConfig.model_fields.items() if name not in ("out", "seed", "compat")]
 )
 def test_unknown_key_is_refused_in_every_stage(stage):
     with pytest.raises(ConfigError, match=rf"{stage}\.mispelt: unknown key"):

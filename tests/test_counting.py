@@ -9,11 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, activate
+from ensemblelora.adapters import THETA0, activate, attach
+from ensemblelora.config import AdapterConfig
 from ensemblelora.counting import count_forward, count_generation, count_gradients, count_training, read_costs
 from ensemblelora.data.batching import Batch, collate
+from ensemblelora.passes import score
 from ensemblelora.scoring import cross_entropy, score_batch
-from tests.tiny import make_adapted, make_split
+from tests.tiny import make_adapted, make_base, make_split
 
 KINDS = ["verbalizer", "options", "sequence"]
 TOLERANCE = 0.02
@@ -43,12 +45,45 @@ def test_a_forward_pass(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_step(kind):
-    adapted, meter = make_adapted(), Meter("t")
+@pytest.mark.parametrize("loss", ["label_softmax", "vocab_softmax"])
+def test_a_training_step(kind, loss):
+    adapted, meter, normalize = make_adapted(vocab_size=4096), Meter("t"), loss == "vocab_softmax"
     batch = make_batch(adapted, kind)
+
+    def step() -> None:
+        z = score_batch(adapted.network, batch, normalize=normalize).z
+        cross_entropy(z, batch, loss=loss).mean().backward()
+
     with activate(adapted, THETA0, trainable=True):
-        true = measure(lambda: cross_entropy(score_batch(adapted.network, batch).z, batch).mean().backward())
+        true = measure(step)
+    count_training(meter, adapted.costs, batch, normalize=normalize)
+    assert meter.record.flops == pytest.approx(true, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("layers", [None, "top_half"])
+@pytest.mark.parametrize("train_a", [True, False])
+def test_a_step_above_a_frozen_prefix_and_with_a_frozen_a(layers, train_a):
+    config = AdapterConfig(r=4, layers_to_transform=layers, train_A=train_a)
+    adapted, meter = attach(make_base(num_hidden_layers=4), config, seed=0), Meter("t")
+    batch = make_batch(adapted, "options")
+
+    def step() -> None:
+        cross_entropy(score(adapted, batch, meter=meter).z, batch).mean().backward()
+
+    with activate(adapted, THETA0, trainable=True):
+        true = measure(step)
+    lower = meter.record.flops
+    assert (lower > 0) == (layers is not None)
     count_training(meter, adapted.costs, batch)
+    assert meter.record.flops == pytest.approx(true, rel=TOLERANCE)
+
+
+def test_a_vocabulary_that_label_tokens_meet_is_counted_in_forward_passes_too():
+    adapted, meter = make_adapted(vocab_size=4096), Meter("t")
+    batch = make_batch(adapted, "verbalizer")
+    with activate(adapted, THETA0), torch.no_grad():
+        true = measure(lambda: score_batch(adapted.network, batch, normalize=True))
+    count_forward(meter, adapted.costs, batch, normalize=True)
     assert meter.record.flops == pytest.approx(true, rel=TOLERANCE)
 
 

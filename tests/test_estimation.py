@@ -29,6 +29,7 @@ from ensemblelora.estimation import (
     predict_outcomes,
     predict_rows,
     score_subsets,
+    solver,
 )
 from ensemblelora.estimation.loss import LinearRows, compute_curvature_trace, compute_hessian, sum_losses
 from ensemblelora.store import FeatureBlock, helmert
@@ -361,14 +362,35 @@ def test_the_oracle_solves_a_subset_once_and_in_any_order_of_its_tasks() -> None
     )
 
 
-def test_the_oracle_counts_the_rows_its_fits_went_through() -> None:
-    features = make_features("margin", "margin")
+@pytest.fixture
+def evaluated(monkeypatch) -> list[int]:
+    """Outputs times weight vectors of every evaluation of the objective, as they happen."""
+    counts: list[int] = []
+
+    def spy(rows, weights):
+        counts.append(rows.outputs.size * len(weights))
+        return sum_losses(rows, weights)
+
+    monkeypatch.setattr(solver, "sum_losses", spy)
+    return counts
+
+
+def test_the_oracle_counts_the_rows_its_fits_went_through(evaluated) -> None:
+    features = make_features("margin", "contrast")
     oracle = Oracle((features, features), 0.3, CONFIG)
     assert oracle.row_iterations == 0
     oracle.solve([(0,), (0, 1)])
-    fit = fit_subsets(features.train, [(0,), (0, 1)], l2_penalty=0.3, tolerance=1e-10)
-    n = [len(block.ids) for block in features.train]
-    assert oracle.row_iterations == 2 * (fit.iterations[0] * n[0] + fit.iterations[1] * sum(n))
+    assert oracle.row_iterations == sum(evaluated) > 0
+    oracle.solve([(1,), (0,)])
+    assert oracle.row_iterations == sum(evaluated)
+
+
+def test_the_fits_that_a_penalty_is_chosen_from_are_counted_too(evaluated) -> None:
+    features = make_features("margin", "contrast", "margin")
+    oracle = build_oracle([features], EstimationConfig(l2_grid=(0.1, 1.0, 10.0)), subsets=[(0, 1), (1, 2)])
+    assert sum(trial.row_iterations for trial in oracle.penalty_table) == sum(evaluated) > 0
+    assert [trial.n_fits for trial in oracle.penalty_table] == [6, 6, 6], "two subsets, three singles, and all"
+    assert oracle.row_iterations == 0
 
 
 def test_auto_penalty_is_the_grid_value_with_the_least_validation_loss() -> None:

@@ -11,7 +11,7 @@ import pytest
 from ensemblelora import pipeline
 from ensemblelora.errors import ConfigError, DataError
 from ensemblelora.forecast import forecast_run
-from tests.tiny_run import finished_run, make_inputs, read_config, read_json
+from tests.tiny_run import TASKS, finished_run, make_inputs, read_config, read_json
 
 
 def read_tree(folder: Path) -> dict[str, int]:
@@ -83,6 +83,17 @@ def test_what_is_switched_off_costs_nothing(changes, gone_or_zero):
 def test_every_direction_of_boosting_has_a_forecast(direction):
     found = pipeline.estimate(read_config(finished_run() / "recipe.yaml", boosting={"direction": direction}))
     assert found["boost"]["flops"] > 0
+
+
+def test_label_tokens_that_meet_the_whole_vocabulary_cost_more():
+    folder = finished_run()
+    cards = {"tasks": [str(folder / "tasks" / f"{name}.yaml") for name in TASKS[:2]]}  # verbalizers
+    plain, whole = (
+        pipeline.estimate(read_config(folder / "recipe.yaml", data=cards, training={"loss": f"{x}_softmax"}))
+        for x in ("label", "vocab")
+    )
+    assert whole["train"]["flops"] > plain["train"]["flops"]
+    assert whole["features"]["flops"] == plain["features"]["flops"]
 
 
 def test_a_family_without_a_formula_still_gets_seconds():

@@ -8,15 +8,13 @@ import torch
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, activate, adapter_state, add_adapter, set_adapter_state
-from ensemblelora.config import GradientsConfig
 from ensemblelora.data.batching import collate
 from ensemblelora.evaluation import linearity
 from ensemblelora.evaluation.linearity import measure_linearity
-from ensemblelora.gradients.output import choose_mode, compute_outputs
+from ensemblelora.gradients.output import choose_modes, compute_outputs
 from ensemblelora.scoring import score_batch
 from tests.tiny import disturb, make_adapted, make_split
 
-CONFIG = GradientsConfig(max_tokens_per_batch=40)
 CASES = [
     ("llama", "lm", "verbalizer", 2),
     ("llama", "lm", "verbalizer", 3),
@@ -36,9 +34,9 @@ def move(adapted, name: str, scale: float) -> None:
     set_adapter_state(adapted, name, moved)
 
 
-def outputs_of(adapted, split, name: str, *, with_gradient: bool = False):
+def outputs_of(adapted, split, name: str, *, with_gradient: bool = False, mode: str | None = None):
     """Every example's outputs, one example at a time."""
-    mode = choose_mode(split.kind, int(split.n_choices.max()), "auto")
+    mode = mode or choose_modes([split], "auto")[split.task]
     found = []
     with activate(adapted, name, trainable=with_gradient), torch.set_grad_enabled(with_gradient):
         for example in range(split.n_examples):
@@ -49,11 +47,17 @@ def outputs_of(adapted, split, name: str, *, with_gradient: bool = False):
     return found
 
 
-def predict_by_autograd(adapted, split, name: str) -> np.ndarray:
+def measure(adapted, splits, members, *, max_rows=99, max_tokens=40, meter=None):
+    modes = choose_modes(splits, "auto")
+    options = {"max_rows": max_rows, "max_tokens": max_tokens, "meter": meter or Meter("t")}
+    return measure_linearity(adapted, splits, members, modes, **options)
+
+
+def predict_by_autograd(adapted, split, name: str, *, mode: str | None = None) -> np.ndarray:
     """``u* + grad u . (X - theta0)`` with one backward pass per example and output, all parameters at once."""
     start, end = adapter_state(adapted, THETA0), adapter_state(adapted, name)
     rows = []
-    for u in outputs_of(adapted, split, THETA0, with_gradient=True):
+    for u in outputs_of(adapted, split, THETA0, with_gradient=True, mode=mode):
         row = []
         for value in u:
             with activate(adapted, THETA0, trainable=True):
@@ -74,7 +78,7 @@ def test_it_is_what_autograd_gives_one_example_at_a_time(family, head, kind, n_c
     adapted = make_adapted(family, head=head)
     move(adapted, "far", 4.0)
     split = make_split(kind, n=5, n_choices=n_choices)
-    (found,) = measure_linearity(adapted, [split], ["far"], CONFIG, max_rows=99, meter=Meter("t"))
+    (found,) = measure(adapted, [split], ["far"])
     true = torch.stack(outputs_of(adapted, split, "far")).double().numpy()
     start = torch.stack(outputs_of(adapted, split, THETA0)).double().numpy()
     missed = ((true - predict_by_autograd(adapted, split, "far")) ** 2).sum()
@@ -90,7 +94,7 @@ def test_for_a_tiny_step_every_model_is_linear_and_the_rest_falls_with_its_squar
     errors = []
     for name, scale in (("near", 0.05), ("nearer", 0.025)):
         move(adapted, name, scale)
-        (found,) = measure_linearity(adapted, [split], [name], CONFIG, max_rows=99, meter=Meter("t"))
+        (found,) = measure(adapted, [split], [name])
         assert found.r2_over_zero_order > 0.98
         errors.append(found.rms_relative_error)
     assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.35), "the remainder is not of second order"
@@ -101,7 +105,7 @@ def test_every_task_is_measured_under_its_own_member():
     move(adapted, "near", 0.05)
     move(adapted, "far", 30.0)
     splits = [make_split("verbalizer", seed=seed, task=f"t{seed}") for seed in range(3)]
-    found = measure_linearity(adapted, splits, ["near", "far", "near"], CONFIG, max_rows=99, meter=Meter("t"))
+    found = measure(adapted, splits, ["near", "far", "near"])
     assert found[0].r2_over_zero_order > 0.99 > found[1].r2_over_zero_order
     assert found[2].r2_over_zero_order > 0.99
 
@@ -109,7 +113,7 @@ def test_every_task_is_measured_under_its_own_member():
 def test_an_adapter_that_did_not_move_has_nothing_to_explain():
     adapted = make_adapted()
     add_adapter(adapted, "still")
-    (found,) = measure_linearity(adapted, [make_split("verbalizer")], ["still"], CONFIG, max_rows=4, meter=Meter("t"))
+    (found,) = measure(adapted, [make_split("verbalizer")], ["still"], max_rows=4)
     assert found.r2_over_zero_order is None
     assert found.rms_relative_error == pytest.approx(0.0, abs=1e-6) and found.n_rows == 4
 
@@ -127,6 +131,19 @@ def test_its_passes_are_counted_as_they_are_run(monkeypatch, kind, n_choices, n_
     adapted, meter = make_adapted(), Meter("t")
     move(adapted, "far", 1.0)
     split = make_split(kind, n_choices=n_choices)
-    measure_linearity(adapted, [split], ["far"], GradientsConfig(), max_rows=99, meter=meter)
+    measure(adapted, [split], ["far"], max_tokens=2048, meter=meter)
     assert counted == [(n_backwards, 1)]
     assert meter.record.n_tokens == split.input_lengths.sum(), "the member's own forward pass"
+
+
+def test_a_task_is_measured_on_the_outputs_that_its_features_have():
+    adapted = make_adapted()
+    move(adapted, "far", 4.0)
+    validation = make_split("options", n=5, n_choices=3, split="validation")
+    modes = choose_modes([make_split("options", n_choices=9), validation], "auto")
+    (found,) = measure_linearity(adapted, [validation], ["far"], modes, max_rows=99, max_tokens=40, meter=Meter("t"))
+    true, start = (
+        torch.stack(outputs_of(adapted, validation, name, mode="logodds")).double().numpy() for name in ("far", THETA0)
+    )
+    missed = ((true - predict_by_autograd(adapted, validation, "far", mode="logodds")) ** 2).sum()
+    assert found.r2_over_zero_order == pytest.approx(1 - missed / ((true - start) ** 2).sum(), rel=1e-4, abs=1e-4)

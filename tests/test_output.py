@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from ensemblelora.blocks import helmert
 from ensemblelora.errors import ConfigError
-from ensemblelora.gradients.output import choose_mode, compute_outputs, label_of_mode
+from ensemblelora.gradients.output import choose_mode, choose_modes, compute_outputs, label_of_mode
+from tests.tiny import make_split
 
 SEEDS = st.integers(0, 10**6)
 
@@ -108,6 +109,18 @@ def test_auto_chooses_by_kind_and_number_of_choices(kind: str, choices: int, mod
 def test_outputs_that_do_not_fit_are_refused_by_name(kind: str, choices: int, mode: str) -> None:
     with pytest.raises(ConfigError, match=f"gradients.output {mode!r} does not fit task 'toy'"):
         choose_mode(kind, choices, mode, task="toy")
+
+
+@pytest.mark.parametrize(("most", "mode"), [((4, 2), "contrast"), ((2, 4), "contrast"), ((8, 9), "logodds")])
+def test_all_splits_of_a_task_get_the_outputs_of_its_widest_one(most: tuple[int, int], mode: str) -> None:
+    train, validation = (make_split("options", n_choices=k, task="ragged") for k in most)
+    other = make_split("verbalizer", n_choices=2, task="other")
+    assert choose_modes([train, other, validation, other], "auto") == {"ragged": mode, "other": "margin"}
+
+
+def test_outputs_that_fit_one_split_only_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'margin' does not fit task 'ragged' \(options, 4 choices\)"):
+        choose_modes([make_split("options", n_choices=k, task="ragged") for k in (2, 4)], "margin")
 
 
 def test_labels_are_zero_where_the_output_is_the_right_answers_own() -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ensemblelora import pipeline
 from ensemblelora.adapters import attach, load_adapter
 from ensemblelora.artifacts import load_arrays
+from ensemblelora.config import parse_config
 from ensemblelora.data.encoding import encode_split
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.errors import ConfigError
@@ -322,6 +324,54 @@ def test_a_single_task_runs_to_the_end(tmp_path):
     result = pipeline.run(read_config(recipe, data={"tasks": [card]}, grouping={"n_groups": "auto"}))
     assert result.plan["groups"] == [[0]]
     assert result.results["methods"]["ensemble"]["per_task"][TASKS[0]]["n_examples"] == 12
+
+
+def test_a_choice_more_in_training_rows_changes_the_outputs_of_all_splits(tmp_path):
+    recipe, folder = make_inputs(tmp_path), tmp_path / "tasks"
+    card = yaml.safe_load((folder / f"{TASKS[0]}.yaml").read_text(encoding="utf-8"))
+    (folder / f"{TASKS[0]}.yaml").write_text(yaml.safe_dump(card | {"doc_to_choice": "choices"}), encoding="utf-8")
+    for file in folder.glob(f"{TASKS[0]}.*.jsonl"):
+        edit_rows(file, lambda _, row: row | {"choices": ["no", "yes"]})
+    cards = [str(folder / f"{name}.yaml") for name in TASKS[:2]]
+    config = read_config(recipe, data={"tasks": cards}, grouping={"n_groups": 1}, training={"num_train_epochs": 1})
+    pipeline.run(config, until="features")
+    store = FeatureStore(tmp_path / "run" / "features")
+    assert [store.read(TASKS[0], split).mode for split in ("train", "validation")] == ["margin", "margin"]
+    more = {5: ["no", "yes", "maybe"]}
+    edit_rows(folder / f"{TASKS[0]}.train.jsonl", lambda n, row: row | {"choices": more.get(n, row["choices"])})
+    results = pipeline.run(config, until="evaluate").results
+    assert [store.read(TASKS[0], split).mode for split in ("train", "validation")] == ["contrast", "contrast"]
+    assert results["linearity"]["tasks"][TASKS[0]]["r2_over_zero_order"] is not None
+
+
+def test_the_papers_values_run_to_the_end(tmp_path):
+    recipe = make_inputs(tmp_path)
+    config = parse_config(
+        {
+            "compat": "paper",
+            "out": str(tmp_path / "run"),
+            "data": {"tasks": [str(tmp_path / "tasks" / f"{name}.yaml") for name in TASKS[:4]]},
+            "model": read_config(recipe).model.model_dump(),
+            "gradients": {"proj_dim": 24},
+            "training": {"num_train_epochs": 1, "learning_rate": 0.01},
+            "evaluation": {"n_bootstrap": 100},
+        }
+    )
+    result = pipeline.run(config)
+    assert all(math.isfinite(method["mean"]["nll"]) for method in result.results["methods"].values())
+    assert {entry["rate"] for entry in read_json(tmp_path, "boosting.json")} == {0.1}
+    assert {entry["step_length"] for entry in read_json(tmp_path, "boosting.json")} == {1.0}
+    weights = np.array(read_json(tmp_path, "ensemble.json")["weights"])
+    assert (weights == weights[0]).all(), "one weight a group, for all tasks"
+    store = FeatureStore(tmp_path / "run" / "features")
+    assert {store.read(name, "train").mode for name in TASKS[:4]} == {"logodds"}
+
+
+def test_the_fits_that_the_ridge_was_chosen_from_are_in_the_ledger():
+    trials = read_json(finished_run(), "oracle.json")["penalty_table"]
+    stages = {record["stage"]: record for record in read_json(finished_run(), "costs.json")["stages"]}
+    spent = 4 * 24 * sum(trial["row_iterations"] for trial in trials)  # 24: the recipe's proj_dim
+    assert stages["affinity"]["flops"] > spent > stages["affinity"]["flops"] / 2
 
 
 class Interruption(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from ensemblelora.adapters import THETA0, AdaptedModel, activate, add_adapter
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.prediction import member_nll, predict_members
 from tests.test_scoring import score_slowly
-from tests.tiny import disturb, make_adapted, make_split
+from tests.tiny import count_tokens, disturb, make_adapted, make_split
 
 MEMBERS = ("one", THETA0, "two")
 SPLITS = {
@@ -90,7 +90,7 @@ def test_the_meter_is_told_of_every_members_pass() -> None:
     adapted, split = make_members(), SPLITS["options"]()
     meter = Meter("predict")
     predict_members(adapted, split, MEMBERS, max_tokens=60, meter=meter)
-    assert meter.record.n_tokens == 3 * split.input_lengths.sum()
+    assert meter.record.n_tokens == 3 * count_tokens(split, adapted.layout)
     assert meter.record.n_padded_tokens >= meter.record.n_tokens
     assert meter.record.flops > 0
 

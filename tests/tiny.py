@@ -23,7 +23,8 @@ from transformers import (
 
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, attach, set_adapter_state
 from ensemblelora.config import AdapterConfig
-from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.data.batching import collate
+from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.models import BaseModel, prepare_base
 
 VOCABULARY = 96
@@ -142,3 +143,8 @@ def make_learnable_split(kind: str, **options: Any) -> EncodedSplit:
                 split.tokens[start] = 80 + example % 3
                 split.tokens[answer : split.row_starts[row + 1]] = 60 + example % 3
     return split
+
+
+def count_tokens(split: EncodedSplit, layout: Layout) -> int:
+    """Tokens a model reads of a split, padding apart."""
+    return sum(collate([(split, e)], 0, layout=layout).n_real_tokens for e in range(split.n_examples))

@@ -8,6 +8,7 @@ The public names load on first use, so that importing the package costs nothing:
     model = ensemblelora.load_run(result.folder)
     model.predict("boolq", ["..."])
     model.ask(["boolq", "rte"])
+    model.export("boolq-adapter", format="folded", task="boolq")
 """
 
 from __future__ import annotations

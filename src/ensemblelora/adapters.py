@@ -32,9 +32,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ensemblelora.config import AdapterConfig
 from ensemblelora.counting import PassCosts, read_costs
+from ensemblelora.data.encoding import Layout
 from ensemblelora.errors import ModelError, StoreError
-from ensemblelora.models import BaseModel, find_target_modules, forked_generators
+from ensemblelora.models import BaseModel, find_blocks, find_target_modules, forked_generators
+from ensemblelora.prefix import FrozenPrefix, find_prefix
 from ensemblelora.seeding import seed_for
+from ensemblelora.sharing import can_share_context
 
 __all__ = [
     "THETA0",
@@ -67,6 +70,12 @@ class AdaptedModel:
     peft: PeftModel
     costs: PassCosts | None
     """what a pass costs; none for a family without a formula"""
+    prefix: FrozenPrefix | None
+    """the blocks below the lowest adapted one; none if that is the first"""
+    shares_context: bool
+    """whether the choices of a question can share a row"""
+    trains_a: bool
+    """whether A is trained, or B alone"""
 
     @property
     def network(self) -> nn.Module:
@@ -78,6 +87,11 @@ class AdaptedModel:
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self.base.device
+
+    @property
+    def layout(self) -> Layout:
+        """How options become rows where nothing needs a row for each choice."""
+        return "shared" if self.shares_context else "rows"
 
 
 def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel:
@@ -94,6 +108,7 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
         ModelError: If a named target module is not in the model.
     """
     targets = _target_modules(base, config)
+    shares_context = base.head == "lm" and can_share_context(base.model)
     settings = LoraConfig(
         task_type=TaskType.CAUSAL_LM if base.head == "lm" else TaskType.SEQ_CLS,
         r=config.r,
@@ -109,9 +124,18 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
     except ValueError as error:
         raise ModelError(f"adapter.target_modules {config.target_modules!r}: {str(error).splitlines()[0]}") from error
     model.eval()
-    costs = read_costs(base.model.config.to_dict(), config.r, targets)
-    adapted = AdaptedModel(base=base, peft=model, costs=costs)
+    prefix = find_prefix(base.model)
+    depth = prefix.depth if prefix else 0
+    adapted = AdaptedModel(
+        base=base,
+        peft=model,
+        costs=read_costs(base.model.config.to_dict(), config.r, targets, trains_a=config.train_A, n_lower=depth),
+        prefix=prefix,
+        shares_context=shares_context,
+        trains_a=config.train_A,
+    )
     _keep_head_in_float32(adapted, THETA0)
+    _switch(adapted, THETA0, trainable=True)
     return adapted
 
 
@@ -146,12 +170,15 @@ def activate(adapted: AdaptedModel, name: str, *, trainable: bool = False) -> It
     """Make one adapter active inside the block; afterwards the former one, trainable if it was."""
     before = adapted.peft.active_adapter
     was_trainable = any(parameter.requires_grad for parameter in adapted.peft.parameters())
-    adapted.peft.set_adapter(name, inference_mode=not trainable)
+    if (before, was_trainable) == (name, trainable):
+        yield
+        return
+    _switch(adapted, name, trainable=trainable)
     try:
         yield
     finally:
         if before in adapted.peft.peft_config:
-            adapted.peft.set_adapter(before, inference_mode=not was_trainable)
+            _switch(adapted, before, trainable=was_trainable)
 
 
 def adapter_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
@@ -243,15 +270,32 @@ def measure_distance(adapted: AdaptedModel, name: str) -> dict[str, float]:
     return {"absolute": moved, "relative_to_model": moved / full, "relative_to_adapter_init": moved / init}
 
 
+def _switch(adapted: AdaptedModel, name: str, *, trainable: bool) -> None:
+    adapted.peft.set_adapter(name, inference_mode=not trainable)
+    if trainable and not adapted.trains_a:
+        for path, parameter in adapted.peft.named_parameters():
+            if ".lora_A." in path:
+                parameter.requires_grad_(False)
+
+
 def _target_modules(base: BaseModel, config: AdapterConfig) -> list[str]:
     """The adapted modules, by their last names where these say it all, as PEFT's own configs do."""
+    layers = _choose_layers(base, config.layers_to_transform)
     if config.target_modules == "auto":
-        names = find_target_modules(base.model, config.layers_to_transform)
+        names = find_target_modules(base.model, layers)
     else:
-        names = _find_named_modules(base, config.target_modules, config.layers_to_transform)
+        names = _find_named_modules(base, config.target_modules, layers)
     short = sorted({name.rpartition(".")[2] for name in names})
     matches = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in short}
     return short if matches == set(names) else names
+
+
+def _choose_layers(base: BaseModel, layers: str | Sequence[int] | None) -> Sequence[int] | None:
+    if not isinstance(layers, str):
+        return layers
+    n_blocks = len(find_blocks(base.model)[1])
+    n_adapted = -(-n_blocks // {"top_half": 2, "top_third": 3}[layers])
+    return range(n_blocks - n_adapted, n_blocks)
 
 
 def _find_named_modules(base: BaseModel, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""A finished run, in Python: predict with its ensemble, ask its oracle about any subset.
+"""A finished run, in Python: predict with its ensemble, ask its oracle about any subset, export its adapters.
 
 Example:
     >>> from ensemblelora import load_run
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ensemblelora import artifacts
-from ensemblelora.adapters import AdaptedModel, attach, load_adapter
+from ensemblelora.adapters import AdaptedModel
 from ensemblelora.config import RunConfig, load_config
 from ensemblelora.data.encoding import EncodedSplit, encode_split
 from ensemblelora.data.loading import render_inputs
@@ -30,8 +30,9 @@ from ensemblelora.data.task import Example, Kind, Task, TaskCard
 from ensemblelora.ensemble import Ensemble, load_ensemble, predict_ensemble
 from ensemblelora.errors import DataError, StoreError, UsageError
 from ensemblelora.estimation import Oracle
+from ensemblelora.exporting import TOLERANCE, Export, Format, export_run
 from ensemblelora.generation import decode_answers, generate, list_contexts
-from ensemblelora.models import load_base
+from ensemblelora.members import load_members
 from ensemblelora.stages import read_oracle
 from ensemblelora.workspace import ORACLE_FILE
 
@@ -138,24 +139,25 @@ class Run:
             for i, name in enumerate(names)
         }
 
+    def export(
+        self,
+        out: Path | str | None = None,
+        *,
+        format: Format,
+        task: str | None = None,
+        rank: int | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> Export:
+        """Write the ensemble as files that other software loads; see :func:`ensemblelora.exporting.export_run`."""
+        return export_run(self.path, out, format=format, task=task, rank=rank, tolerance=tolerance)
+
     @cached_property
     def _model(self) -> tuple[AdaptedModel, Ensemble]:
         self._read(artifacts.ENSEMBLE_FILE, "combine")
         ensemble = load_ensemble(self.path / artifacts.ENSEMBLE_FILE)
         heads = {card.head for card in self.cards.values()}
         n_labels = max(len(card.doc_to_choice or ()) for card in self.cards.values())
-        base = load_base(self.config.model, head=heads.pop(), n_labels=n_labels)
-        made_with = artifacts.read_json(self.path / artifacts.ENVIRONMENT_FILE)["model"]["fingerprint"]
-        if base.fingerprint != made_with:
-            raise UsageError(
-                f"{self.path}: made with another version of {self.config.model.name!r} or another model.dtype than the "
-                "one loaded now; give the original, or run again"
-            )
-        adapted = attach(base, self.config.adapter, seed=self.config.seed)
-        folder = artifacts.RunFolder.open(self.path)
-        for member in ensemble.members:
-            load_adapter(adapted, member.name, folder.adapter(member.name))
-        return adapted, ensemble
+        return load_members(self.path, self.config, ensemble, head=heads.pop(), n_labels=n_labels), ensemble
 
     @cached_property
     def _oracle(self) -> Oracle:

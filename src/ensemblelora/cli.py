@@ -9,9 +9,9 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,7 +20,11 @@ from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.config import RunConfig
 from ensemblelora.console import describe_failure, say, show_json, show_rows, show_table, talking
 from ensemblelora.errors import DataError, UsageError
-from ensemblelora.recipe import describe_config, override, read_demo, read_request
+from ensemblelora.options import AsJson, Debug, Device, DryRun, Request, RunPath, Source, Talk, spread
+from ensemblelora.recipe import describe_config, read_demo, read_request
+
+if TYPE_CHECKING:
+    from ensemblelora.exporting import Export
 
 __all__ = ["app", "main"]
 
@@ -38,36 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Source = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG|FOLDER", help="A YAML recipe, a run folder, or a folder of CSV and JSONL files, one task each."
-    ),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="The run folder, instead of runs/<name of CONFIG>.")
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a value, such as training.num_train_epochs=1; repeatable."),
-]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Root of all randomness.")]
-Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; auto takes the best.")
-]
-Model = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="A hub id, a local folder, a .gguf file, or smollm2-135m.")
-]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Write the result as JSON on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Predict time, memory, disk and FLOPs, and stop.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Errors only on stderr.")]
-Verbose = Annotated[
-    int,
-    typer.Option("--verbose", "-v", metavar="", count=True, show_default=False, help="More on stderr; -vv: all of it."),
-]
-Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,21 +71,11 @@ def _root(
 
 
 @app.command(rich_help_panel=_WHOLE)
-def demo(
-    out: Out = None,
-    changes: Changes = None,
-    seed: Seed = None,
-    device: Device = None,
-    model: Model = None,
-    as_json: AsJson = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
-) -> None:
+@spread
+def demo(request: Request, *, as_json: AsJson = False, dry_run: DryRun = False, talk: Talk) -> None:
     """Run the whole method on real tasks and a small real model, without a hub."""
-    config = read_demo(_collect_overrides(changes, out=out, seed=seed, device=device, model=model))
-    with talking(quiet=quiet, verbose=verbose, debug=debug):
+    config = read_demo(request.overrides)
+    with talking(**asdict(talk)):
         _carry_out(config, "report", as_json=as_json, dry_run=dry_run)
 
 
@@ -141,21 +105,12 @@ _PIPELINES = (
 
 def _add_pipeline(entry: _Pipeline) -> None:
     @app.command(entry.name, help=entry.purpose, rich_help_panel=entry.panel)
+    @spread
     def command(
-        source: Source,
-        out: Out = None,
-        changes: Changes = None,
-        seed: Seed = None,
-        device: Device = None,
-        model: Model = None,
-        as_json: AsJson = False,
-        dry_run: DryRun = False,
-        quiet: Quiet = False,
-        verbose: Verbose = 0,
-        debug: Debug = False,
+        source: Source, request: Request, *, as_json: AsJson = False, dry_run: DryRun = False, talk: Talk
     ) -> None:
-        config = read_request(source, _collect_overrides(changes, out=out, seed=seed, device=device, model=model))
-        with talking(quiet=quiet, verbose=verbose, debug=debug):
+        config = read_request(source, request.overrides)
+        with talking(**asdict(talk)):
             _carry_out(config, entry.until, as_json=as_json, dry_run=dry_run)
 
 
@@ -164,8 +119,10 @@ for _entry in _PIPELINES:
 
 
 @app.command(rich_help_panel=_USE)
+@spread
 def predict(
     run: RunPath,
+    *,
     task: Annotated[str, typer.Option("--task", metavar="NAME", help="Which task's question it is.")],
     text: Annotated[
         list[str] | None, typer.Option("--text", metavar="TEXT", help="A text to predict; repeatable.")
@@ -174,15 +131,13 @@ def predict(
         Path | None, typer.Option("--file", metavar="FILE", help="Rows to predict, a JSON object or text a line.")
     ] = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    talk: Talk,
 ) -> None:
     """Predict with a run's ensemble."""
     if (file is None) == (not text):
         raise UsageError("predict: give the input as --text or as --file, one of the two")
     rows: list[Any] = list(text or ()) if file is None else _read_rows(file)
-    with talking(quiet=quiet, verbose=verbose, debug=debug):
+    with talking(**asdict(talk)):
         from ensemblelora.api import load_run
 
         predictions = load_run(run).predict(task, rows)
@@ -193,21 +148,64 @@ def predict(
 
 
 @app.command(rich_help_panel=_USE)
+@spread
 def ask(
     run: RunPath,
+    *,
     subset: Annotated[str, typer.Option("--subset", metavar="A,B,C", help="Names of tasks to train together.")],
     as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    talk: Talk,
 ) -> None:
     """Ask the oracle what training any subset of tasks together would give, without training."""
     names = [name.strip() for name in subset.split(",") if name.strip()]
-    with talking(quiet=quiet, verbose=verbose, debug=debug):
+    with talking(**asdict(talk)):
         from ensemblelora.api import load_run
 
         answer = load_run(run).ask(names)
     show_json(answer) if as_json else show_rows(answer, title=f"trained together: {', '.join(names)}")
+
+
+@app.command(rich_help_panel=_USE)
+@spread
+def export(
+    run: RunPath,
+    *,
+    format: Annotated[
+        Literal["peft", "folded", "merged"],
+        typer.Option(
+            "--format",
+            metavar="peft|folded|merged",
+            help="Every member; one LoRA adapter in their place; or base weights with it inside.",
+        ),
+    ],
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="Fold for this task alone, not for all on average.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="R", help="Largest rank of the fold. By default adapter.r; merged: no limit."),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="X",
+            help="Refuse a fold that raises the mean validation loss by more nats than this; by default 0.02.",
+        ),
+    ] = 0.02,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="A new folder, instead of RUN/export/FORMAT or FORMAT-TASK."),
+    ] = None,
+    as_json: AsJson = False,
+    talk: Talk,
+) -> None:
+    """Write a run's adapters for other software: each of them, or all folded into one, with what that costs."""
+    with talking(**asdict(talk)):
+        from ensemblelora.api import load_run
+
+        made = load_run(run).export(out, format=format, task=task, rank=rank, tolerance=tolerance)
+    show_json(made) if as_json else _show_export(made)
 
 
 @app.command(rich_help_panel=_SETUP)
@@ -236,20 +234,20 @@ def config(
 
 
 @app.command(rich_help_panel=_SETUP)
+@spread
 def doctor(
+    *,
     self_test: Annotated[
         bool, typer.Option("--self-test/--skip-self-test", metavar="", help="Train a tiny model on the device.")
     ] = True,
     device: Device = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-    debug: Debug = False,
+    talk: Talk,
 ) -> None:
     """Check versions, device, memory, caches and the demo's packages, and try the method on a tiny model."""
     from ensemblelora.doctor import examine, render_findings
 
-    with talking(quiet=quiet, verbose=verbose, debug=debug):
+    with talking(**asdict(talk)):
         findings = examine(device=device or "auto", self_test=self_test)
     show_json(findings) if as_json else typer.echo(render_findings(findings))
     if any(finding.state == "fail" for finding in findings):
@@ -278,14 +276,22 @@ def _carry_out(config: RunConfig, until: str, *, as_json: bool, dry_run: bool) -
     show_table(*summarize(result.folder))
 
 
-def _collect_overrides(changes: list[str] | None, **flags: Path | str | int | None) -> tuple[str, ...]:
-    """Write the flags that stand for a config key as changes, which win over ``--set``."""
-    keys = {"device": "model.device", "model": "model.name"}
-    named = {keys.get(flag, flag): value for flag, value in flags.items() if value is not None}
-    return (
-        *(changes or ()),
-        *(override(key, value if isinstance(value, int) else str(value)) for key, value in named.items()),
-    )
+def _show_export(made: Export) -> None:
+    """Show what was measured, where anything was, and the folder."""
+    if made.tasks:
+        rows = {
+            change.task: {
+                "ensemble_loss": change.nll_ensemble,
+                f"{made.format}_loss": change.nll_folded,
+                "ensemble_accuracy": change.accuracy_ensemble,
+                f"{made.format}_accuracy": change.accuracy_folded,
+            }
+            for change in made.tasks
+        }
+        show_rows(rows, title="validation rows")
+        names = ("rank", "exact_rank", "residual", "accuracy_change")
+        show_rows({"mean_loss_rise": made.nll_rise} | {name: getattr(made, name) for name in names})
+    typer.echo(str(made.folder))
 
 
 def _say_how_to_continue(folder: Path) -> str:

@@ -6,15 +6,17 @@ Values follow the method's decisions (docs/paper.md); field comments say where a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
 
 from ensemblelora.errors import ConfigError
 
 __all__ = [
+    "MAX_PROJ_DIM",
     "AdapterConfig",
     "AffinityConfig",
     "BoostingConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "EvaluationConfig",
     "GradientsConfig",
     "GroupingConfig",
+    "MaxTokens",
     "ModelConfig",
     "RunConfig",
     "TrainingConfig",
@@ -31,6 +34,13 @@ __all__ = [
     "load_config",
     "parse_config",
 ]
+
+MAX_PROJ_DIM = 20_000
+"""Numbers of a projected gradient: one Hessian of the subset oracle takes 8 bytes times its square, 3.2 GB."""
+
+
+MaxTokens = Literal["auto"] | Annotated[int, Field(ge=1)]
+"""padded tokens of a pass that keeps no activations; auto: by the memory that is free"""
 
 
 class _Stage(BaseModel):
@@ -67,6 +77,12 @@ class ModelConfig(_Stage):
         "auto", description="auto: bfloat16 where the processor computes in it; adapters stay float32."
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best.")
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="auto: on a processor eager, which is faster there for rows of up to 1,024 tokens."
+    )
+    prefix_cache_gb: float = Field(
+        4.0, ge=0, description="Disk for activations below the lowest adapted layer, while the run lasts; 0: none."
+    )
 
 
 class AdapterConfig(_Stage):
@@ -77,7 +93,10 @@ class AdapterConfig(_Stage):
     lora_alpha: float = Field(16.0, gt=0, description="Scale of the adapter is lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="In training only; features are taken without.")
     target_modules: Literal["auto"] | tuple[str, ...] = Field("auto", description="auto: the attention projections.")
-    layers_to_transform: tuple[int, ...] | None = Field(None, description="Adapt only these layers; none: all.")
+    layers_to_transform: Literal["top_half", "top_third"] | tuple[int, ...] | None = Field(
+        None, description="Adapt only these layers; none: all. What lies below is then computed once a row."
+    )
+    train_A: bool = Field(True, description="False: every adapter keeps theta0's A and trains B alone.")
 
 
 class GradientsConfig(_Stage):
@@ -89,7 +108,7 @@ class GradientsConfig(_Stage):
     proj_type: Literal["rademacher", "gaussian", "none"] = Field(
         "rademacher", description="none keeps every coordinate, for small models."
     )
-    proj_dim: int = Field(400, ge=1, description="Paper, Table 3: error is flat from 400 on.")
+    proj_dim: int = Field(400, ge=1, le=MAX_PROJ_DIM, description="Paper, Table 3: error is flat from 400 on.")
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")
 
 
@@ -148,6 +167,10 @@ class TrainingConfig(_Stage):
     )
     evaluations_per_epoch: int = Field(1, ge=1, description="Each may become the checkpoint that is kept.")
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
+    compile: bool = Field(False, description="torch.compile the model; pays in long runs on a GPU.")
+    together: bool = Field(
+        False, description="Train all groups' adapters in one pass over the base; pays where one group leaves it idle."
+    )
     report_to: tuple[str, ...] = Field((), description="Experiment trackers, as transformers names them.")
 
 
@@ -175,6 +198,10 @@ class EnsembleConfig(_Stage):
         "task", description="Fitted per task or for all; equal; or each task's own group alone."
     )
     combine: Literal["logits", "probabilities"] = Field("logits", description="What is averaged. Paper: outputs.")
+    route: bool = Field(
+        False, description="Run one group alone for tasks whose weights gain no more than a standard error over it."
+    )
+    min_weight: float = Field(0.02, ge=0, lt=0.5, description="Groups below this weight for a task are not run for it.")
     own_group_prior: float = Field(0.9, gt=0, le=1, description="Prior weight of a task's own group.")
     kl_penalty: Literal["auto"] | NonNegativeFloat = Field(
         "auto", description="Pull to the prior; auto: by 5-fold validation."
@@ -189,7 +216,23 @@ class EvaluationConfig(_Stage):
     )
     n_bootstrap: int = Field(2000, ge=100, description="Draws of groups of rows for each interval.")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Of the intervals.")
-    max_tokens_per_batch: int = Field(8192, ge=1, description="Padded tokens of one forward pass.")
+    max_tokens_per_batch: MaxTokens = Field(
+        "auto", description="Padded tokens of one forward pass; auto: by the memory that is free, up to 8,192."
+    )
+
+
+_PAPER: Mapping[str, Mapping[str, Any]] = {
+    "data": {"validation_fraction": 0.1},
+    "adapter": {"r": 4},
+    "gradients": {"output": "logodds", "proj_type": "gaussian", "proj_dim": 400},
+    "estimation": {"balance": "example"},
+    "affinity": {"subset_size": 3, "n_subsets": 200, "min_pair_count": 0, "score": "nll", "row_scale": "none"},
+    "grouping": {"max_groups": 6, "rounding": "threshold", "threshold": 1.0, "refine": False},
+    "training": {"learning_rate": 2e-5, "num_train_epochs": 10, "loss": "vocab_softmax", "sampling": "proportional"},
+    "boosting": {"n_rounds": 1, "boosting_rate": 0.1, "direction": "projected", "line_search": False},
+    "ensemble": {"weights": "global", "combine": "logits", "kl_penalty": 0.0, "min_weight": 0.0},
+}
+"""The paper's values and readings, also where our defaults are the same; their sources are in docs/decisions."""
 
 
 class RunConfig(_Stage):
@@ -197,6 +240,9 @@ class RunConfig(_Stage):
 
     out: str = Field("runs/latest", description="The run folder.")
     seed: int = Field(0, ge=0, description="Root of all randomness.")
+    compat: Literal["none", "paper"] = Field(
+        "none", description="paper: where a key is left out, the paper's value or reading instead of ours."
+    )
     data: DataConfig
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -208,6 +254,20 @@ class RunConfig(_Stage):
     boosting: BoostingConfig = BoostingConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        """Write a preset's values where the keys are missing, so that a config that states every key stays as it is."""
+        if not isinstance(values, dict) or values.get("compat") != "paper":
+            return values
+        filled = dict(values)
+        for stage, preset in _PAPER.items():
+            given = values.get(stage, {})
+            keys = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
+            if isinstance(keys, dict):  # anything else is refused as it arrived
+                filled[stage] = {**preset, **keys}
+        return filled
 
 
 def parse_config(values: dict[str, Any], *, source: str = "config") -> RunConfig:

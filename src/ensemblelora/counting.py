@@ -1,14 +1,15 @@
 """Passes through the model, entered in the meter: tokens read, and FLOPs by formula, padding included.
 
 In: a meter and one batch. Nothing is measured here; the formulas are accounting.formulas', the sizes the model's.
-A family without a formula is counted in tokens only.
+A family without a formula is counted in tokens only. Passes are counted from the lowest adapted block up; what lies
+below is entered by :func:`count_lower` where it was run, which for a kept row is once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,15 @@ from ensemblelora.accounting.shapes import AdapterShape, ModelShape, adapter_sha
 from ensemblelora.data.batching import Batch
 from ensemblelora.errors import ModelError
 
-__all__ = ["PassCosts", "count_forward", "count_generation", "count_gradients", "count_training", "read_costs"]
+__all__ = [
+    "PassCosts",
+    "count_forward",
+    "count_generation",
+    "count_gradients",
+    "count_lower",
+    "count_training",
+    "read_costs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,34 +45,75 @@ class PassCosts:
 
     shape: ModelShape
     adapter: AdapterShape
+    n_lower: int = 0
+    """blocks below the lowest adapted one, which are run and counted apart"""
+
+    @property
+    def upper(self) -> PassCosts:
+        """The part of the model that runs for every member and in every step."""
+        layers = self.adapter.layers[self.n_lower :]
+        return replace(
+            self,
+            shape=replace(self.shape, n_layers=self.shape.n_layers - self.n_lower),
+            adapter=replace(self.adapter, layers=layers),
+            n_lower=0,
+        )
+
+    @property
+    def lower(self) -> ModelShape:
+        """The blocks below, without an output layer."""
+        return replace(self.shape, n_layers=self.n_lower, has_pooler=False)
 
 
-def read_costs(config: Mapping[str, Any], r: int, target_modules: Iterable[str]) -> PassCosts | None:
+def read_costs(
+    config: Mapping[str, Any], r: int, target_modules: Iterable[str], *, trains_a: bool = True, n_lower: int = 0
+) -> PassCosts | None:
     """Read the sizes off a model's config; none, with a warning, for a family without a formula."""
     try:
         shape = model_shape(config)
-        return PassCosts(shape, adapter_shape(shape, r, target_modules))
+        return PassCosts(shape, adapter_shape(shape, r, target_modules, trains_a=trains_a), n_lower)
     except ModelError as error:
         logger.warning("FLOPs are not counted: %s", error)
         return None
 
 
-def count_forward(meter: Meter | None, costs: PassCosts | None, batch: Batch, *, times: int = 1) -> None:
-    """Enter forward passes of one batch, such as one for each member."""
+def count_lower(meter: Meter | None, costs: PassCosts | None, batch: Batch) -> None:
+    """Enter a pass through the blocks below the lowest adapted one; its tokens are counted with the pass above."""
+    if meter is not None and costs is not None:
+        rows, width = batch.input_ids.shape
+        meter.add_flops(count_forward_flops(costs.lower, measure_workload(np.full(rows, width), n_logits=0)))
+
+
+def count_forward(
+    meter: Meter | None, costs: PassCosts | None, batch: Batch, *, times: int = 1, normalize: bool = False
+) -> None:
+    """Enter forward passes of one batch, such as one for each member; ``normalize`` as in :func:`count_training`."""
     if meter is None:
         return
     meter.add_tokens(times * batch.n_real_tokens, times * batch.n_padded_tokens)
     if costs is not None:
-        meter.add_flops(times * count_forward_flops(costs.shape, _workload(costs, batch), costs.adapter))
+        upper = costs.upper
+        work = _workload(upper, batch, normalize=normalize)
+        meter.add_flops(times * count_forward_flops(upper.shape, work, upper.adapter))
 
 
-def count_training(meter: Meter | None, costs: PassCosts | None, batch: Batch) -> None:
-    """Enter a forward and a backward pass that train the adapter."""
+def count_training(meter: Meter | None, costs: PassCosts | None, batch: Batch, *, normalize: bool = False) -> None:
+    """Enter a forward and a backward pass that train the adapter.
+
+    Args:
+        meter: What is told.
+        costs: Sizes; none counts tokens only.
+        batch: What is trained on.
+        normalize: Whether label tokens meet the whole vocabulary, as for the loss ``vocab_softmax``, or only each
+            other.
+    """
     if meter is None:
         return
     meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
     if costs is not None:
-        meter.add_flops(count_training_step_flops(costs.shape, _workload(costs, batch), costs.adapter))
+        upper = costs.upper
+        work = _workload(upper, batch, normalize=normalize)
+        meter.add_flops(count_training_step_flops(upper.shape, work, upper.adapter))
 
 
 def count_gradients(
@@ -74,10 +124,11 @@ def count_gradients(
         return
     meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
     if costs is not None:
-        work = _workload(costs, batch)
+        upper = costs.upper
+        work = _workload(upper, batch)
         meter.add_flops(
             count_gradient_pass_flops(
-                costs.shape, work, costs.adapter, n_backwards=n_backwards, n_outputs=n_outputs, proj_dim=proj_dim
+                upper.shape, work, upper.adapter, n_backwards=n_backwards, n_outputs=n_outputs, proj_dim=proj_dim
             )
         )
 
@@ -106,9 +157,10 @@ def count_generation(
         meter.add_flops(times * count_forward_flops(costs.shape, work, costs.adapter))
 
 
-def _workload(costs: PassCosts, batch: Batch) -> Workload:
+def _workload(costs: PassCosts, batch: Batch, *, normalize: bool = False) -> Workload:
     rows, width = batch.input_ids.shape
-    spelled = int((batch.targets >= 0).sum()) * costs.shape.vocab_size
-    labelled = int(batch.n_choices[batch.row_example[batch.position_row[batch.targets < 0]]].sum())
+    is_whole = normalize | (batch.targets >= 0)  # positions that compute every token's logit
+    spelled = int(is_whole.sum()) * costs.shape.vocab_size
+    labelled = int(batch.n_choices[batch.choice_example[batch.position_choice[~is_whole]]].sum())
     classified = int(batch.n_choices.sum()) if not len(batch.targets) else 0
     return measure_workload(np.full(rows, width), n_logits=spelled + labelled + classified)

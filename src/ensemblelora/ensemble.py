@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel
+from ensemblelora.config import MaxTokens
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.task import Kind
 from ensemblelora.errors import StoreError
@@ -107,7 +108,7 @@ def group_scores(
     members: Sequence[Member],
     groups: Sequence[int],
     *,
-    max_tokens: int,
+    max_tokens: MaxTokens,
     meter: Meter | None = None,
 ) -> MemberScores:
     """Score a split with some groups, boosters included.
@@ -132,7 +133,7 @@ def predict_ensemble(
     task: int,
     encoded: EncodedSplit,
     *,
-    max_tokens: int,
+    max_tokens: MaxTokens,
     meter: Meter | None = None,
 ) -> npt.NDArray[np.float64]:
     """Combined scores of one task's rows, ``(n_rows, K)``; only groups with a weight are run."""

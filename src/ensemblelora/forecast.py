@@ -21,14 +21,17 @@ from ensemblelora.accounting.formulas import feature_bytes
 from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_bytes
 from ensemblelora.config import RunConfig, TrainingConfig
-from ensemblelora.counting import count_forward, count_generation, count_gradients, count_training
+from ensemblelora.counting import count_forward, count_generation, count_gradients, count_lower, count_training
 from ensemblelora.data.batching import Batch, collate, iterate_batches, plan_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.generation import list_contexts
-from ensemblelora.gradients.output import choose_mode
-from ensemblelora.scoring import cross_entropy, score_batch
+from ensemblelora.gradients.collect import feature_layout
+from ensemblelora.gradients.output import choose_modes
+from ensemblelora.passes import FILL_TOKENS, choose_max_tokens, score
+from ensemblelora.scoring import cross_entropy
 from ensemblelora.seeding import seed_for
 from ensemblelora.stages import Rows
+from ensemblelora.training import choose_layout
 
 __all__ = ["StageForecast", "forecast_run"]
 
@@ -85,7 +88,7 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
     asked = config.grouping.n_groups
     most_groups = min(config.grouping.max_groups, len(rows.names)) if asked == "auto" else asked
     one, n_boosters = adapter_bytes(probe), config.boosting.n_rounds
-    validated = _count_forward(probe, rows.validation, config.evaluation.max_tokens_per_batch)
+    validated = _count_forward(probe, rows.validation, _prediction_tokens(config, probe))
     training, checking = _count_training(config, probe, rows)
     step = config.training.max_tokens_per_batch
     passes = {
@@ -126,10 +129,12 @@ def _add_up(stages: Sequence[StageForecast]) -> StageForecast:
 def _count_training(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple[StageRecord, StageRecord]:
     """One adapter for all tasks: its optimiser steps, and the validation passes that choose a checkpoint."""
     settings = config.training
-    schedule = schedule_training(rows.train, settings, seed=seed_for(config.seed, "batches", "shared"))
+    layout = choose_layout(probe, settings)
+    schedule = schedule_training(rows.train, settings, seed=seed_for(config.seed, "batches", "shared"), layout=layout)
     meter, pad = Meter("train"), probe.base.pad_token_id
     for step in schedule:
-        count_training(meter, probe.costs, collate([(rows.train[task], example) for task, example in step], pad))
+        batch = collate([(rows.train[task], example) for task, example in step], pad, layout=layout)
+        count_training(meter, probe.costs, batch, normalize=settings.loss == "vocab_softmax")
     n_planned = settings.num_train_epochs * settings.evaluations_per_epoch
     stops = {max(1, round(len(schedule) * (i + 1) / n_planned)) for i in range(n_planned)}
     checking = _count_forward(probe, rows.validation, 2 * settings.max_tokens_per_batch)
@@ -140,13 +145,12 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
     settings, meter = config.gradients, Meter("features")
     exact = probe.costs.adapter.n_output_parameters if probe.costs else settings.proj_dim
     dimension = exact if settings.proj_type == "none" else settings.proj_dim
-    n_outputs = 0
+    n_outputs, modes = 0, choose_modes(rows.learning, settings.output)
     for split in rows.learning:
-        most = int(split.n_choices.max())
-        mode = choose_mode(split.kind, most, settings.output, task=split.task)
-        width = most - 1 if mode == "contrast" else 1
+        width = int(split.n_choices.max()) - 1 if modes[split.task] == "contrast" else 1
         n_outputs += width * split.n_examples
-        for batch in iterate_batches(split, settings.max_tokens_per_batch, probe.base.pad_token_id):
+        layout, pad = feature_layout(probe, split), probe.base.pad_token_id
+        for batch in iterate_batches(split, settings.max_tokens_per_batch, pad, layout=layout):
             count_gradients(
                 meter,
                 probe.costs,
@@ -155,7 +159,8 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
                 n_outputs=width * len(batch.examples),
                 proj_dim=dimension,
             )
-    return _Passes(meter.record, _NOTHING, feature_bytes(n_outputs, dimension), settings.max_tokens_per_batch)
+    lower = _count_lower(probe, rows.learning)  # once for all stages that learn
+    return _Passes(meter.record, lower, feature_bytes(n_outputs, dimension), settings.max_tokens_per_batch)
 
 
 def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
@@ -193,11 +198,11 @@ def _count_evaluation(config: RunConfig, probe: AdaptedModel, rows: Rows, most_g
         if split.kind == "sequence":
             n_steps = int((split.row_lengths - split.answer_starts).max())
             lengths = np.array([len(context) for context in list_contexts(split)])
-            for batch in plan_batches(lengths + n_steps, split.row_counts, config.evaluation.max_tokens_per_batch):
+            for batch in plan_batches(lengths + n_steps, split.row_counts, _prediction_tokens(config, probe)):
                 times = len(config.evaluation.baselines) + 1 + most_groups
                 count_generation(meter, probe.costs, lengths[batch].tolist(), n_steps=n_steps, times=times)
-    scored = _count_forward(probe, rows.test, config.evaluation.max_tokens_per_batch)
-    return _times(scored, n_members).joined(meter.record)
+    scored = _count_forward(probe, rows.test, _prediction_tokens(config, probe))
+    return _times(scored, n_members).joined(meter.record).joined(_count_lower(probe, rows.test))
 
 
 def _count_forward(probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int) -> StageRecord:
@@ -210,9 +215,18 @@ def _count(
     """Cost of one pass over some splits."""
     meter = Meter("")
     for split in splits:
-        for batch in iterate_batches(split, max_tokens, probe.base.pad_token_id):
+        for batch in iterate_batches(split, max_tokens, probe.base.pad_token_id, layout=probe.layout):
             enter(meter, probe.costs, batch)
     return meter.record
+
+
+def _count_lower(probe: AdaptedModel, splits: Iterable[EncodedSplit]) -> StageRecord:
+    """The blocks below the lowest adapted one, once a row."""
+    return _count(probe, splits, FILL_TOKENS, count_lower) if probe.prefix else _NOTHING
+
+
+def _prediction_tokens(config: RunConfig, probe: AdaptedModel) -> int:
+    return choose_max_tokens(probe, config.evaluation.max_tokens_per_batch)
 
 
 def _times(record: StageRecord, n: float) -> StageRecord:
@@ -241,6 +255,9 @@ def _measure_rates(probe: AdaptedModel, rows: Rows) -> _Rates:
             _pass_once(probe, batch, is_training=kind == "training")
             seconds[kind] = time.perf_counter() - started
     meters = {kind: Meter(kind) for kind in seconds}
+    if probe.prefix:
+        for meter in meters.values():
+            count_lower(meter, probe.costs, batch)
     count_forward(meters["forward"], probe.costs, batch)
     count_training(meters["training"], probe.costs, batch)
     grown = max(psutil.Process().memory_info().rss - before, 0)
@@ -253,7 +270,7 @@ def _measure_rates(probe: AdaptedModel, rows: Rows) -> _Rates:
 
 def _pass_once(probe: AdaptedModel, batch: Batch, *, is_training: bool) -> None:
     with activate(probe, THETA0, trainable=is_training), torch.set_grad_enabled(is_training):
-        loss = cross_entropy(score_batch(probe.network, batch).z, batch).mean()
+        loss = cross_entropy(score(probe, batch).z, batch).mean()
         if is_training:
             loss.backward()
             probe.peft.zero_grad(set_to_none=True)

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate
+from ensemblelora.config import MaxTokens
 from ensemblelora.counting import count_generation
 from ensemblelora.data.batching import plan_batches
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.passes import choose_max_tokens
 from ensemblelora.progress import track
 
 __all__ = ["decode_answers", "generate", "generate_answers", "list_contexts", "matches_exactly"]
@@ -34,7 +36,7 @@ def generate_answers(
     members: Sequence[str],
     weights: Sequence[float],
     *,
-    max_tokens: int,
+    max_tokens: MaxTokens,
     meter: Meter | None = None,
 ) -> list[list[int]]:
     """Generate one answer per example of a free-text split, no longer than the longest reference answer.
@@ -70,13 +72,13 @@ def generate(
     weights: Sequence[float],
     *,
     max_new_tokens: int,
-    max_tokens: int,
+    max_tokens: MaxTokens,
     meter: Meter | None = None,
 ) -> list[list[int]]:
     """Generate one answer per context, greedily from the members' mixture; see :func:`generate_answers`."""
     answers: list[list[int]] = [[] for _ in contexts]
     lengths = np.array([len(context) + max_new_tokens for context in contexts])
-    plan = plan_batches(lengths, np.ones(len(contexts), dtype=np.int64), max_tokens)
+    plan = plan_batches(lengths, np.ones(len(contexts), dtype=np.int64), choose_max_tokens(adapted, max_tokens))
     for batch in track(plan, "generate"):
         chosen = [contexts[int(e)] for e in batch]
         produced, n_steps = _generate_batch(adapted, chosen, members, weights, max_new_tokens)

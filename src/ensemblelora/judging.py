@@ -15,16 +15,19 @@ import numpy.typing as npt
 from ensemblelora import artifacts
 from ensemblelora.accounting.meter import Meter, MethodCosts
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_bytes, load_adapter, measure_distance
+from ensemblelora.config import MaxTokens
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.ensemble import Ensemble, combined_scores, needed_adapters, sum_groups
 from ensemblelora.evaluation.evaluate import compare_methods
 from ensemblelora.evaluation.linearity import measure_linearity
 from ensemblelora.generation import generate_answers, matches_exactly
+from ensemblelora.gradients.output import choose_modes
 from ensemblelora.planning import Plan
 from ensemblelora.prediction import MemberScores, predict_members
 from ensemblelora.report import write_report as compose_report
 from ensemblelora.stages import Rows, train_adapter
-from ensemblelora.workspace import Workspace, fingerprint_split
+from ensemblelora.workspace import Workspace
 
 __all__ = ["evaluate_methods", "train_baselines", "write_report"]
 
@@ -138,7 +141,7 @@ def _score_task(
     task: int,
     split: EncodedSplit,
     baselines: Mapping[str, str],
-    max_tokens: int,
+    max_tokens: MaxTokens,
     meter: Meter,
 ) -> _TaskTable:
     """Score every method on one task, running each adapter once and only where a method needs it."""
@@ -157,7 +160,7 @@ def _score_task(
 
 
 def _match_answers(
-    probe: AdaptedModel, split: EncodedSplit, mixtures: Mapping[str, Mixture], max_tokens: int, meter: Meter
+    probe: AdaptedModel, split: EncodedSplit, mixtures: Mapping[str, Mixture], max_tokens: MaxTokens, meter: Meter
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Generate every method's free-text answers, equal mixtures once."""
     matches: dict[Mixture, npt.NDArray[np.bool_]] = {}
@@ -184,7 +187,16 @@ def _measure_health(
 ) -> dict[str, Any]:
     """How far every adapter moved, and how linear its outputs are, on validation rows."""
     own = [ensemble.members_of(g)[0].name for g in ensemble.group_of]
-    found = measure_linearity(probe, rows.validation, own, work.config.gradients, max_rows=_LINEARITY_ROWS, meter=meter)
+    gradients = work.config.gradients
+    found = measure_linearity(
+        probe,
+        rows.validation,
+        own,
+        choose_modes(rows.learning, gradients.output),
+        max_rows=_LINEARITY_ROWS,
+        max_tokens=gradients.max_tokens_per_batch,
+        meter=meter,
+    )
     return {
         "tasks": {name: asdict(entry) for name, entry in zip(rows.names, found, strict=True)},
         "distances": {name: measure_distance(probe, name) for name in _list_adapters(ensemble, shared)},

@@ -34,6 +34,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -41,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 from ensemblelora.config import ModelConfig
 from ensemblelora.errors import MissingExtraError, ModelError, OutputError
 from ensemblelora.files import atomic_folder, file_sha256
+from ensemblelora.progress import note
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -48,6 +50,7 @@ __all__ = [
     "Head",
     "cache_folder",
     "embedded_gguf",
+    "find_blocks",
     "find_target_modules",
     "forked_generators",
     "load_base",
@@ -59,8 +62,10 @@ logger = logging.getLogger(__name__)
 EMBEDDED_MODEL = "smollm2-135m"
 _NAME_HELP = f"give a hub id, a local folder, a .gguf file, or {EMBEDDED_MODEL!r}"
 _HUB_SECONDS = 10.0
+_EAGER_LENGTH = 1024  # plain matrix products train a third faster on a processor, at memory growing with the square
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GGUF_READING: Any = modeling_gguf_pytorch_utils  # typed loosely: the bar it draws is not among its public names
 Head = Literal["lm", "sequence_classification"]
 
 
@@ -86,13 +91,14 @@ class BaseModel:
         return int(self.model.config.pad_token_id)
 
 
-def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2) -> BaseModel:
+def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2, max_length: int = 512) -> BaseModel:
     """Load the base model in evaluation mode with every weight frozen.
 
     Args:
         config: Which model, in which precision, on which device.
         head: ``lm`` scores label tokens; ``sequence_classification`` adds a classifier of ``n_labels`` outputs.
         n_labels: Classifier width; ignored for ``lm``.
+        max_length: Tokens of a row at most; long rows need an attention that keeps no square of them.
 
     Raises:
         ModelError: If the name leads nowhere, or the files are not a supported model.
@@ -102,6 +108,8 @@ def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2) -> B
     device = _choose_device(config.device)
     location = _locate(config.name)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
+    if (attention := _choose_attention(config.attn_implementation, device, max_length)) is not None:
+        options["attn_implementation"] = attention
     options["local_files_only"] = Path(location).is_dir() or not _is_on_hub(config.name, config.revision)
     try:
         with _without_bars(hidden=Path(location).is_dir()), forked_generators(device):
@@ -182,7 +190,7 @@ def find_target_modules(model: nn.Module, layers: Sequence[int] | None = None) -
     Raises:
         ModelError: If the model has no list of blocks, or ``layers`` names one that isn't there.
     """
-    prefix, blocks = _find_blocks(model)
+    prefix, blocks = find_blocks(model)
     wrong = [layer for layer in layers or () if not 0 <= layer < len(blocks)]
     if wrong:
         raise ModelError(f"adapter.layers_to_transform: {wrong} not in 0..{len(blocks) - 1}, the blocks of this model")
@@ -195,7 +203,12 @@ def find_target_modules(model: nn.Module, layers: Sequence[int] | None = None) -
     return names
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of a transformer's blocks: its name, and the blocks from the lowest up.
+
+    Raises:
+        ModelError: If the model has none.
+    """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ModelError(f"model {type(model).__name__}: no list of blocks found in it; name adapter.target_modules")
@@ -252,7 +265,7 @@ def _convert_gguf(file: Path) -> Path:
         ) from error
     with lock:
         if not (target / "config.json").is_file():
-            logger.info("converting %s once (about 20 s)", file.name)
+            note(f"model {file.name}: converted once, about 20 s for 135M parameters; plain weights kept in {target}")
             with atomic_folder(target) as scratch:
                 _dequantise(file, scratch)
     return target
@@ -277,14 +290,16 @@ def _dequantise(file: Path, folder: Path) -> None:
 @contextmanager
 def _without_bars(*, hidden: bool) -> Iterator[None]:
     """Hide the bars of loading local files, which take a second; a download keeps its own."""
-    if not hidden or not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
+    are_shown, gguf_bar = transformers_logging.is_progress_bar_enabled(), _GGUF_READING.tqdm
+    if hidden:
+        transformers_logging.disable_progress_bar()
+        _GGUF_READING.tqdm = transformers_logging.tqdm  # the one bar that doesn't ask whether bars are to be shown
     try:
         yield
     finally:
-        transformers_logging.enable_progress_bar()
+        _GGUF_READING.tqdm = gguf_bar
+        if hidden and are_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_head(name: str, architecture: PretrainedConfig, head: Head) -> None:
@@ -311,6 +326,13 @@ def _choose_device(device: str) -> torch.device:
     if chosen.type == "cuda" and chosen.index:
         raise ModelError(f"model.device {device!r}: give cuda, and choose with CUDA_VISIBLE_DEVICES={chosen.index}")
     return chosen
+
+
+def _choose_attention(asked: str, device: torch.device, max_length: int) -> str | None:
+    """None: transformers' own choice."""
+    if asked != "auto":
+        return asked
+    return "eager" if device.type == "cpu" and max_length <= _EAGER_LENGTH else None
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

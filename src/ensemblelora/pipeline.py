@@ -57,6 +57,7 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
     start = artifacts.fingerprint(probe.base.fingerprint, config.adapter, config.seed)
     with open_workspace(config, until=until, start_fingerprint=start) as work:
         stages.describe_run(work, tasks, rows, probe)
+        probe = stages.keep_lower_layers(work, probe, rows)  # activations that no adapter changes, once a row
 
         store = stages.take_features(work, probe, rows)  # projected gradients, section 2.2
         oracle, affinity = stages.estimate_affinity(work, store, rows)  # f-hat of many subsets; equation 1
@@ -67,6 +68,7 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
         shared = judging.train_baselines(work, probe, plan, rows)
         judging.evaluate_methods(work, probe, ensemble, shared, plan, rows)  # the test rows, for the first time
         judging.write_report(work)
+        stages.drop_lower_layers(work)
     return read_result(Path(config.out))
 
 
@@ -108,7 +110,12 @@ def _prepare(config: RunConfig) -> tuple[TaskSet, stages.Rows, AdaptedModel]:
     """Load and check everything a run needs; nothing is written."""
     tasks = load_tasks(config.data, seed=config.seed)
     stages.check_request(config, tasks)
-    base = load_base(config.model, head=stages.choose_head(tasks), n_labels=stages.count_labels(tasks))
+    base = load_base(
+        config.model,
+        head=stages.choose_head(tasks),
+        n_labels=stages.count_labels(tasks),
+        max_length=config.data.max_length,
+    )
     rows = stages.encode_tasks(tasks, base, max_length=config.data.max_length)
     probe = attach(base, config.adapter, seed=config.seed)  # theta0, where gradients are taken
     stages.check_fit(config, rows, probe)

@@ -4,24 +4,26 @@ In: the adapted model, an encoded split, adapter names. Out: :class:`MemberScore
 Rows of the scores are examples, or, for free-text answers, the answers' tokens: there a member is judged by the
 log-probability it gives each right token, and members are mixed token by token.
 
-Cost: members x forward, label positions only in the output layer. Memory: one batch.
+Cost: lower blocks once, upper blocks once a member, label positions only in the output layer. Members share a pass
+where their rows fit the token budget together, so memory is one batch's, however many members there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import AdaptedModel, activate
+from ensemblelora.adapters import AdaptedModel
+from ensemblelora.config import MaxTokens
 from ensemblelora.counting import count_forward
-from ensemblelora.data.batching import collate, plan_batches
+from ensemblelora.data.batching import Batch, collate, plan_batches, repeat_batch
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.passes import MemberRunner, choose_max_tokens, members_in_turn, run_lower
 from ensemblelora.progress import track
-from ensemblelora.scoring import score_batch
 
 __all__ = ["MemberScores", "member_nll", "predict_members"]
 
@@ -42,7 +44,12 @@ class MemberScores:
 
 
 def predict_members(
-    adapted: AdaptedModel, encoded: EncodedSplit, members: Sequence[str], *, max_tokens: int, meter: Meter | None = None
+    adapted: AdaptedModel,
+    encoded: EncodedSplit,
+    members: Sequence[str],
+    *,
+    max_tokens: MaxTokens,
+    meter: Meter | None = None,
 ) -> MemberScores:
     """Score one split with each member.
 
@@ -50,29 +57,23 @@ def predict_members(
         adapted: The model; every member must be one of its adapters.
         encoded: The split.
         members: Adapter names, in the order of the result.
-        max_tokens: Padded tokens in one forward pass.
+        max_tokens: Padded tokens in one forward pass; halved as often as an accelerator's memory demands.
         meter: Told what every pass costs.
 
     Returns:
         Scores in the split's own order of examples.
     """
-    shape = (len(members), _n_rows(encoded), max(int(encoded.n_choices.max()), 1))
-    values = np.full(shape, -np.inf, dtype=np.float32)
-    starts = _row_starts(encoded)
-    plan = plan_batches(encoded.example_lengths, encoded.row_counts, max_tokens)
-    for indices in track(plan, f"predict {encoded.task} ({encoded.split})"):
-        batch = collate([(encoded, int(e)) for e in indices], adapted.base.pad_token_id)
-        for m, member in enumerate(members):
-            with activate(adapted, member), torch.inference_mode():
-                scores = score_batch(adapted.network, batch)
-            if encoded.kind == "sequence":
-                where = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in batch.examples])
-                values[m, where, 0] = scores.token_logprobs.float().cpu().numpy()
-            else:
-                z = scores.z.float().cpu().numpy()
-                values[m, batch.examples, : z.shape[1]] = z
-        count_forward(meter, adapted.costs, batch, times=len(members))
-    lengths = np.diff(starts)
+    budget = choose_max_tokens(adapted, max_tokens)
+    values = None
+    while values is None:
+        try:
+            values = _score_split(budget, adapted, encoded, members, meter)
+        except torch.OutOfMemoryError:
+            if budget < int(encoded.example_lengths.max()):
+                raise
+            budget //= 2
+            torch.cuda.empty_cache()
+    lengths = np.diff(_row_starts(encoded))
     return MemberScores(
         task=encoded.task,
         kind=encoded.kind,
@@ -80,6 +81,46 @@ def predict_members(
         row_example=np.repeat(np.arange(encoded.n_examples), lengths),
         row_weights=np.repeat(1.0 / lengths, lengths).astype(np.float32),
     )
+
+
+def _score_split(
+    max_tokens: int, adapted: AdaptedModel, encoded: EncodedSplit, members: Sequence[str], meter: Meter | None
+) -> np.ndarray:
+    """Every member's scores of every row, ``(members, n_rows, K)``."""
+    shape = (len(members), _n_rows(encoded), max(int(encoded.n_choices.max()), 1))
+    values = np.full(shape, -np.inf, dtype=np.float32)
+    starts = _row_starts(encoded)
+    plan = plan_batches(*encoded.measure(adapted.layout), max_tokens)
+    with members_in_turn(adapted, members) as runner:
+        for indices in track(plan, f"predict {encoded.task} ({encoded.split})"):
+            batch = collate([(encoded, int(e)) for e in indices], adapted.base.pad_token_id, layout=adapted.layout)
+            for m, scores in enumerate(_score_members(adapted, runner, batch, members, max_tokens, meter)):
+                if encoded.kind == "sequence":
+                    where = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in batch.examples])
+                    values[m, where, 0] = scores
+                else:
+                    values[m, batch.examples, : scores.shape[1]] = scores
+    return values
+
+
+def _score_members(
+    adapted: AdaptedModel,
+    runner: MemberRunner,
+    batch: Batch,
+    members: Sequence[str],
+    max_tokens: int,
+    meter: Meter | None,
+) -> Iterator[np.ndarray]:
+    """Yield each member's scores of a batch, ``(n, K)`` or ``(n_scored,)``; several in one pass while they fit it."""
+    hidden = run_lower(adapted, batch, meter=meter)
+    n_together = max(1, max_tokens // batch.n_padded_tokens) if runner.can_mix else 1
+    for start in range(0, len(members), n_together):
+        some = members[start : start + n_together]
+        states = None if hidden is None else hidden.repeat(len(some), 1, 1)
+        scores = runner.score(repeat_batch(batch, len(some)), some, states)
+        found = scores.token_logprobs if batch.kinds[0] == "sequence" else scores.z
+        yield from np.split(found.float().cpu().numpy(), len(some))
+    count_forward(meter, adapted.costs, batch, times=len(members))
 
 
 def member_nll(scores: MemberScores, labels: np.ndarray) -> np.ndarray:

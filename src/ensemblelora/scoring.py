@@ -8,7 +8,7 @@ tokens only meet their own rows of it, so the vocabulary never costs more than t
 kind            z
 ==============  ===============================================================================
 verbalizer      logits of the K label tokens at the answer position (one row an example)
-options         log-likelihood of each choice's tokens, divided as the card says (a row a choice)
+options         log-likelihood of each choice's tokens, divided as the card says
 sequence        mean log-likelihood of the answer's tokens (one column)
 classification  logits of the classifier head
 ==============  ===============================================================================
@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ensemblelora.data.batching import Batch
 from ensemblelora.errors import ModelError
 
-__all__ = ["Scores", "check_output_layer", "cross_entropy", "score_batch"]
+__all__ = ["Scores", "check_output_layer", "cross_entropy", "model_inputs", "score_batch"]
 
 _OUTPUT_TOLERANCE = 0.02  # of the largest logit; bfloat16 rounding stays well below, a forgotten scaling does not
 _POSITIONS_AT_ONCE = 256  # 50 MB of float32 logits with 49,152 tokens
@@ -89,7 +90,7 @@ def check_output_layer(network: nn.Module, batch: Batch) -> None:
         ModelError: If the two differ by more than rounding.
     """
     with torch.inference_mode():
-        logits: Tensor = network(**_inputs(network, batch), use_cache=False).logits
+        logits: Tensor = network(**model_inputs(network, batch), use_cache=False).logits
         rows, columns = torch.from_numpy(batch.positions).to(logits.device).unbind(1)
         own, ours = logits[rows, columns].float(), _output_layer(network, _scored_hidden(network, batch))
     error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
@@ -100,22 +101,33 @@ def check_output_layer(network: nn.Module, batch: Batch) -> None:
         )
 
 
-def _inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+def model_inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the transformers model is called with: ids, mask and, where rows hold several choices, positions."""
     device = next(network.parameters()).device
-    arrays = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    ids, mask = (torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.attention_mask))
+    if batch.segments is None or batch.position_ids is None:
+        return {"input_ids": ids, "attention_mask": mask}
+    segments, width = torch.from_numpy(batch.segments).to(device), ids.shape[1]
+    is_before = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    is_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    is_seen = is_before & is_own & mask[:, None, :].bool()  # (rows, query, key)
+    # Added to the attention scores, which both the eager and the fused kernels understand.
+    dtype = network.dtype if isinstance(network, PreTrainedModel) else torch.float32
+    hidden = torch.zeros(is_seen.shape, dtype=dtype, device=device).masked_fill(~is_seen, torch.finfo(dtype).min)
+    positions = torch.from_numpy(batch.position_ids).to(device)
+    return {"input_ids": ids, "attention_mask": hidden[:, None], "position_ids": positions}
 
 
 def _scored_hidden(network: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states at the scored positions, ``(n_scored, hidden)``."""
     body: nn.Module = network.base_model  # type: ignore[assignment]  # a property that torch's types don't know
-    hidden: Tensor = body(**_inputs(network, batch), use_cache=False).last_hidden_state
+    hidden: Tensor = body(**model_inputs(network, batch), use_cache=False).last_hidden_state
     rows, columns = torch.from_numpy(batch.positions).to(hidden.device).unbind(1)
     return hidden[rows, columns]
 
 
 def _score_classes(network: nn.Module, batch: Batch, *, normalize: bool) -> Scores:
-    logits: Tensor = network(**_inputs(network, batch)).logits.float()
+    logits: Tensor = network(**model_inputs(network, batch)).logits.float()
     if normalize:
         logits = torch.log_softmax(logits, dim=1)
     n_choices = torch.from_numpy(batch.n_choices).to(logits.device)
@@ -128,8 +140,8 @@ def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normal
     # hidden (n_scored, h); targets (n_scored,), -1 marks a verbalizer row
     device = hidden.device
     targets = torch.from_numpy(batch.targets).to(device)
-    row_of = torch.from_numpy(batch.position_row).to(device)
-    row_example, row_choice = (torch.from_numpy(a).to(device) for a in (batch.row_example, batch.row_choice))
+    choice_of = torch.from_numpy(batch.position_choice).to(device)
+    example_of, index_of = (torch.from_numpy(a).to(device) for a in (batch.choice_example, batch.choice_index))
     is_label = targets < 0
     n_examples, width = len(batch.labels), max(int(batch.n_choices.max()), 1)
     token_logprobs = torch.full((len(targets),), torch.nan, device=device)
@@ -140,13 +152,13 @@ def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normal
         logprobs = _token_logprobs(network, hidden[spelled], targets[spelled])
         token_logprobs = token_logprobs.index_put((spelled,), logprobs)
         divisors = torch.from_numpy(batch.divisors).to(device)
-        sums = torch.zeros(len(row_example), device=device).index_add(0, row_of[spelled], logprobs) / divisors
-        rows = torch.unique(row_of[spelled])
-        z = z.index_put((row_example[rows], row_choice[rows]), sums[rows])
+        sums = torch.zeros(len(example_of), device=device).index_add(0, choice_of[spelled], logprobs) / divisors
+        choices = torch.unique(choice_of[spelled])
+        z = z.index_put((example_of[choices], index_of[choices]), sums[choices])
 
     labelled = torch.nonzero(is_label)[:, 0]
     if len(labelled):
-        examples = row_example[row_of[labelled]]
+        examples = example_of[choice_of[labelled]]
         tokens = torch.from_numpy(batch.label_tokens).to(device)[examples]  # (n_labelled, K_max), -1 pads
         z = z.index_put((examples,), _label_logits(network, hidden[labelled], tokens, normalize=normalize, width=width))
     return Scores(z=z, token_logprobs=token_logprobs)

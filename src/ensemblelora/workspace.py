@@ -20,12 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ensemblelora import __version__, artifacts, progress
 from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts, StageRecord
 from ensemblelora.config import RunConfig, dump_config
-from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import OutputError
 from ensemblelora.files import is_temporary
 
@@ -35,7 +32,6 @@ __all__ = [
     "Workspace",
     "check_place",
     "describe_environment",
-    "fingerprint_split",
     "open_workspace",
 ]
 
@@ -246,13 +242,6 @@ def describe_environment(model: Mapping[str, Any], device: str, before: Mapping[
         "model": dict(model),
         "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def fingerprint_split(split: EncodedSplit) -> str:
-    """Identity of one encoded split: tokens, answers, labels, order."""
-    arrays = (split.tokens, split.row_starts, split.answer_starts, split.example_rows, split.labels, split.n_choices)
-    more = (split.label_tokens, split.divisors, split.groups, np.array(split.ids))
-    return artifacts.fingerprint(split.task, split.split, split.kind, *arrays, *more)
 
 
 @contextmanager

@@ -181,14 +181,19 @@ def _count_backward_flops(
     total, is_reached = 0, False
     for adapted in adapter.layers:
         flops, is_reached = _count_block_backward(
-            shape, work, {matrix.path for matrix in adapted}, adapter.r, is_reached, with_weight_gradients
+            shape, work, adapter, {matrix.path for matrix in adapted}, is_reached, with_weight_gradients
         )
         total += flops
     return total + (_head_product(shape, work) if is_reached else 0)
 
 
 def _count_block_backward(
-    shape: ModelShape, work: Workload, adapted: set[str], r: int, is_reached: bool, with_weight_gradients: bool
+    shape: ModelShape,
+    work: Workload,
+    adapter: AdapterShape,
+    adapted: set[str],
+    is_reached: bool,
+    with_weight_gradients: bool,
 ) -> tuple[int, bool]:
     """Return one block's backward FLOPs, and whether its output depends on anything trained.
 
@@ -201,7 +206,7 @@ def _count_block_backward(
         if needs_input_gradient:
             total += 2 * work.n_tokens * matrix.n_parameters
         if matrix.path in adapted:
-            total += _count_lora_backward(matrix, work, r, needs_input_gradient, with_weight_gradients)
+            total += _count_lora_backward(matrix, work, adapter, needs_input_gradient, with_weight_gradients)
     # Of scores QK and context PV: dV, dP (if the scores depend on anything trained), dQ, dK.
     products = live["value"] + (live["query"] or live["key"]) + live["query"] + live["key"]
     return total + products * _attention_product(shape, work), live["output"]
@@ -222,11 +227,10 @@ def _find_live(shape: ModelShape, adapted: set[str], is_reached: bool) -> dict[s
 
 
 def _count_lora_backward(
-    matrix: Matrix, work: Workload, r: int, needs_input_gradient: bool, with_weight_gradients: bool
+    matrix: Matrix, work: Workload, adapter: AdapterShape, needs_input_gradient: bool, with_weight_gradients: bool
 ) -> int:
     """FLOPs of the two small products' gradients: of A and B, and of what goes into them."""
-    if with_weight_gradients:  # B's input leads to A, so its gradient is always needed
-        entries = 2 * matrix.n_out + matrix.n_in * (1 + needs_input_gradient)
-    else:
-        entries = (matrix.n_out + matrix.n_in) * needs_input_gradient
-    return 2 * work.n_tokens * r * entries
+    trains_a = with_weight_gradients and adapter.trains_a
+    through_b = trains_a or needs_input_gradient  # B's input leads to A, and to whatever is trained below
+    entries = matrix.n_out * (with_weight_gradients + through_b) + matrix.n_in * (trains_a + needs_input_gradient)
+    return 2 * work.n_tokens * adapter.r * entries

@@ -85,14 +85,16 @@ class AdapterShape:
     Attributes:
         r: The rank.
         layers: The adapted matrices of each block, first block first.
+        trains_a: Whether A is trained, or B alone.
     """
 
     r: int
     layers: tuple[tuple[Matrix, ...], ...]
+    trains_a: bool = True
 
     @property
     def n_parameters(self) -> int:
-        """Trainable entries of A and B, P_a."""
+        """Entries of A and B, P_a."""
         return self.r * sum(matrix.n_in + matrix.n_out for layer in self.layers for matrix in layer)
 
     @property
@@ -133,7 +135,12 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
 
 def adapter_shape(
-    shape: ModelShape, r: int, target_modules: Iterable[str], *, layers: Sequence[int] | None = None
+    shape: ModelShape,
+    r: int,
+    target_modules: Iterable[str],
+    *,
+    layers: Sequence[int] | None = None,
+    trains_a: bool = True,
 ) -> AdapterShape:
     """Find which matrices an adapter sits on.
 
@@ -142,6 +149,7 @@ def adapter_shape(
         r: The rank.
         target_modules: Names as PEFT takes them: full (``model.layers.3.self_attn.q_proj``) or ends of names.
         layers: Blocks that ends of names stand for; none: all.
+        trains_a: Whether A is trained, or B alone.
 
     Raises:
         ModelError: If a name is no linear layer of the model's blocks.
@@ -154,9 +162,8 @@ def adapter_shape(
             raise ModelError(f"adapter target {target!r}: not a linear layer of {shape.family}'s blocks ({known})")
         for layer, path in found:
             chosen[layer].add(path)
-    return AdapterShape(
-        r, tuple(tuple(matrix for matrix in shape.matrices if matrix.path in paths) for paths in chosen)
-    )
+    adapted = tuple(tuple(matrix for matrix in shape.matrices if matrix.path in paths) for paths in chosen)
+    return AdapterShape(r, adapted, trains_a)
 
 
 def _find_matrices(shape: ModelShape, target: str, layers: Iterable[int]) -> list[tuple[int, str]]:

@@ -25,7 +25,7 @@ from ensemblelora.gradients.collect import find_active_linears
 from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.tap import layer_parts
-from ensemblelora.scoring import score_batch
+from ensemblelora.passes import score
 from ensemblelora.seeding import seed_for
 
 __all__ = ["find_direction"]
@@ -87,8 +87,10 @@ def _sum_gradients(
     linears = trainable_linears(adapted, name)
     with activate(adapted, name, trainable=True), torch.enable_grad():
         for task, alpha in zip(state.tasks, alphas, strict=True):
-            for batch in iterate_batches(task.train, setup.max_tokens, adapted.base.pad_token_id):
-                z = score_batch(adapted.network, batch).z
+            for batch in iterate_batches(
+                task.train, setup.max_tokens, adapted.base.pad_token_id, layout=adapted.layout
+            ):
+                z = score(adapted, batch, meter=setup.meter).z
                 labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
                 outputs = compute_outputs(z, labels, n_choices, task.features.mode)
                 # A batch whose examples all have few choices has fewer contrasts than its split.
@@ -125,8 +127,10 @@ def _train_on_residual(setup: Setup, name: str, state: GroupState) -> dict[str, 
         parameters = [p for p in adapted.peft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         for step in _plan_steps(setup, name, state):
-            batch = collate([(splits[task], example) for task, example in step], adapted.base.pad_token_id)
-            z = score_batch(adapted.network, batch).z
+            batch = collate(
+                [(splits[task], example) for task, example in step], adapted.base.pad_token_id, layout=adapted.layout
+            )
+            z = score(adapted, batch, meter=setup.meter).z
             current, base = (
                 torch.from_numpy(_stack([values[t][e] for t, e in step], z.shape[1])).to(z.device)
                 for values in (state.scores["train"], state.base["train"])

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,16 @@ from numpy.typing import NDArray
 from ensemblelora.data.task import Example, Kind, Task
 from ensemblelora.errors import DataError
 
-__all__ = ["EncodedSplit", "Tokenizer", "choose_kind", "encode_split"]
+__all__ = ["EncodedSplit", "Layout", "Tokenizer", "choose_kind", "encode_split"]
 
 logger = logging.getLogger(__name__)
 
 _TEXTS_PER_CALL = 4096  # bounds memory; the tokenizer's own threads are busy well before
+_WORTH_SHARING = 0.9  # of the tokens of separate rows; a shared context costs an attention mask of its own
+
+Layout = Literal["rows", "shared", "answer"]
+"""how an options example becomes rows: one a choice; one in all, the choices side by side after the context they share,
+where that is shorter; or the right choice alone. Other kinds have one row in any layout."""
 
 
 class Tokenizer(Protocol):
@@ -114,6 +119,43 @@ class EncodedSplit:
     def row_counts(self) -> NDArray[np.int64]:
         """Rows of each example: int64 (n_examples,)."""
         return np.diff(self.example_rows)
+
+    @cached_property
+    def shared_lengths(self) -> NDArray[np.int64]:
+        """Tokens that all of an example's rows begin with, answers not counted: int64 (n_examples,); 0 for one row."""
+        lengths = np.zeros(self.n_examples, np.int64)
+        for e in np.flatnonzero(self.row_counts > 1):
+            rows = np.arange(self.example_rows[e], self.example_rows[e + 1])
+            longest = int(self.answer_starts[rows].min())
+            heads = self.tokens[self.row_starts[rows][:, None] + np.arange(longest)]
+            differs = np.flatnonzero((heads != heads[0]).any(axis=0))
+            lengths[e] = differs[0] if len(differs) else longest
+        return lengths
+
+    @cached_property
+    def is_shared(self) -> NDArray[np.bool_]:
+        """Which examples the layout ``shared`` puts into one row: bool (n_examples,)."""
+        return (self.row_counts > 1) & (self._joint_lengths <= _WORTH_SHARING * self.row_counts * self.example_lengths)
+
+    def answer_rows(self) -> NDArray[np.int64]:
+        """The row of each example's right choice: int64 (n_examples,)."""
+        return self.example_rows[:-1] + np.where(self.row_counts > 1, self.labels, 0)
+
+    def measure(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Length of each example's longest row and how many it has, in a layout: both int64 (n_examples,)."""
+        if layout == "answer":
+            return self.input_lengths[self.answer_rows()], np.ones(self.n_examples, np.int64)
+        if layout == "rows" or self.kind != "options":
+            return self.example_lengths, self.row_counts
+        joint = self.is_shared
+        return np.where(joint, self._joint_lengths, self.example_lengths), np.where(joint, 1, self.row_counts)
+
+    @cached_property
+    def _joint_lengths(self) -> NDArray[np.int64]:
+        if self.n_examples == 0:
+            return np.zeros(0, np.int64)
+        every = np.add.reduceat(self.input_lengths, self.example_rows[:-1])
+        return np.asarray(every - (self.row_counts - 1) * self.shared_lengths)
 
 
 class _Row(NamedTuple):

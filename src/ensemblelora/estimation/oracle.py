@@ -57,12 +57,16 @@ class PenaltyTrial:
         nll: Mean predicted validation nll over the subsets' own tasks, then over subsets.
         distance: Mean norm of the fitted weights.
         converged: Share of fits that met their tolerance.
+        n_fits: Subset fits, each asked about every task's validation rows.
+        row_iterations: Training rows times iterations of all of them; see :attr:`Oracle.row_iterations`.
     """
 
     l2_penalty: float
     nll: float
     distance: float
     converged: float
+    n_fits: int
+    row_iterations: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +140,15 @@ class Oracle:
 
     @property
     def row_iterations(self) -> int:
-        """Training rows times iterations, summed over all fits so far: what a fit's cost is counted in."""
+        """Training rows times iterations, summed over all fits so far: what a fit's cost is counted in.
+
+        A row counts once for each of its outputs. The fit of all tasks, where the others start, is one of them.
+        """
         total = 0
         for replicate, memory in zip(self.replicates, self._memories, strict=True):
             sizes = [block.outputs.size for block in replicate.train]
             total += sum(fit.iterations * sum(sizes[i] for i in subset) for subset, fit in memory.fits.items())
+            total += memory.problem.start_iterations * sum(sizes) if memory.problem is not None else 0
         return total
 
     def validation_groups(self, task: int) -> npt.NDArray[np.int64]:
@@ -291,10 +299,16 @@ def score_subsets(
 def _try_penalty(
     features: TaskFeatures, subsets: Sequence[Subset], penalty: float, config: EstimationConfig
 ) -> PenaltyTrial:
-    scores = Oracle((features,), penalty, config).score(subsets)
+    oracle = Oracle((features,), penalty, config)
+    scores = oracle.score(subsets)
     own = [scores.nll[s, list(subset)].mean() for s, subset in enumerate(scores.subsets)]
     return PenaltyTrial(
-        float(penalty), float(np.mean(own)), float(scores.distances.mean()), float(scores.converged.mean())
+        l2_penalty=float(penalty),
+        nll=float(np.mean(own)),
+        distance=float(scores.distances.mean()),
+        converged=float(scores.converged.mean()),
+        n_fits=oracle.n_fits,
+        row_iterations=oracle.row_iterations,
     )
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
 
+from ensemblelora.config import MAX_PROJ_DIM
 from ensemblelora.errors import ConfigError, DataError, SolverError, UsageError
 from ensemblelora.estimation.loss import LinearRows, compute_curvature_trace, compute_hessian, sum_losses
 from ensemblelora.store import FeatureBlock
@@ -54,7 +55,6 @@ _logger = logging.getLogger(__name__)
 _SUFFICIENT_DECREASE = 1e-4
 _KEEP_HESSIAN_BELOW = 0.5  # measured: 0.3 to 0.8 are within 20 % of each other
 _ROUNDING = 64 * np.finfo(np.float64).eps
-_MAX_DIMENSION = 20_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,7 @@ class SubsetProblem:
         max_iter: Most objective evaluations per subset.
         tolerance: Of the gradient norm.
         start: Where fits start, in curvature units, shape ``(d,)``: the solution of all tasks together.
+        start_iterations: Objective evaluations that solution took.
     """
 
     rows: tuple[LinearRows, ...]
@@ -97,6 +98,7 @@ class SubsetProblem:
     max_iter: int
     tolerance: float
     start: FloatArray
+    start_iterations: int = 0
 
     @property
     def dimension(self) -> int:
@@ -211,7 +213,7 @@ def prepare_problem(
     counts = np.array([len(block.ids) for block in train], dtype=np.float64)
     problem = SubsetProblem(rows, unit, counts, l2_penalty, max_iter, tolerance, np.zeros(train[0].proj_dim))
     together = _solve(_make_batch(problem, [tuple(range(len(train)))]))
-    return replace(problem, start=together.weights[0] * unit)
+    return replace(problem, start=together.weights[0] * unit, start_iterations=int(together.iterations[0]))
 
 
 def _weigh_rows(
@@ -248,10 +250,10 @@ def _check_blocks(train: Sequence[FeatureBlock]) -> None:
     if not train:
         raise DataError("no tasks to fit: expected one block of training features per task")
     dimension = train[0].proj_dim
-    if dimension > _MAX_DIMENSION:
+    if dimension > MAX_PROJ_DIM:
         raise ConfigError(
             f"features of dimension {dimension}: one Hessian would take {8e-9 * dimension**2:.0f} GB; "
-            f"set gradients.proj_dim to at most {_MAX_DIMENSION}"
+            f"set gradients.proj_dim to at most {MAX_PROJ_DIM}"
         )
     for block in train:
         where = f"features of task {block.task!r}, {block.split}"

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
-from ensemblelora.config import GradientsConfig
+from ensemblelora.blocks import OutputMode
 from ensemblelora.counting import count_forward, count_gradients
-from ensemblelora.data.batching import collate, plan_batches
+from ensemblelora.data.batching import Batch, collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.gradients.collect import compute_features, find_active_linears
-from ensemblelora.gradients.output import choose_mode, compute_outputs
-from ensemblelora.scoring import score_batch
+from ensemblelora.gradients.output import compute_outputs
+from ensemblelora.passes import score
 
 __all__ = ["Linearity", "measure_linearity"]
 
@@ -58,9 +58,10 @@ def measure_linearity(
     adapted: AdaptedModel,
     validation: Sequence[EncodedSplit],
     member_of: Sequence[str],
-    config: GradientsConfig,
+    modes: Mapping[str, OutputMode],
     *,
     max_rows: int,
+    max_tokens: int,
     meter: Meter,
 ) -> tuple[Linearity, ...]:
     """Measure every task under its own member.
@@ -69,18 +70,21 @@ def measure_linearity(
         adapted: The model with its trained members.
         validation: One held-out split per task.
         member_of: The adapter that serves each task.
-        config: The outputs that were differentiated.
+        modes: The outputs of each task that were differentiated.
         max_rows: Examples per task.
+        max_tokens: Padded tokens of one gradient pass.
         meter: Told how many tokens were read.
     """
     members = list(dict.fromkeys(member_of))
     with activate(adapted, THETA0):
         linears = find_active_linears(adapted, validation)
         steps = _Steps(_collect_steps(adapted, members, list(linears)), proj_dim=len(members))
-        return tuple(
-            _summarise(_iterate_outputs(adapted, linears, steps, split, member, config, max_rows, meter), column)
-            for split, member, column in zip(validation, member_of, map(members.index, member_of), strict=True)
-        )
+        found = []
+        for split, member in zip(validation, member_of, strict=True):
+            batches = _spread_batches(split, max_rows, max_tokens, adapted.base.pad_token_id)
+            outputs = _iterate_outputs(adapted, linears, steps, batches, modes[split.task], member, meter)
+            found.append(_summarise(outputs, members.index(member)))
+        return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,19 +103,15 @@ def _iterate_outputs(
     adapted: AdaptedModel,
     linears: Mapping[str, torch.nn.Linear],
     steps: _Steps,
-    split: EncodedSplit,
+    batches: Iterable[Batch],
+    mode: OutputMode,
     member: str,
-    config: GradientsConfig,
-    max_rows: int,
     meter: Meter,
 ) -> Iterator[_Outputs]:
-    mode = choose_mode(split.kind, int(split.n_choices.max()), config.output, task=split.task)
-    rows = np.linspace(0, split.n_examples - 1, min(max_rows, split.n_examples)).astype(int)
-    for chosen in plan_batches(split.example_lengths[rows], split.row_counts[rows], config.max_tokens_per_batch):
-        batch = collate([(split, int(rows[i])) for i in chosen], adapted.base.pad_token_id)
-        base = compute_features(adapted, linears, steps, batch, mode)  # type: ignore[arg-type]  # projects, like one
+    for batch in batches:
+        base = compute_features(adapted, linears, steps, batch, mode, meter=meter)  # type: ignore[arg-type]  # projects, like one
         with activate(adapted, member), torch.inference_mode():
-            z = score_batch(adapted.network, batch).z
+            z = score(adapted, batch, meter=meter).z
             labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
             true = compute_outputs(z, labels, n_choices, mode).double().cpu().numpy()
         yield _Outputs(true, base.outputs, base.features)
@@ -121,10 +121,17 @@ def _iterate_outputs(
             meter,
             adapted.costs,
             batch,
-            n_backwards=1 if split.kind == "options" else n_outputs,
+            n_backwards=1 if batch.kinds[0] == "options" else n_outputs,
             n_outputs=base.outputs.size,
             proj_dim=steps.proj_dim,
         )
+
+
+def _spread_batches(split: EncodedSplit, max_rows: int, max_tokens: int, pad_token_id: int) -> Iterator[Batch]:
+    """Rows from the first to the last, evenly spaced."""
+    rows = np.linspace(0, split.n_examples - 1, min(max_rows, split.n_examples)).astype(int)
+    for chosen in plan_batches(split.example_lengths[rows], split.row_counts[rows], max_tokens):
+        yield collate([(split, int(rows[i])) for i in chosen], pad_token_id)
 
 
 def _summarise(batches: Iterable[_Outputs], column: int) -> Linearity:

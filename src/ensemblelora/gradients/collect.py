@@ -16,7 +16,7 @@ Slow twin: autograd, one example at a time, in tests/test_collect.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -29,17 +29,26 @@ from ensemblelora.blocks import OutputMode
 from ensemblelora.config import GradientsConfig
 from ensemblelora.counting import count_gradients
 from ensemblelora.data.batching import Batch, collate, plan_batches
-from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.errors import ModelError
-from ensemblelora.gradients.output import choose_mode, compute_outputs, label_of_mode
+from ensemblelora.gradients.output import choose_modes, compute_outputs, label_of_mode
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.tap import layer_parts, tapped
+from ensemblelora.passes import score
 from ensemblelora.progress import track
-from ensemblelora.scoring import check_output_layer, score_batch
+from ensemblelora.scoring import check_output_layer
 from ensemblelora.seeding import seed_for
 from ensemblelora.store import FeatureStore
 
-__all__ = ["FeatureHealth", "Features", "collect_features", "compute_features", "find_active_linears", "make_projector"]
+__all__ = [
+    "FeatureHealth",
+    "Features",
+    "collect_features",
+    "compute_features",
+    "count_coordinates",
+    "find_active_linears",
+    "make_projector",
+]
 
 _CHUNK = 4096  # examples sorted by length at a time; also what a writer holds before it appends
 _PRECISION_BYTES = 2**31  # larger models are not copied to float32 for the precision check
@@ -94,11 +103,11 @@ def collect_features(
 
     Args:
         adapted: The model; gradients are taken at its adapter theta0.
-        splits: Encoded train and validation splits.
+        splits: Encoded train and validation splits; all of a task's together, since they get the same outputs.
         store: Where the features go; complete blocks with the same fingerprint are not computed again.
         config: Outputs, projection, batch size.
         seed: The run's root seed.
-        fingerprints: Identity of each (task, split): data, model, adapter, config.
+        fingerprints: Identity of each (task, split): data, model, adapter, config, outputs.
         meter: Told what every pass costs.
 
     Raises:
@@ -106,12 +115,12 @@ def collect_features(
             way that the scores here don't follow.
     """
     projector = make_projector(config, seed=seed)
-    modes = [choose_mode(s.kind, int(s.n_choices.max()), config.output, task=s.task) for s in splits]
+    modes = choose_modes(splits, config.output)
     with activate(adapted, THETA0):
         linears = find_active_linears(adapted, splits)
-        health = _check_health(adapted, linears, projector, list(zip(splits, modes, strict=True)))
-        for split, mode in zip(splits, modes, strict=True):
-            identity = fingerprints[split.task, split.split]
+        health = _check_health(adapted, linears, projector, [(split, modes[split.task]) for split in splits])
+        for split in splits:
+            mode, identity = modes[split.task], fingerprints[split.task, split.split]
             if store.has(split.task, split.split, identity):
                 continue
             with store.writer(split.task, split.split, identity, mode=mode) as writer:
@@ -142,13 +151,18 @@ def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -
     longest = np.argsort(splits[0].example_lengths, kind="stable")[-2:]
     batch = collate([(splits[0], int(e)) for e in longest], adapted.base.pad_token_id)
     with activate(adapted, THETA0, trainable=True), torch.enable_grad():
-        z = score_batch(adapted.network, batch).z
+        z = score(adapted, batch).z
         z.masked_fill(torch.isinf(z), 0.0).pow(2).sum().backward()
         active = {name: m for name, m in linears.items() if m.weight.grad is not None and bool(m.weight.grad.any())}
         adapted.peft.zero_grad(set_to_none=True)
     if not active:
         raise ModelError("no adapter weight has a gradient at the start point; check adapter.target_modules")
     return active
+
+
+def count_coordinates(linears: Mapping[str, nn.Linear]) -> int:
+    """p': how many numbers the layers of :func:`find_active_linears` hold, an example's gradient unprojected."""
+    return sum(size for name, module in linears.items() for _, size in layer_parts(name, module))
 
 
 def compute_features(
@@ -159,6 +173,7 @@ def compute_features(
     mode: OutputMode,
     *,
     with_gram: bool = False,
+    meter: Meter | None = None,
 ) -> Features:
     """Features of one batch: one forward pass, one backward pass per output (one in all where choices are rows).
 
@@ -166,19 +181,20 @@ def compute_features(
         adapted: The model, theta0 active.
         linears: Layers from :func:`find_active_linears`.
         projector: The random projection.
-        batch: Examples of one task.
+        batch: Examples of one task, in the layout that :func:`feature_layout` names.
         mode: Which outputs to differentiate.
         with_gram: Also sum up the exact inner products (costs examples squared times p').
+        meter: Told what the blocks below the adapted ones cost, where they ran.
 
     Returns:
         Rows in the batch's own order of examples.
     """
     with tapped(linears, projector) as tap, torch.enable_grad():
-        z = score_batch(adapted.network, batch).z
+        z = score(adapted, batch, meter=meter).z
         labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
         outputs = compute_outputs(z, labels, n_choices, mode)  # (n, c)
         n, c = outputs.shape
-        tap.start(n, c, torch.from_numpy(batch.position_row).to(z.device), with_gram=with_gram)
+        tap.start(n, c, torch.from_numpy(batch.positions[:, 0]).to(z.device), with_gram=with_gram)
         for objective, combine, is_last in _backward_passes(z, outputs, batch, mode, labels, n_choices):
             tap.combine = combine
             objective.backward(retain_graph=not is_last)
@@ -190,6 +206,11 @@ def compute_features(
     )
 
 
+def feature_layout(adapted: AdaptedModel, split: EncodedSplit) -> Layout:
+    """Two choices share their context; with more, a row a choice gives every choice's gradient in one backward pass."""
+    return adapted.layout if int(split.n_choices.max(initial=0)) <= 2 else "rows"
+
+
 def _backward_passes(
     z: Tensor, outputs: Tensor, batch: Batch, mode: OutputMode, labels: Tensor, n_choices: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
@@ -197,16 +218,16 @@ def _backward_passes(
     n, c = outputs.shape
     rows = len(batch.row_example)
     row_example = torch.from_numpy(batch.row_example).to(z.device)
-    if rows > n:
+    if rows > n and outputs.shape[1] > 1:
         # A row a choice: rows don't interact, so one pass gives every dz/dtheta; du/dz is a small matrix.
-        row_choice = torch.from_numpy(batch.row_choice).to(z.device)
+        choice_index = torch.from_numpy(batch.choice_index).to(z.device)
         leaf = z.detach().clone().requires_grad_(True)
         u = compute_outputs(leaf, labels, n_choices, mode)
         slopes = torch.stack([torch.autograd.grad(u[:, k].sum(), leaf, retain_graph=True)[0] for k in range(c)], dim=1)
         combine = z.new_zeros(n, c, rows)
         index = torch.arange(rows, device=z.device)
-        combine[row_example, :, index] = slopes[row_example, :, row_choice]
-        yield z[row_example, row_choice].sum(), combine.reshape(n * c, rows), True
+        combine[row_example, :, index] = slopes[row_example, :, choice_index]
+        yield z[row_example, choice_index].sum(), combine.reshape(n * c, rows), True
         return
     for k in range(c):
         combine = z.new_zeros(n, c, rows)
@@ -224,14 +245,15 @@ def _iterate_features(
     meter: Meter | None,
 ) -> Iterator[tuple[np.ndarray, Features]]:
     """Yield examples in their own order, a chunk at a time, each chunk computed in batches of similar length."""
+    layout = feature_layout(adapted, split)
+    lengths, counts = split.measure(layout)
     for start in range(0, split.n_examples, _CHUNK):
         rows = np.arange(start, min(start + _CHUNK, split.n_examples))
-        counts = np.diff(split.example_rows)[rows]
-        plan = plan_batches(split.example_lengths[rows], counts, config.max_tokens_per_batch)
+        plan = plan_batches(lengths[rows], counts[rows], config.max_tokens_per_batch)
         pieces: list[Features] = []
         for members in track(plan, f"features {split.task} ({split.split})"):
-            batch = collate([(split, int(rows[m])) for m in members], adapted.base.pad_token_id)
-            pieces.append(compute_features(adapted, linears, projector, batch, mode))
+            batch = collate([(split, int(rows[m])) for m in members], adapted.base.pad_token_id, layout=layout)
+            pieces.append(compute_features(adapted, linears, projector, batch, mode, meter=meter))
             _, n_outputs, proj_dim = pieces[-1].features.shape
             count_gradients(
                 meter,
@@ -264,9 +286,12 @@ def _check_health(
     if adapted.base.head == "lm":
         check_output_layer(adapted.network, collate([(splits[0][0], 0)], adapted.base.pad_token_id))
 
+    uncached = adapted if adapted.prefix is None else replace(adapted, prefix=replace(adapted.prefix, cache=None))
+
     def features_of(split: EncodedSplit, mode: OutputMode, examples: Sequence[int]) -> Features:
-        batch = collate([(split, int(e)) for e in examples], adapted.base.pad_token_id)
-        return compute_features(adapted, linears, projector, batch, mode, with_gram=True)
+        layout = feature_layout(uncached, split)
+        batch = collate([(split, int(e)) for e in examples], uncached.base.pad_token_id, layout=layout)
+        return compute_features(uncached, linears, projector, batch, mode, with_gram=True)
 
     kinds = {(split.kind, mode): (split, mode) for split, mode in reversed(splits)}
     errors = [
@@ -282,7 +307,7 @@ def _check_health(
     few = _spread(splits[0][0], 6)
     low = features_of(*splits[0], few)
     return FeatureHealth(
-        n_coordinates=sum(size for name, module in linears.items() for _, size in layer_parts(name, module)),
+        n_coordinates=count_coordinates(linears),
         proj_dim=low.features.shape[2],
         batch_error=worst,
         precision_cosine=_measure_precision(adapted, low, partial(features_of, *splits[0], few)),

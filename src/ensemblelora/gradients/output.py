@@ -15,15 +15,18 @@ know only the right answer's probability.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ensemblelora.blocks import OutputMode, helmert
+from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.task import Kind
 from ensemblelora.errors import ConfigError
 
-__all__ = ["choose_mode", "compute_outputs", "label_of_mode"]
+__all__ = ["choose_mode", "choose_modes", "compute_outputs", "label_of_mode"]
 
 _MOST_CONTRASTS = 8
 _SMALLEST_NLL = 1e-4  # keeps -log(expm1(nll)) and its slope finite where the answer is certain
@@ -49,6 +52,22 @@ def choose_mode(kind: Kind, max_choices: int, requested: str, *, task: str = "")
             f"gradients.output {requested!r} does not fit task {task!r} ({kind}, {max_choices} choices); use auto"
         )
     return requested  # type: ignore[return-value]
+
+
+def choose_modes(splits: Iterable[EncodedSplit], requested: str) -> dict[str, OutputMode]:
+    """Choose every task's outputs once for all of its splits, by the largest number of choices in any of them.
+
+    Where examples differ in their number of choices, splits differ in their largest; a linear model fitted on one
+    kind of output says nothing about another.
+
+    Raises:
+        ConfigError: If the requested outputs don't fit a task.
+    """
+    most: dict[str, tuple[Kind, int]] = {}
+    for split in splits:
+        _, before = most.get(split.task, (split.kind, 0))
+        most[split.task] = (split.kind, max(before, int(split.n_choices.max())))
+    return {task: choose_mode(kind, choices, requested, task=task) for task, (kind, choices) in most.items()}
 
 
 def compute_outputs(z: Tensor, labels: Tensor, n_choices: Tensor, mode: OutputMode) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from ensemblelora.stages.choosing import choose_plan, estimate_affinity, read_oracle, take_features
 from ensemblelora.stages.learning import boost_groups, combine_members, train_adapter, train_groups
 from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels
-from ensemblelora.stages.rows import Rows, describe_run, encode_tasks
+from ensemblelora.stages.rows import Rows, describe_run, drop_lower_layers, encode_tasks, keep_lower_layers
 
 __all__ = [
     "Rows",
@@ -25,8 +25,10 @@ __all__ = [
     "combine_members",
     "count_labels",
     "describe_run",
+    "drop_lower_layers",
     "encode_tasks",
     "estimate_affinity",
+    "keep_lower_layers",
     "read_oracle",
     "take_features",
     "train_adapter",

@@ -15,6 +15,7 @@ from ensemblelora.config import EstimationConfig
 from ensemblelora.errors import StoreError
 from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, build_oracle
 from ensemblelora.gradients.collect import collect_features
+from ensemblelora.gradients.output import choose_modes
 from ensemblelora.planning import Plan
 from ensemblelora.stages.rows import Rows
 from ensemblelora.store import FeatureStore
@@ -29,8 +30,9 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
     """Projected gradients of every train and validation row. Leaves ``features/`` and its health record."""
     config = work.config
     store = FeatureStore(work.path / artifacts.FEATURES_FOLDER)
+    modes = choose_modes(rows.learning, config.gradients.output)  # another split's rows may change them
     shared = (__version__, work.start_fingerprint, config.gradients)
-    wanted = {key: artifacts.fingerprint(*shared, identity) for key, identity in rows.identities.items()}
+    wanted = {key: artifacts.fingerprint(*shared, modes[key[0]], identity) for key, identity in rows.identities.items()}
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
         if stage.is_needed:
@@ -64,7 +66,7 @@ def estimate_affinity(
             chosen = {"l2_penalty": oracle.l2_penalty, "penalty_table": [asdict(t) for t in oracle.penalty_table]}
             artifacts.write_json(work.path / ORACLE_FILE, chosen)
             artifacts.save_arrays(path, asdict(matrix))
-            stage.meter.add_flops(_count_work(oracle, len(design.subsets)))
+            stage.meter.add_flops(_count_trials(oracle) + _count_work(oracle, len(design.subsets)))
             stage.files += [path, work.path / ORACLE_FILE]
             load = partial(_same, oracle)
     return load, affinities.Affinity(**artifacts.load_arrays(path))
@@ -131,9 +133,18 @@ def _same(oracle: Oracle) -> Oracle:
     return oracle
 
 
+def _count_trials(oracle: Oracle) -> int:
+    """FLOPs of the fits that the ridge was chosen from."""
+    table = oracle.penalty_table
+    return _count_fits(oracle, sum(trial.row_iterations for trial in table), sum(trial.n_fits for trial in table))
+
+
 def _count_work(oracle: Oracle, n_subsets: int) -> int:
     """FLOPs of the fits solved so far, and of predicting all validation rows under ``n_subsets`` of them."""
+    return _count_fits(oracle, oracle.row_iterations, n_subsets)
+
+
+def _count_fits(oracle: Oracle, row_iterations: int, n_asked: int) -> int:
     first = oracle.replicates[0]
-    held = sum(block.outputs.size for block in first.validation)
-    dim = first.train[0].proj_dim
-    return count_regression_flops(oracle.row_iterations, 1, dim) + count_oracle_flops(n_subsets, held, dim)
+    held, dim = sum(block.outputs.size for block in first.validation), first.train[0].proj_dim
+    return count_regression_flops(row_iterations, 1, dim) + count_oracle_flops(n_asked, held, dim)

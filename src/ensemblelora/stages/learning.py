@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ensemblelora import __version__, artifacts, boosting, training, weighting
+from ensemblelora import __version__, artifacts, boosting, progress, training, weighting
 from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
 from ensemblelora.config import RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.ensemble import Ensemble, Member, group_scores, load_ensemble, save_ensemble
 from ensemblelora.gradients.collect import make_projector
+from ensemblelora.lora import can_mix
 from ensemblelora.planning import Plan
 from ensemblelora.prediction import MemberScores, member_nll
 from ensemblelora.stages.rows import Rows
@@ -31,10 +32,13 @@ def train_groups(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows) -
     """Fine-tune one adapter per group. Leaves ``adapters/group-G/`` with ``training.json``; returns their names.
 
     An adapter depends on its own group's rows alone, so a change in another group leaves it as it is.
+    With ``training.together`` those that are still to train share their passes through the base.
     """
     groups = {f"group-{g}": group for g, group in enumerate(plan.groups)}
     with work.stage("train", {name: _identify(work, name, group, rows) for name, group in groups.items()}) as stage:
         if stage.is_needed:
+            if _shares_passes(work, probe, groups):
+                _train_together(work, probe, groups, rows, stage)
             for name, group in groups.items():
                 train_adapter(work, probe, name, group, rows, stage)
             _drop_adapters(work, keep=[_SHARED, *groups], keep_boosters_of=list(groups))
@@ -47,7 +51,6 @@ def train_adapter(
     work: Workspace, probe: AdaptedModel, name: str, group: Sequence[int], rows: Rows, stage: StageRun
 ) -> None:
     """Train one adapter, or keep it where it is already there and intact (a killed run's finished part)."""
-    config, folder = work.config, work.folder.adapter(name)
     identity = _identify(work, name, group, rows)
     if not work.folder.is_done(name, identity):
         work.folder.forget(name)
@@ -56,17 +59,13 @@ def train_adapter(
             name,
             [rows.train[task] for task in group],
             [rows.validation[task] for task in group],
-            config.training,
-            seed=config.seed,
+            work.config.training,
+            seed=work.config.seed,
             checkpoints=work.path / _CHECKPOINTS / f"{name}-{identity[:12]}",
             meter=stage.meter,
         )
-        with artifacts.atomic_folder(folder) as scratch:
-            save_adapter(probe, name, scratch)
-            artifacts.write_json(scratch / "training.json", asdict(trained))
-        work.folder.mark_done(name, identity, files=[folder])
-        shutil.rmtree(work.path / _CHECKPOINTS, ignore_errors=True)  # those of plans given up, too
-    stage.files.append(folder)
+        _keep_adapter(work, probe, trained, identity)
+    stage.files.append(work.folder.adapter(name))
 
 
 def boost_groups(
@@ -137,6 +136,54 @@ def combine_members(
     return load_ensemble(path)
 
 
+def _shares_passes(work: Workspace, probe: AdaptedModel, groups: Mapping[str, Sequence[int]]) -> bool:
+    """Whether several adapters train in one pass: asked for, and possible for this model."""
+    if not work.config.training.together or len(groups) == 1:
+        return False
+    if can_mix(probe):
+        return True
+    progress.note("training.together: adapters with an output layer of their own can't share a pass; one by one")
+    return False
+
+
+def _train_together(
+    work: Workspace, probe: AdaptedModel, groups: Mapping[str, Sequence[int]], rows: Rows, stage: StageRun
+) -> None:
+    """Train the adapters that are not there yet in lock step."""
+    identities = {name: _identify(work, name, group, rows) for name, group in groups.items()}
+    missing = [name for name, identity in identities.items() if not work.folder.is_done(name, identity)]
+    if not missing:
+        return
+    for name in missing:
+        work.folder.forget(name)
+    jobs = [
+        training.TrainingJob(
+            name, [rows.train[task] for task in groups[name]], [rows.validation[task] for task in groups[name]]
+        )
+        for name in missing
+    ]
+    found = training.fine_tune_together(
+        probe,
+        jobs,
+        work.config.training,
+        seed=work.config.seed,
+        checkpoints=work.path / _CHECKPOINTS / artifacts.fingerprint([identities[name] for name in missing])[:12],
+        meter=stage.meter,
+    )
+    for trained in found:
+        _keep_adapter(work, probe, trained, identities[trained.name])
+
+
+def _keep_adapter(work: Workspace, probe: AdaptedModel, trained: training.TrainedAdapter, identity: str) -> None:
+    """Write an adapter's folder, and the marker that says it is whole."""
+    folder = work.folder.adapter(trained.name)
+    with artifacts.atomic_folder(folder) as scratch:
+        save_adapter(probe, trained.name, scratch)
+        artifacts.write_json(scratch / "training.json", asdict(trained))
+    work.folder.mark_done(trained.name, identity, files=[folder])
+    shutil.rmtree(work.path / _CHECKPOINTS, ignore_errors=True)  # those of plans given up, too
+
+
 def _identify(work: Workspace, name: str, group: Sequence[int], rows: Rows) -> str:
     """Everything a trained adapter depends on; its name too, since that seeds the order of its batches."""
     return artifacts.fingerprint(
@@ -159,11 +206,14 @@ def _fit_ensemble(
     owners = {task: g for g, group in enumerate(plan.groups) for task in group}
     own = [owners[task] for task in range(len(rows.names))]
     fitted = _fit_weights(scores, rows.validation, own, config)
+    weights = fitted.serving_weights if config.ensemble.route else fitted.weights
+    if config.ensemble.weights in ("task", "global"):
+        weights = weighting.drop_negligible(weights, config.ensemble.min_weight)
     ensemble = Ensemble(
         task_names=rows.names,
         groups=plan.groups,
         members=members,
-        weights=tuple(tuple(float(weight) for weight in row) for row in fitted.weights),
+        weights=tuple(tuple(float(weight) for weight in row) for row in weights),
         routed=tuple(bool(is_routed) for is_routed in fitted.routed),
         combine=config.ensemble.combine,
     )

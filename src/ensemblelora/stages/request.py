@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
 from ensemblelora.adapters import AdaptedModel, adapter_bytes
 from ensemblelora.affinity import sample_subsets
-from ensemblelora.config import RunConfig
+from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, RunConfig
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, DataError
-from ensemblelora.gradients.output import choose_mode
+from ensemblelora.gradients.collect import count_coordinates, find_active_linears
+from ensemblelora.gradients.output import choose_modes
 from ensemblelora.models import Head
 from ensemblelora.planning.budget import Budget
 from ensemblelora.stages.rows import Rows
@@ -27,7 +31,6 @@ def check_request(config: RunConfig, tasks: TaskSet) -> None:
     """
     if faults := list(_list_config_faults(config, tasks)):
         raise ConfigError("; ".join(faults))
-    sample_subsets(len(tasks.tasks), config.affinity, seed=config.seed)
     heads = {task.card.head: task.name for task in tasks.tasks}
     if len(heads) > 1:
         first, second = (f"{name!r} has head: {head}" for head, name in heads.items())
@@ -35,17 +38,15 @@ def check_request(config: RunConfig, tasks: TaskSet) -> None:
 
 
 def check_fit(config: RunConfig, rows: Rows, probe: AdaptedModel) -> None:
-    """Refuse what the encoded tasks or the adapter's size rule out, before the model is run.
+    """Refuse what the encoded tasks, the model or the adapter's size rule out, before the first stage.
 
     Raises:
-        ConfigError: If ``gradients.output`` does not fit a task, or the number of groups asked for breaks a budget.
+        ConfigError: If ``gradients.output`` does not fit a task, the number of groups asked for breaks a budget, or
+            the model can't do what a later stage would ask of it.
     """
-    for split in rows.learning:
-        choose_mode(split.kind, int(split.n_choices.max()), config.gradients.output, task=split.task)
-    wanted = config.grouping
-    budget = Budget(adapter_bytes(probe), config.boosting.n_rounds, wanted.max_memory_bytes, wanted.max_latency_ratio)
-    if wanted.n_groups != "auto" and (faults := budget.list_faults(wanted.n_groups)):
-        raise ConfigError(f"grouping.n_groups {wanted.n_groups} takes {' and '.join(faults)}; change one of them")
+    choose_modes(rows.learning, config.gradients.output)
+    if faults := list(_list_model_faults(config, rows, probe)):
+        raise ConfigError("; ".join(faults))
 
 
 def choose_head(tasks: TaskSet) -> Head:
@@ -66,6 +67,8 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
     free_text = [task.name for task in tasks.tasks if task.card.output_type != "multiple_choice"]
     if config.affinity.score == "accuracy" and free_text:
         yield f"affinity.score accuracy: tasks {', '.join(free_text)} answer with free text and have none; use nll"
+    if fault := _find_subset_fault(n_tasks, config.affinity, config.seed):
+        yield fault
     penalty, grid = config.estimation.l2_penalty, config.estimation.l2_grid
     if penalty == "auto" and not (grid and min(grid) > 0):
         yield f"estimation.l2_grid {list(grid)}: expected positive numbers, at least one"
@@ -73,3 +76,47 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
         yield f"estimation.l2_penalty {penalty}: expected a positive number, or auto"
     if config.ensemble.weights == "global" and config.ensemble.own_group_prior == 1 and n_groups != 1:
         yield "ensemble.own_group_prior 1: leaves no common weights for tasks of several groups; lower it"
+    trackers = config.training.report_to
+    for name in trackers if trackers not in (("all",), ("none",)) else ():
+        try:
+            # What the trainer itself will do: whether a tracker is installed, it says on being made.
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError, ValueError) as error:
+            yield f"training.report_to {name!r}: {str(error).splitlines()[0]}"
+
+
+def _find_subset_fault(n_tasks: int, config: AffinityConfig, seed: int) -> str | None:
+    """What keeps the subsets that the oracle is asked about from telling all tasks apart."""
+    try:
+        design = sample_subsets(n_tasks, config, seed=seed)
+    except ConfigError as error:
+        return str(error)
+    n_absent = int((~design.membership.any(axis=0)).sum())
+    if n_absent:
+        return f"affinity.n_subsets {config.n_subsets}: {n_absent} of {n_tasks} tasks would be in no subset; raise it"
+    return None
+
+
+def _list_model_faults(config: RunConfig, rows: Rows, probe: AdaptedModel) -> Iterator[str]:
+    """Values that are only found wrong beside the model and the rows as it reads them."""
+    wanted, model = config.grouping, probe.base.model
+    budget = Budget(adapter_bytes(probe), config.boosting.n_rounds, wanted.max_memory_bytes, wanted.max_latency_ratio)
+    if wanted.n_groups != "auto" and (faults := budget.list_faults(wanted.n_groups)):
+        yield f"grouping.n_groups {wanted.n_groups} takes {' and '.join(faults)}; change one of them"
+    if config.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        yield f"training.gradient_checkpointing: {type(model).__name__} can't recompute activations; set it to false"
+    n_positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max((*rows.learning, *rows.test), key=lambda split: int(np.max(split.input_lengths, initial=0)))
+    n_tokens = int(np.max(longest.input_lengths, initial=0))
+    if n_positions is not None and n_tokens > n_positions:
+        yield (
+            f"data.max_length {config.data.max_length}: a row of task {longest.task!r} has {n_tokens} tokens, and the "
+            f"model takes {n_positions}; lower it"
+        )
+    if config.gradients.proj_type == "none":
+        n_coordinates = count_coordinates(find_active_linears(probe, rows.learning))
+        if n_coordinates > MAX_PROJ_DIM:
+            yield (
+                f"gradients.proj_type none keeps all {n_coordinates} coordinates, more than the {MAX_PROJ_DIM} the "
+                "oracle can fit; use rademacher, or adapt fewer layers"
+            )

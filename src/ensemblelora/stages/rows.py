@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,12 +10,17 @@ from functools import cached_property
 from ensemblelora import artifacts
 from ensemblelora.adapters import THETA0, AdaptedModel
 from ensemblelora.data.encoding import EncodedSplit, encode_split
+from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.task import SPLITS, TaskSet
 from ensemblelora.errors import DataError
 from ensemblelora.models import BaseModel
-from ensemblelora.workspace import Workspace, describe_environment, fingerprint_split
+from ensemblelora.passes import with_cache
+from ensemblelora.workspace import Workspace, describe_environment
 
-__all__ = ["Rows", "describe_run", "encode_tasks"]
+__all__ = ["Rows", "describe_run", "drop_lower_layers", "encode_tasks", "keep_lower_layers"]
+
+
+_CACHE_FOLDER = "cache"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,3 +98,14 @@ def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedMode
     ]
     overlaps = [asdict(overlap) for overlap in tasks.overlaps]
     artifacts.write_json(work.path / artifacts.TASKS_FILE, {"tasks": cards, "overlaps": overlaps})
+
+
+def keep_lower_layers(work: Workspace, probe: AdaptedModel, rows: Rows) -> AdaptedModel:
+    """Let what enters the lowest adapted block be kept for the rows that are learnt from, training rows first."""
+    max_bytes = int(work.config.model.prefix_cache_gb * 1e9)
+    return with_cache(probe, work.path / _CACHE_FOLDER, rows.learning, max_bytes=max_bytes)
+
+
+def drop_lower_layers(work: Workspace) -> None:
+    """Free the disk that :func:`keep_lower_layers` took; a run that goes on fills it again as needed."""
+    shutil.rmtree(work.path / _CACHE_FOLDER, ignore_errors=True)

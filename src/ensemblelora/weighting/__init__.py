@@ -7,7 +7,7 @@ In: what every group's model says about each task's validation rows. Out: :class
 
 from __future__ import annotations
 
-from ensemblelora.weighting.fit import EnsembleWeights, fit_weights
+from ensemblelora.weighting.fit import EnsembleWeights, drop_negligible, fit_weights
 from ensemblelora.weighting.loss import MemberLogits, combine
 
-__all__ = ["EnsembleWeights", "MemberLogits", "combine", "fit_weights"]
+__all__ = ["EnsembleWeights", "MemberLogits", "combine", "drop_negligible", "fit_weights"]

@@ -20,7 +20,7 @@ from ensemblelora.seeding import generator_for
 from ensemblelora.weighting.loss import MemberLogits, TaskLoss, prepare, row_losses, take
 from ensemblelora.weighting.solver import Fit, minimise
 
-__all__ = ["EnsembleWeights", "fit_weights"]
+__all__ = ["EnsembleWeights", "drop_negligible", "fit_weights"]
 
 Array = npt.NDArray[np.float64]
 
@@ -104,6 +104,12 @@ def fit_weights(
             return _summarise(fits, losses, own_groups, priors)
         fits = [_fit(losses, _mean_prior(priors), config.kl_penalty, seed)] * len(tasks)
     return _summarise(fits, losses, own_groups)
+
+
+def drop_negligible(weights: Array, smallest: float) -> Array:
+    """Set weights below ``smallest`` to zero, never a row's largest, and let rows sum to one again."""
+    kept = np.where((weights >= smallest) | (weights == weights.max(axis=1, keepdims=True)), weights, 0.0)
+    return np.asarray(kept / kept.sum(axis=1, keepdims=True))
 
 
 def _fit(losses: Sequence[TaskLoss], prior: Array, penalty: Literal["auto"] | float, seed: int) -> Fit:

@@ -1,0 +1,197 @@
+"""Training throughput on the paper's ten datasets, against transformers' Trainer with PEFT as people use them.
+
+    ENSEMBLELORA_DATA=../shared/data python benchmarks/training.py --json
+
+Every system fine-tunes the same LoRA (rank, modules, initial rate, epochs, eight examples a step) on the same rows,
+with the paper's loss, the cross-entropy of the answer's tokens. The stock systems differ in precision alone:
+
+* ``stock``: Trainer and PEFT with their defaults: float32, steps of shuffled rows padded to the longest.
+* ``stock-bf16``: with ``bf16=True``; ``stock-bf16-weights``: the model loaded in bfloat16 too. Ratios are against the
+  faster of the two.
+* ``all``: ensemblelora, every layer adapted. ``top-third``: the last third, activations below kept; its time
+  includes filling the cache.
+
+Throughput counts real tokens, not padding. Loss is that of the labels on held-out rows, measured alike for all.
+Measurements are kept in ``benchmarks/.journal/`` as they come; ``--fresh`` forgets them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import Journal, finish_worker, keep_record, load_model, load_rows, spread
+
+MAX_LENGTH = 256
+RATE, EXAMPLES = 5e-4, 8
+STOCK = ("stock", "stock-bf16", "stock-bf16-weights")
+
+
+def main() -> None:
+    """Run the whole comparison, or one measurement of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", action="store_true", help="print the record")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--rows", type=int, default=24, help="training rows of each dataset")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--worker", metavar="SYSTEM")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        measure = train_stock if arguments.worker in STOCK else train_ours
+        finish_worker(measure(arguments.worker, arguments.rows, arguments.epochs, arguments.seed))
+        return
+    journal = Journal(Path(__file__).parent / ".journal" / "training.jsonl", fresh=arguments.fresh)
+
+    def measured(system: str, epochs: int, seed: int) -> dict[str, Any]:
+        where = ["--rows", str(arguments.rows), "--epochs", str(epochs), "--seed", str(seed)]
+        return journal.measure(__file__, [system, *where])
+
+    # Side by side: every system once before any is measured again.
+    plan = [("all", 3), ("top-third", 3), *((name, 3) for name in STOCK[1:]), ("top-third", 10), ("stock", 1)]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for seed in range(arguments.seeds):
+        for system, epochs in plan:
+            if seed == 0 or system != "stock":  # the slowest by far, and no target hangs on its spread
+                found.setdefault((system, epochs), []).append(measured(system, epochs, seed))
+    config = {"rows_per_task": arguments.rows, "max_length": MAX_LENGTH, "learning_rate": RATE, "examples": EXAMPLES}
+    keep_record("training", config | {"seeds": arguments.seeds}, compare(found), as_json=arguments.json)
+
+
+def compare(found: dict[tuple[str, int], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Ratios of throughput, seed by seed, and what every system gave."""
+
+    def rate(system: str, epochs: int) -> list[float]:
+        return [entry["tokens_per_second"] for entry in found[system, epochs]]
+
+    bf16 = [max(pair) for pair in zip(rate("stock-bf16", 3), rate("stock-bf16-weights", 3), strict=True)]
+
+    def ratios(system: str, epochs: int) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(rate(system, epochs), bf16, strict=True)]
+
+    systems = {
+        f"{system}, {epochs} epochs": {key: spread([entry[key] for entry in entries]) for key in entries[0]}
+        for (system, epochs), entries in found.items()
+    }
+    return {
+        "speedup_all_layers": spread(ratios("all", 3))["mean"],
+        "speedup_all_layers_over_defaults": rate("all", 3)[0] / rate("stock", 1)[0],
+        "speedup_top_third": spread(ratios("top-third", 3))["mean"],
+        "speedup_top_third_10_epochs": spread(ratios("top-third", 10))["mean"],
+        "spread": {
+            "speedup_all_layers": spread(ratios("all", 3)),
+            "speedup_top_third": spread(ratios("top-third", 3)),
+            "speedup_top_third_10_epochs": spread(ratios("top-third", 10)),
+        },
+        "systems": systems,
+    }
+
+
+def train_stock(system: str, n_rows: int, n_epochs: int, seed: int) -> dict[str, Any]:
+    """Fine-tune with transformers and PEFT alone, then measure the loss with the adapter loaded here."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    from ensemblelora.adapters import attach, load_adapter
+    from ensemblelora.config import AdapterConfig
+
+    base = load_model(MAX_LENGTH)
+    rows = load_rows(base, n_train=n_rows, n_validation=12, n_test=1, max_length=MAX_LENGTH, seed=0)
+    examples = [example for split in rows.train for example in _as_examples(split)]
+    model = AutoModelForCausalLM.from_pretrained(
+        base.model.config._name_or_path, dtype="bfloat16" if system == "stock-bf16-weights" else "float32"
+    )
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=get_peft_model(model, lora),
+            args=TrainingArguments(
+                output_dir=folder,
+                num_train_epochs=n_epochs,
+                learning_rate=RATE,
+                bf16=system != "stock",
+                per_device_train_batch_size=EXAMPLES,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                seed=seed,
+            ),
+            train_dataset=examples,
+            data_collator=DataCollatorForSeq2Seq(base.tokenizer, padding=True, label_pad_token_id=-100),
+        )
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        trainer.model.save_pretrained(folder + "/adapter")
+        adapted = attach(base, AdapterConfig(), seed=0)
+        load_adapter(adapted, "stock", Path(folder) / "adapter")
+    return _describe(adapted, "stock", rows, n_epochs, seconds)
+
+
+def train_ours(system: str, n_rows: int, n_epochs: int, seed: int) -> dict[str, Any]:
+    """Fine-tune as a run does; the checkpoints' validation on one row a task is in the time."""
+    from ensemblelora.accounting.meter import Meter
+    from ensemblelora.adapters import attach
+    from ensemblelora.config import AdapterConfig, TrainingConfig
+    from ensemblelora.passes import with_cache
+    from ensemblelora.training import fine_tune
+
+    base = load_model(MAX_LENGTH)
+    rows = load_rows(base, n_train=n_rows, n_validation=12, n_test=1, max_length=MAX_LENGTH, seed=0)
+    layers = {"all": None, "top-third": "top_third", "top-half": "top_half"}[system]
+    adapted = attach(base, AdapterConfig(layers_to_transform=layers), seed=0)
+    config = TrainingConfig(
+        loss="vocab_softmax",
+        learning_rate=RATE,
+        num_train_epochs=n_epochs,
+        max_examples_per_batch=EXAMPLES,
+        warmup_ratio=0.0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        adapted = with_cache(adapted, Path(folder) / "cache", rows.train, max_bytes=4 * 10**9)
+        fine_tune(
+            adapted,
+            "ours",
+            rows.train,
+            rows.test,  # one row of each: a checkpoint has to be chosen by something
+            config,
+            seed=seed,
+            checkpoints=Path(folder) / "checkpoints",
+            meter=Meter("train"),
+        )
+        seconds = time.perf_counter() - started
+    return _describe(adapted, "ours", rows, n_epochs, seconds)
+
+
+def _as_examples(split: Any) -> list[dict[str, list[int]]]:
+    """Prompt and answer as one row, the prompt masked out of the loss."""
+    examples = []
+    for e, row in enumerate(split.answer_rows()):
+        start, end = split.row_starts[row], split.row_starts[row + 1]
+        tokens, n_context = split.tokens[start:end].tolist(), int(split.answer_starts[row])
+        if n_context == len(tokens):
+            tokens.append(int(split.label_tokens[split.labels[e]]))
+        labels = [-100] * n_context + tokens[n_context:]
+        examples.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
+    return examples
+
+
+def _describe(adapted: Any, name: str, rows: Any, n_epochs: int, seconds: float) -> dict[str, Any]:
+    from ensemblelora.training import measure_validation_nll
+
+    n_tokens = n_epochs * sum(int(split.measure("answer")[0].sum()) for split in rows.train)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": n_tokens / seconds,
+        "validation_nll": measure_validation_nll(adapted, name, rows.validation, max_tokens=4096),
+    }
+
+
+if __name__ == "__main__":
+    main()

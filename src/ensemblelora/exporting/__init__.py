@@ -1,0 +1,16 @@
+"""From a finished run to files that other software loads, and what that costs on the run's validation rows.
+
+``peft``: every member as a plain PEFT folder, with the weights; nothing is lost. ``folded``: one LoRA in their place,
+each member's change times its weight, at the rank of one adapter. ``merged``: that adapter inside the base weights.
+An ensemble averages outputs and a fold averages weights. The two agree as far as the model is linear in its adapters,
+so the difference is measured, and a fold that hurts is refused before anything is written.
+
+``request`` checks what is asked for, ``fold`` makes one adapter and measures it, ``write`` leaves the files, with the
+README that ``notes`` words.
+"""
+
+from ensemblelora.exporting.fold import TaskChange
+from ensemblelora.exporting.request import TOLERANCE, Format
+from ensemblelora.exporting.write import Export, export_run
+
+__all__ = ["TOLERANCE", "Export", "Format", "TaskChange", "export_run"]

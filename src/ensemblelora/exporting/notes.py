@@ -1,0 +1,120 @@
+"""The README of an export: how to load it, what it is made of, and what it was measured to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ensemblelora.adapters import THETA0
+from ensemblelora.ensemble import Ensemble
+from ensemblelora.models import Head
+
+__all__ = ["BaseNote", "describe_fold", "describe_members", "describe_merged"]
+
+
+@dataclass(frozen=True)
+class BaseNote:
+    """What a reader needs to know of the base model."""
+
+    name: str
+    """as the run's config has it"""
+    location: str
+    """what transformers loads it from"""
+    dtype: str
+    head: Head
+    n_labels: int
+
+
+def describe_members(base: BaseNote, ensemble: Ensemble, start: str | None) -> str:
+    """Say how to load every member, and how their scores are combined.
+
+    Args:
+        base: The base model.
+        ensemble: Members and weights.
+        start: Name of the exported start adapter that boosters are measured from; none where it is the base itself.
+    """
+    names = [ensemble.members_of(g)[0].name for g in range(len(ensemble.groups))]
+    boosters = [member for member in ensemble.members if member.kind == "booster"]
+    first, *more = (member.name for member in ensemble.members)
+    lines = ["# Adapters of an ensemble", "", _say_base(base), "Every folder here is a plain PEFT adapter:", ""]
+    load = [f'model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")']
+    load += [f'model.load_adapter("{name}", adapter_name="{name}")' for name in more]
+    lines += _load_code(base, [*load, f'model.set_adapter("{first}")'])
+    mean = "mean of the groups' scores" if ensemble.combine == "logits" else "mean of the groups' softmax probabilities"
+    lines += ["", f"A task's answer is the weighted {mean} (free text: of their token probabilities):", ""]
+    lines += _table(
+        ["task", *names],
+        ([task, *map(_write, row)] for task, row in zip(ensemble.task_names, ensemble.weights, strict=True)),
+    )
+    if boosters:
+        origin = f"`{start}`" if start else "the base model without an adapter"
+        lines += ["", f"A group's scores are its adapter's plus `rate x (booster - start)`; start is {origin}."]
+        lines += ["Free-text tasks leave boosters out.", ""]
+        lines += _table(["booster", "group", "rate"], ([b.name, names[b.group], _write(b.rate)] for b in boosters))
+    return "\n".join(lines) + "\n"
+
+
+def describe_fold(base: BaseNote, weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int) -> str:
+    """Say how to load one adapter, and what it is made of.
+
+    Args:
+        base: The base model.
+        weights: What each member's change was multiplied with.
+        rows: The measured table, its header first.
+        averaged: How many tensors (of a classifier head) are weighted means of the members'.
+    """
+    load = ['model = PeftModel.from_pretrained(base, ".")  # this folder']
+    lines = ["# An ensemble folded into one LoRA adapter", "", _say_base(base), "", *_load_code(base, load)]
+    return "\n".join([*lines, "", *_say_origin(weights, rows, averaged)]) + "\n"
+
+
+def describe_merged(base: BaseNote, weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int) -> str:
+    """Say how to load a merged model, and what it is made of; arguments as for :func:`describe_fold`."""
+    loader = _name_loader(base)
+    lines = ["# An ensemble merged into its base model", "", _say_base(base), "", "```python"]
+    lines += [f"from transformers import AutoTokenizer, {loader}", ""]
+    lines += [f'model = {loader}.from_pretrained(".", dtype="{base.dtype}")  # this folder']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained(".")', "```"]
+    return "\n".join([*lines, "", *_say_origin(weights, rows, averaged)]) + "\n"
+
+
+def _say_base(base: BaseNote) -> str:
+    return f"Base model: `{base.name}`, {base.dtype}."
+
+
+def _name_loader(base: BaseNote) -> str:
+    return "AutoModelForCausalLM" if base.head == "lm" else "AutoModelForSequenceClassification"
+
+
+def _load_code(base: BaseNote, load: Sequence[str]) -> list[str]:
+    sizes = "" if base.head == "lm" else f", num_labels={base.n_labels}"
+    return [
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {_name_loader(base)}",
+        "",
+        f'base = {_name_loader(base)}.from_pretrained({json.dumps(base.location)}, dtype="{base.dtype}"{sizes})',
+        *load,
+        "```",
+    ]
+
+
+def _say_origin(weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int) -> list[str]:
+    lines = ["Its change of the base is the sum of these adapters' changes, each times its weight:", ""]
+    lines += _table(["adapter", "weight"], ([name, _write(weight)] for name, weight in weights.items()))
+    if THETA0 in weights:
+        lines += ["", f"`{THETA0}` is the start that the boosters' changes are measured from."]
+    if averaged:
+        lines += ["", f"The classifier head ({averaged} tensors) is the mean of theirs with the same weights."]
+    header, *body = rows
+    return [*lines, "", "Measured on validation rows, losses in nats:", "", *_table(header, body)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    marks = ["---"] * len(header)
+    return [f"| {' | '.join(row)} |" for row in (header, marks, *rows)]
+
+
+def _write(value: float) -> str:
+    return f"{value:.4g}"

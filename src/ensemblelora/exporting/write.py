@@ -1,0 +1,272 @@
+"""The files of an export, written whole once they are accepted, with what was measured in ``export.json``."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ensemblelora import __version__, artifacts, progress
+from ensemblelora.adapters import THETA0, AdaptedModel, attach, save_adapter
+from ensemblelora.data.encoding import encode_split
+from ensemblelora.data.loading import load_tasks
+from ensemblelora.data.task import TaskSet
+from ensemblelora.errors import DataError, UsageError
+from ensemblelora.exporting.fold import Fold, Judge, TaskChange, add_fold, fold_members, mean_rise, weigh_adapters
+from ensemblelora.exporting.notes import BaseNote, describe_fold, describe_members, describe_merged
+from ensemblelora.exporting.request import PEFT_FILES, TOLERANCE, Format, Request, holding, read_request
+from ensemblelora.members import load_members
+from ensemblelora.models import BaseModel, Head, prepare_base
+
+__all__ = ["Export", "export_run"]
+
+_FOLDED, _EXACT = "folded", "exact-stack"
+_RECORD_FILE, _NOTE_FILE = "export.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and what was measured; ``peft`` changes nothing, so that nothing is measured there."""
+
+    folder: Path
+    format: Format
+    files: tuple[str, ...]
+    """in the folder"""
+    task: str | None = None
+    """whose weights were folded; none: the mean of all tasks'"""
+    weights: Mapping[str, float] | None = None
+    """what each adapter's change was multiplied with; theta0 carries what boosters are measured from"""
+    rank: int | None = None
+    exact_rank: int | None = None
+    """at which nothing is cut away"""
+    residual: float | None = None
+    """Frobenius norm of what the truncation left out, over that of the exact stack"""
+    residuals: Mapping[str, float] | None = None
+    """the same by module"""
+    averaged: tuple[str, ...] = ()
+    """tensors that are weighted means, since they are no LoRA factors: a classifier head's"""
+    tasks: tuple[TaskChange, ...] = ()
+    nll_rise: float | None = None
+    """mean over tasks, nats"""
+    accuracy_change: float | None = None
+    """mean over the tasks that have an accuracy"""
+    tolerance: float | None = None
+
+
+def export_run(
+    folder: Path | str,
+    out: Path | str | None = None,
+    *,
+    format: Format,
+    task: str | None = None,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    device: str | None = None,
+) -> Export:
+    """Write a finished run's ensemble as files that other software loads.
+
+    Args:
+        folder: The run folder; nothing but ``export/`` in it changes.
+        out: A new or empty folder; none: ``export/FORMAT``, or ``export/FORMAT-TASK``, in the run folder.
+        format: ``peft``: every member. ``folded``: one LoRA. ``merged``: the base weights with that LoRA inside.
+        task: Fold this task's weights, judged by its rows alone; none: the mean of all tasks' weights, judged by all.
+        rank: Largest rank of the fold. None: the run's own ``adapter.r``; for ``merged``, where a rank costs nothing,
+            the exact stack's.
+        tolerance: Largest rise of the mean validation loss, in nats.
+        device: Where to measure; none: as the run's config says.
+
+    Raises:
+        UsageError: If the arguments contradict each other or the run, the base model is not the run's or is
+            quantised and to be merged into, or the fold hurts more than ``tolerance``.
+        OutputError: If ``folder`` is no run, or ``out`` can't be written or holds something.
+        DataError: If the rows are no longer those of the run.
+        StoreError: If a file of the run is damaged.
+    """
+    request = read_request(folder, out, format=format, task=task, rank=rank, tolerance=tolerance, device=device)
+    with holding(request), progress.stage("export"):
+        return _export_members(request) if format == "peft" else _export_fold(request)
+
+
+def _export_members(request: Request) -> Export:
+    ensemble, base = request.ensemble, _describe_base(request)
+    boosted = any(member.kind == "booster" for member in ensemble.members)
+    # A classifier head that is not in the base's files begins at random, and boosters are measured from it.
+    start = THETA0 if boosted and base.head != "lm" else None
+    with artifacts.atomic_folder(request.out) as scratch:
+        for member in ensemble.members:
+            (scratch / member.name).mkdir()
+            for name in PEFT_FILES:
+                shutil.copyfile(request.run.adapter(member.name) / name, scratch / member.name / name)
+        if start is not None:
+            save_adapter(_load_model(request, base), start, scratch / start)
+        shutil.copyfile(request.run.path / artifacts.ENSEMBLE_FILE, scratch / artifacts.ENSEMBLE_FILE)
+        return _close(scratch, request, base, describe_members(base, ensemble, start))
+
+
+def _export_fold(request: Request) -> Export:
+    tasks, base = _load_rows(request), _describe_base(request)
+    adapted = _load_model(request, base)
+    if request.format == "merged":
+        _check_mergeable(adapted.base)
+    config, ensemble = request.config, request.ensemble
+    splits = {
+        i: encode_split(tasks.tasks[i], "validation", adapted.base.tokenizer, max_length=config.data.max_length)
+        for i in request.indices
+    }
+    weights = weigh_adapters(ensemble, splits)
+    usual = None if request.format == "merged" else config.adapter.r
+    fold = fold_members(adapted, weights, config.adapter, request.rank or usual)
+    judge = Judge.ask(adapted, ensemble, splits, max_tokens=config.evaluation.max_tokens_per_batch)
+    add_fold(adapted, _FOLDED, fold.cut.state)
+    changes, uncut = judge.measure(adapted, _FOLDED), None
+    if mean_rise(changes) > request.tolerance:
+        if fold.rank < fold.exact_rank:
+            add_fold(adapted, _EXACT, fold_members(adapted, weights, config.adapter, None).cut.state)
+            uncut = mean_rise(judge.measure(adapted, _EXACT))
+        raise UsageError(_explain_refusal(request, changes, fold, uncut))
+    if request.format == "merged":
+        return _write_merged(request, base, adapted, judge, fold)
+    with artifacts.atomic_folder(request.out) as scratch:
+        save_adapter(adapted, _FOLDED, scratch)
+        note = describe_fold(base, weights, _tabulate(changes), len(fold.averaged))
+        return _close(scratch, request, base, note, fold, changes)
+
+
+def _write_merged(request: Request, base: BaseNote, adapted: AdaptedModel, judge: Judge, fold: Fold) -> Export:
+    """Merge, measure what came out, and write it; the model's adapters are gone afterwards."""
+    tokenizer = adapted.base.tokenizer
+    adapted.peft.set_adapter(_FOLDED)  # the one whose classifier head stays
+    network = adapted.peft.merge_and_unload(safe_merge=True, adapter_names=[_FOLDED])
+    merged = prepare_base(base.name, network, tokenizer, head=base.head)
+    probe = attach(merged, request.config.adapter, seed=request.config.seed)  # theta0 computes what its base does
+    changes = judge.measure(probe, THETA0)
+    if mean_rise(changes) > request.tolerance:
+        raise UsageError(
+            f"export refused: the fold itself is within the tolerance of {request.tolerance:g} nats, but rounded to "
+            f"{base.dtype} weights it raises the mean validation loss by {mean_rise(changes):.3g}; give --format "
+            f"folded, which keeps float32, or --tolerance {_round_up(mean_rise(changes))}"
+        )
+    with artifacts.atomic_folder(request.out) as scratch:
+        probe.peft.unload().save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        note = describe_merged(base, fold.weights, _tabulate(changes), len(fold.averaged))
+        return _close(scratch, request, base, note, fold, changes)
+
+
+def _load_model(request: Request, base: BaseNote) -> AdaptedModel:
+    return load_members(request.run.path, request.config, request.ensemble, head=base.head, n_labels=base.n_labels)
+
+
+def _load_rows(request: Request) -> TaskSet:
+    """Load the run's tasks; they must have as many validation rows as they had."""
+    tasks = load_tasks(request.config.data, seed=request.config.seed)
+    now = {task.name: len(task.splits["validation"]) for task in tasks.tasks}
+    entries = artifacts.read_json(request.run.path / artifacts.TASKS_FILE)["tasks"]
+    before = {entry["card"]["task"]: entry["n_examples"]["validation"] for entry in entries}
+    if list(now.items()) != list(before.items()):
+        raise DataError(
+            f"{request.run.path}: made with the validation rows {before}, and now there are {now}; "
+            "give it its data back, or run again"
+        )
+    return tasks
+
+
+def _describe_base(request: Request) -> BaseNote:
+    path = request.run.path
+    cards = [entry["card"] for entry in artifacts.read_json(path / artifacts.TASKS_FILE)["tasks"]]
+    head: Head = cards[0]["head"]
+    settings = artifacts.read_json(request.run.adapter(request.ensemble.members[0].name) / PEFT_FILES[0])
+    return BaseNote(
+        name=request.config.model.name,
+        location=settings["base_model_name_or_path"],
+        dtype=artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]["dtype"],
+        head=head,
+        n_labels=max(len(card["doc_to_choice"] or ()) for card in cards),
+    )
+
+
+def _check_mergeable(base: BaseModel) -> None:
+    is_quantised = getattr(base.model.config, "quantization_config", None) is not None
+    if is_quantised or not all(tensor.is_floating_point() for tensor in base.model.parameters()):
+        raise UsageError(
+            f"model {base.name!r}: its weights are quantised, and rounding would lose an adapter merged into them; "
+            "give --format folded"
+        )
+
+
+def _explain_refusal(request: Request, changes: Sequence[TaskChange], fold: Fold, uncut: float | None) -> str:
+    """Say what was measured, what the exact stack would have cost, and the ways out."""
+    rise, scope = mean_rise(changes), "all tasks" if request.task is None else f"task {request.task!r}"
+    worst = max(changes, key=lambda change: change.nll_folded - change.nll_ensemble)
+    ways = [f"--tolerance {_round_up(rise)}"]
+    if len(request.indices) > 1:
+        ways.insert(0, "--task NAME to fold for one task")
+    said = (
+        f"the exact stack, rank {fold.exact_rank}, raises it by {uncut:.3g}"
+        if uncut is not None
+        else "this is the exact stack, so that no rank would help"
+    )
+    if uncut is not None and uncut <= request.tolerance:
+        ways.insert(0, f"--rank {fold.exact_rank}")
+    most = f" (most: {worst.task!r}, {worst.nll_folded - worst.nll_ensemble:.3g})" if len(changes) > 1 else ""
+    return (
+        f"export refused: one adapter of rank {fold.rank} for {scope} raises the mean validation loss by {rise:.3g} "
+        f"nats{most}, more than the tolerance of {request.tolerance:g}; {said}; give {', '.join(ways[:-1])}"
+        f"{', or ' if len(ways) > 1 else ''}{ways[-1]}; format peft loses nothing"
+    )
+
+
+def _round_up(nats: float) -> str:
+    return f"{math.ceil(nats * 100 + 1e-9) / 100:g}"
+
+
+def _tabulate(changes: Sequence[TaskChange]) -> list[list[str]]:
+    """Every task's loss and accuracy, a header first."""
+    table = [["task", "rows", "ensemble loss", "loss here", "ensemble accuracy", "accuracy here"]]
+    for change in changes:
+        accuracies = (change.accuracy_ensemble, change.accuracy_folded)
+        numbers = [f"{change.nll_ensemble:.4f}", f"{change.nll_folded:.4f}"]
+        numbers += ["" if value is None else f"{value:.4f}" for value in accuracies]
+        table.append([change.task, str(change.n_examples), *numbers])
+    return table
+
+
+def _close(
+    scratch: Path,
+    request: Request,
+    base: BaseNote,
+    note: str,
+    fold: Fold | None = None,
+    changes: tuple[TaskChange, ...] = (),
+) -> Export:
+    """Add README and record to the files of an export."""
+    artifacts.write_text(scratch / _NOTE_FILE, note)
+    named = {path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file()}
+    record = Export(request.out, request.format, tuple(sorted(named | {_RECORD_FILE})), request.task)
+    if fold is not None:
+        gains = [
+            change.accuracy_folded - change.accuracy_ensemble
+            for change in changes
+            if change.accuracy_folded is not None and change.accuracy_ensemble is not None
+        ]
+        record = replace(
+            record,
+            weights=fold.weights,
+            rank=fold.rank,
+            exact_rank=fold.exact_rank,
+            residual=fold.cut.residual,
+            residuals=fold.cut.residuals,
+            averaged=fold.averaged,
+            tasks=changes,
+            nll_rise=mean_rise(changes),
+            accuracy_change=float(np.mean(gains)) if gains else None,
+            tolerance=request.tolerance,
+        )
+    made = {"package_version": __version__, "base": asdict(base), **asdict(record)}
+    del made["folder"]  # where it lies now says nothing where it is moved to
+    artifacts.write_json(scratch / _RECORD_FILE, made)
+    return record

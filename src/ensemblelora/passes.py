@@ -1,0 +1,145 @@
+"""One forward pass of the adapted model: lower blocks from the cache where there is one, then label scores.
+
+In: the adapted model and a batch. Out: :class:`~ensemblelora.scoring.Scores`. The meter is told what the lower blocks
+cost when they had to run; the pass through the upper ones is the caller's to count, since it knows about gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # ships no types
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import THETA0, AdaptedModel, activate
+from ensemblelora.config import MaxTokens
+from ensemblelora.counting import count_lower
+from ensemblelora.data.batching import Batch
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.lora import MemberSwitch, can_fuse, fused
+from ensemblelora.prefix import HiddenCache
+from ensemblelora.scoring import Scores, score_batch
+
+__all__ = ["FILL_TOKENS", "MemberRunner", "choose_max_tokens", "members_in_turn", "run_lower", "score", "with_cache"]
+
+_FEWEST_TOKENS, _MOST_TOKENS, _TYPICAL_WIDTH = 512, 8192, 512
+FILL_TOKENS = 4096
+"""padded tokens of a pass that fills the cache; it keeps no activations"""
+
+
+def with_cache(adapted: AdaptedModel, folder: Path, splits: Sequence[EncodedSplit], *, max_bytes: int) -> AdaptedModel:
+    """Keep what enters the lowest adapted block for rows that will come again; nothing to keep if that is the first.
+
+    Args:
+        adapted: The model; it is not changed.
+        folder: Where the files go.
+        splits: Whose rows, the most wanted first; those that don't fit are run each time.
+        max_bytes: All files together; 0 keeps nothing.
+    """
+    prefix = adapted.prefix
+    if prefix is None or max_bytes == 0:
+        return adapted
+    model = adapted.base.model
+    identity = f"{adapted.base.fingerprint} {prefix.depth} {model.dtype}"
+    width = int(model.get_input_embeddings().weight.size(1))  # type: ignore[operator]
+    cache = HiddenCache(folder, identity, max_bytes, width, model.dtype)
+    cache.enlist(splits)
+    return replace(adapted, prefix=replace(prefix, cache=cache))
+
+
+def score(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None, normalize: bool = False) -> Scores:
+    """Score a batch with whatever adapter is active.
+
+    Args:
+        adapted: The model.
+        batch: What to score.
+        meter: Told what the lower blocks cost, if they ran for this batch or to fill the cache.
+        normalize: See :func:`~ensemblelora.scoring.score_batch`.
+    """
+    with _from(adapted, run_lower(adapted, batch, meter=meter)):
+        return score_batch(adapted.network, batch, normalize=normalize)
+
+
+def run_lower(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None) -> Tensor | None:
+    """What enters the lowest adapted block, ``(rows, width, h)``; none where that is the model's first."""
+    prefix = adapted.prefix
+    if prefix is None:
+        return None
+    cache = prefix.cache
+    # A model that is being compared in another precision reads nothing that was kept in its own.
+    if cache is not None and cache.dtype == adapted.base.model.dtype:
+        for split in cache.missing(batch):
+
+            def run(rows: Batch) -> Tensor:
+                count_lower(meter, adapted.costs, rows)
+                return prefix.run(rows)
+
+            pad = adapted.base.pad_token_id
+            cache.fill(split, run, layout=adapted.layout, max_tokens=FILL_TOKENS, pad_token_id=pad)
+        if (hidden := cache.read(batch, adapted.device)) is not None:
+            return hidden
+    count_lower(meter, adapted.costs, batch)
+    return prefix.run(batch)
+
+
+def choose_max_tokens(adapted: AdaptedModel, asked: MaxTokens) -> int:
+    """Padded tokens of a pass that keeps no activations: what a quarter of the free memory holds, up to 8,192."""
+    if asked != "auto":
+        return asked
+    config = adapted.base.model.config
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    # A block's widest moment: the residual, a few of its size, the MLP's two inner values, a row of attention scores.
+    numbers = 8 * hidden + 3 * inner + 2 * int(config.num_attention_heads) * _TYPICAL_WIDTH
+    bytes_per_token = numbers * max(adapted.base.model.dtype.itemsize, 2) * 2
+    if adapted.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(adapted.device)
+    else:
+        free = psutil.virtual_memory().available
+    return int(min(max(free // 4 // bytes_per_token, _FEWEST_TOKENS), _MOST_TOKENS))
+
+
+@contextmanager
+def members_in_turn(adapted: AdaptedModel, members: Sequence[str]) -> Iterator[MemberRunner]:
+    """Score batches with several members; inside, weights must not change."""
+    if can_fuse(adapted):
+        with activate(adapted, THETA0), fused(adapted, members) as switch:
+            yield MemberRunner(adapted, switch)
+    else:
+        yield MemberRunner(adapted, None)
+
+
+class MemberRunner:
+    """Scores a batch whose rows belong to some members in turn, all at once where the layers allow it."""
+
+    def __init__(self, adapted: AdaptedModel, switch: MemberSwitch | None) -> None:
+        self._adapted, self._switch = adapted, switch
+
+    @property
+    def can_mix(self) -> bool:
+        """Whether one pass can serve several members."""
+        head = self._adapted.base.model.get_output_embeddings()
+        return self._switch is not None and not isinstance(head, BaseTunerLayer)  # its rows are scored positions
+
+    def score(self, batch: Batch, members: Sequence[str], hidden: Tensor | None) -> Scores:
+        """Score a batch that holds the rows of each member in equal parts; ``hidden`` likewise, if given."""
+        if self._switch is not None:
+            self._switch.use(members)
+        one_by_one = nullcontext() if self._switch is not None else activate(self._adapted, members[0])
+        with one_by_one, torch.inference_mode(), _from(self._adapted, hidden):
+            return score_batch(self._adapted.network, batch)
+
+
+@contextmanager
+def _from(adapted: AdaptedModel, hidden: Tensor | None) -> Iterator[None]:
+    if hidden is None or adapted.prefix is None:
+        yield
+        return
+    with adapted.prefix.resumed(hidden):
+        yield

@@ -1,0 +1,251 @@
+"""The blocks below the lowest adapted one, whose activations are constants of the base model.
+
+They are the same for features, every group's training, boosting, weights and each member at inference. So they are run
+once for a batch, however many members read it, and for rows that come again and again (those that are learnt from)
+once in all: :class:`HiddenCache` keeps what enters the first adapted block in memory-mapped files, as many splits as
+fit a given number of bytes. Rows of one question keep their common context once.
+
+In: a transformers model and the batches of :mod:`ensemblelora.data.batching`. Out: hidden states ``(rows, width, h)``.
+Dropout below the adapted blocks is off, in training too: there is nothing to train there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft.tuners.lora.layer import Embedding
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ensemblelora.artifacts import fingerprint
+from ensemblelora.data.batching import Batch, Span, iterate_batches
+from ensemblelora.data.encoding import EncodedSplit, Layout
+from ensemblelora.data.identity import fingerprint_split
+from ensemblelora.files import atomic_folder
+from ensemblelora.models import find_blocks
+from ensemblelora.progress import note, track
+from ensemblelora.scoring import model_inputs
+
+__all__ = ["FrozenPrefix", "HiddenCache", "find_prefix"]
+
+_FILE = "hidden.npy"
+_DISK_SHARE = 0.8
+_BITS: dict[int, Any] = {2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}  # numpy has no bfloat16
+
+
+class _Reached(Exception):
+    """Leaves the model's forward pass at the first adapted block."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("reached the first adapted block")
+        self.hidden = hidden
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenPrefix:
+    """Runs a model's lower blocks alone, or its upper blocks on what the lower ones gave."""
+
+    network: nn.Module
+    blocks: tuple[nn.Module, ...]
+    """the lower blocks"""
+    first: nn.Module
+    """the lowest adapted block"""
+    returns_tuple: bool
+    """how this family's blocks return their output"""
+    cache: HiddenCache | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many blocks are below the lowest adapted one."""
+        return len(self.blocks)
+
+    def run(self, batch: Batch) -> Tensor:
+        """Compute what enters the first adapted block, ``(rows, width, h)``; no gradient is kept."""
+        handle = self.first.register_forward_pre_hook(_leave, with_kwargs=True)
+        was_training = self.network.training
+        body: nn.Module = self.network.base_model  # type: ignore[assignment]  # a property that torch's types don't know
+        try:
+            self.network.eval()
+            with torch.no_grad():
+                body(**model_inputs(self.network, batch), use_cache=False)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+            self.network.train(was_training)
+        raise AssertionError("a transformers model runs all of its blocks")
+
+    @contextmanager
+    def resumed(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, the model's forward pass starts at the first adapted block, from these hidden states."""
+
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self.returns_tuple else hidden
+
+        before = [vars(block).get("forward") for block in self.blocks]
+        for block in self.blocks:
+            block.forward = pass_on
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, before, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+
+@dataclass(eq=False)
+class HiddenCache:
+    """What enters the first adapted block, for whole splits, in one memory-mapped file each.
+
+    A split that does not fit the limit is not kept, and computed anew each time.
+
+    Attributes:
+        folder: Where the files go; files of other models or rows that lie there are left alone and not read.
+        identity: Of the model and the depth; with a split's own, the name of its file.
+        max_bytes: All files together.
+        width: Numbers a token.
+        dtype: The model's precision.
+    """
+
+    folder: Path
+    identity: str
+    max_bytes: int
+    width: int
+    dtype: torch.dtype
+    _places: dict[int, _Place] = field(default_factory=dict)
+
+    def enlist(self, splits: Sequence[EncodedSplit]) -> None:
+        """Choose, in this order, the splits to keep; their rows are run when they are first asked for."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Writing to a mapped file on a full disk would kill the process.
+        free, left_out = min(self.max_bytes, int(_DISK_SHARE * shutil.disk_usage(self.folder).free)), 0
+        for split in splits:
+            place = _Place(split, self.folder / fingerprint(self.identity, fingerprint_split(split))[:32])
+            n_bytes = place.n_slots * self.width * self.dtype.itemsize
+            if n_bytes <= free:
+                free -= n_bytes
+                self._places[id(split)] = place
+            else:
+                left_out += 1
+        if left_out:
+            note(
+                f"activations below the adapted layers: {left_out} of {len(splits)} splits don't fit "
+                f"{self.max_bytes / 1e9:.1f} GB and are computed each time; model.prefix_cache_gb sets the limit"
+            )
+
+    def read(self, batch: Batch, device: torch.device) -> Tensor | None:
+        """Gather a batch's hidden states; none if one of its splits is not kept, or not filled yet."""
+        places = [self._places.get(id(span.split)) for span in batch.spans]
+        if not all(place is not None and place.is_filled for place in places):
+            return None
+        bits = _BITS[self.dtype.itemsize][1]
+        hidden = np.zeros((*batch.input_ids.shape, self.width), dtype=bits)
+        for place, span in zip(places, batch.spans, strict=True):
+            if place is not None:
+                row, column = span.at
+                for at, slots in place.find_slots(span):
+                    hidden[row, column + at : column + at + len(slots)] = place.values[slots.start : slots.stop]
+        return torch.from_numpy(hidden).view(self.dtype).to(device)
+
+    def missing(self, batch: Batch) -> list[EncodedSplit]:
+        """Splits of the batch that are to be kept and are not filled yet."""
+        found = {id(span.split): self._places.get(id(span.split)) for span in batch.spans}
+        return [place.split for place in found.values() if place is not None and not place.is_filled]
+
+    def fill(
+        self, split: EncodedSplit, run: Callable[[Batch], Tensor], *, layout: Layout, max_tokens: int, pad_token_id: int
+    ) -> None:
+        """Run every row of a split once and keep what comes out; the file appears when it is whole."""
+        place = self._places[id(split)]
+        bits_of, bits = _BITS[self.dtype.itemsize]
+        batches = list(iterate_batches(split, max_tokens, pad_token_id, layout=layout))
+        with atomic_folder(place.folder) as scratch:
+            values = np.lib.format.open_memmap(
+                scratch / _FILE, mode="w+", dtype=bits, shape=(place.n_slots, self.width)
+            )
+            for batch in track(batches, f"lower layers {split.task} ({split.split})"):
+                hidden = run(batch).contiguous().view(bits_of).cpu().numpy()
+                for span in batch.spans:
+                    row, column = span.at
+                    for at, slots in place.find_slots(span):
+                        values[slots.start : slots.stop] = hidden[row, column + at : column + at + len(slots)]
+            values.flush()
+            del values
+
+
+class _Place:
+    """One split's file, and where in it each row's tokens are: the common context of an example's rows once."""
+
+    def __init__(self, split: EncodedSplit, folder: Path) -> None:
+        self.split, self.folder = split, folder
+        shared = split.shared_lengths
+        per_row = np.repeat(shared, split.row_counts)
+        own = split.input_lengths - per_row
+        sizes = own.copy()
+        sizes[split.example_rows[:-1]] += shared  # the context comes before its first row's own tokens
+        ends = np.cumsum(sizes)
+        self.n_slots = int(ends[-1]) if len(ends) else 0
+        self._own_starts: NDArray[np.int64] = ends - own
+        first = split.example_rows[:-1]
+        self._shared, self._shared_starts = per_row, np.repeat(ends[first] - sizes[first], split.row_counts)
+        self._values: NDArray[Any] | None = None
+
+    @property
+    def is_filled(self) -> bool:
+        return self._values is not None or (self.folder / _FILE).exists()
+
+    @property
+    def values(self) -> NDArray[Any]:
+        if self._values is None:
+            self._values = np.load(self.folder / _FILE, mmap_mode="r", allow_pickle=False)
+        return self._values
+
+    def find_slots(self, span: Span) -> Iterator[tuple[int, range]]:
+        """Yield where in the span a run of tokens begins, and its slots."""
+        n_shared = int(self._shared[span.row])
+        end = span.start + span.length
+        if span.start < n_shared:
+            first = int(self._shared_starts[span.row]) + span.start
+            yield 0, range(first, first + min(end, n_shared) - span.start)
+        if end > n_shared:
+            start = max(span.start, n_shared)
+            first = int(self._own_starts[span.row]) + start - n_shared
+            yield start - span.start, range(first, first + end - start)
+
+
+def find_prefix(network: nn.Module) -> FrozenPrefix | None:
+    """Find the blocks below the lowest adapted one; none where the lowest block, or an embedding, is adapted."""
+    _, blocks = find_blocks(network)
+    carries = [any(isinstance(module, BaseTunerLayer) for module in block.modules()) for block in blocks]
+    if not any(carries) or carries[0] or any(isinstance(module, Embedding) for module in network.modules()):
+        return None
+    depth = carries.index(True)
+    returns_tuple = _returns_tuple(network, blocks[0])
+    return FrozenPrefix(network, tuple(blocks[:depth]), blocks[depth], returns_tuple)
+
+
+def _returns_tuple(network: nn.Module, block: nn.Module) -> bool:
+    seen: list[bool] = []
+    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(isinstance(output, tuple)))
+    device = next(network.parameters()).device
+    body: nn.Module = network.base_model  # type: ignore[assignment]
+    try:
+        with torch.inference_mode():
+            body(input_ids=torch.ones(1, 2, dtype=torch.int64, device=device))
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise _Reached(args[0] if args else kwargs["hidden_states"])

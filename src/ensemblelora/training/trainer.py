@@ -1,0 +1,276 @@
+"""transformers' Trainer for adapters in lock step; one adapter alone is a list of one.
+
+In: the planned steps and each job's trainable tensors. Out: the trainer, whose ``train`` leaves every adapter's best
+state in :attr:`AdapterTrainer.best` and its evaluations in the log. A step's gradients are added up over its passes;
+an adapter whose steps are done has none, so the optimiser leaves it alone.
+
+A checkpoint holds every adapter as it is and as it was at its best, beside the optimiser's and the generators' state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import AdaptedModel, adapter_state, load_adapter, save_adapter
+from ensemblelora.config import TrainingConfig
+from ensemblelora.counting import count_training
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.errors import StoreError, TrainingError
+from ensemblelora.lora import MemberSwitch
+from ensemblelora.passes import score
+from ensemblelora.prediction import member_nll, predict_members
+from ensemblelora.progress import track
+from ensemblelora.scoring import cross_entropy
+from ensemblelora.training.steps import StepPlan, TrainingJob, TrainingPass
+
+__all__ = ["AdapterTrainer", "make_arguments", "measure_validation_nll"]
+
+_BEST_FILE = "best.safetensors"
+
+
+class AdapterTrainer(Trainer):
+    """Trainer that feeds planned passes, scores labels only, and saves nothing but the adapters."""
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        jobs: Sequence[TrainingJob],
+        parameters: Mapping[str, Mapping[str, nn.Parameter]],
+        plan: StepPlan,
+        config: TrainingConfig,
+        arguments: TrainingArguments,
+        meter: Meter,
+        switch: MemberSwitch | None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            adapted: The model.
+            jobs: Adapters to train; they are in the model.
+            parameters: Each adapter's trainable tensors, by their paths in the model.
+            plan: The steps.
+            config: Optimiser, schedule, loss.
+            arguments: Of :func:`make_arguments`.
+            meter: Told what every pass costs, validation included.
+            switch: Sends a batch's rows to their adapters; none where PEFT's own layers run the one adapter.
+        """
+        self._adapted, self._jobs, self._parameters, self._plan = adapted, tuple(jobs), parameters, plan
+        self._config, self._meter, self._switch = config, meter, switch
+        self._stops = {name: _list_stops(n_steps, config) for name, n_steps in plan.step_counts.items()}
+        self.best: dict[str, dict[str, Tensor]] = {job.name: {} for job in jobs}
+        """each adapter's tensors at its best evaluation so far; none before the first"""
+        watch = _Watch(_describe(self._jobs), len(plan), frozenset().union(*self._stops.values()))
+        super().__init__(model=adapted.peft, args=arguments, train_dataset=plan, callbacks=[watch])
+        self.remove_callback(PrinterCallback)  # it prints to stdout, where only results belong
+
+    def history(self, name: str) -> tuple[dict[str, float], ...]:
+        """One adapter's evaluations so far: ``step`` and ``validation_nll``."""
+        key = _log_key(name)
+        return tuple(
+            {"step": float(entry["step"]), "validation_nll": float(entry[key])}
+            for entry in self.state.log_history
+            if key in entry
+        )
+
+    def get_train_dataloader(self) -> DataLoader[list[TrainingPass]]:
+        """Give the planned steps as they are, in their order."""
+        return DataLoader(self._plan, batch_size=1, shuffle=False, collate_fn=_as_inputs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make parameter groups for every adapter, so that each can have its own learning rate."""
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self._adapted.peft))
+            groups = [
+                {
+                    "params": [p for path, p in parameters.items() if (path in decayed) == is_decayed],
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                for parameters in self._parameters.values()
+                for is_decayed in (True, False)
+            ]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> torch.optim.lr_scheduler.LRScheduler:
+        """Give every adapter the learning rates of its own number of steps."""
+        if self.lr_scheduler is None:
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            step_counts = self._plan.step_counts
+            rates = [_make_schedule(step_counts[name], self._config) for name in self._parameters]
+            self.lr_scheduler = LambdaLR(chosen, [rate for rate in rates for _ in range(2)])  # two groups an adapter
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Add up the gradients of a step's passes, and cut each adapter's to its own norm."""
+        losses: list[Tensor] = []
+        for one in inputs["passes"]:
+            losses.append(super().training_step(model, {"pass": one}, num_items_in_batch))
+        for parameters in self._parameters.values():
+            clip_grad_norm_(parameters.values(), self._config.max_grad_norm)
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the sum over adapters of the mean loss over their examples; refuse one that is not finite."""
+        one: TrainingPass = inputs["pass"]
+        if self._switch is not None:
+            self._switch.use(one.members, one.row_counts)
+        normalize = self._config.loss == "vocab_softmax"
+        count_training(self._meter, self._adapted.costs, one.batch, normalize=normalize)
+        z = score(self._adapted, one.batch, meter=self._meter, normalize=normalize).z
+        losses = cross_entropy(z, one.batch, loss=self._config.loss).split(one.example_counts)
+        means = torch.stack([own.mean() for own in losses])
+        for name, loss in zip(one.members, means.detach().tolist(), strict=True):
+            self._check_finite(name, loss, "training")
+        return means.sum()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the adapters whose turn it is on their groups' own validation rows."""
+        self._adapted.peft.eval()
+        with _kept_trainable(self._parameters):
+            due = [job for job in self._jobs if self.state.global_step in self._stops[job.name]]
+            found = {_log_key(job.name): self._validate(job) for job in due}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _validate(self, job: TrainingJob) -> float:
+        tokens = 2 * self._config.max_tokens_per_batch
+        nll = measure_validation_nll(self._adapted, job.name, job.validation, max_tokens=tokens, meter=self._meter)
+        self._check_finite(job.name, nll, "validation")
+        if nll < min((record["validation_nll"] for record in self.history(job.name)), default=math.inf):
+            self.best[job.name] = adapter_state(self._adapted, job.name)
+        return nll
+
+    def _check_finite(self, name: str, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"adapter {name!r}: {what} loss became {loss} after {self.state.global_step} steps; "
+                "lower training.learning_rate"
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        for job in self._jobs:
+            folder = Path(output_dir or str(self.args.output_dir)) / job.name
+            save_adapter(self._adapted, job.name, folder)
+            save_file(self.best[job.name], folder / _BEST_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for job in self._jobs:
+            folder = Path(resume_from_checkpoint) / job.name
+            load_adapter(self._adapted, job.name, folder)
+            try:
+                self.best[job.name] = load_file(folder / _BEST_FILE)
+            except (OSError, SafetensorError) as error:
+                raise StoreError(f"{folder / _BEST_FILE}: can't be read ({error}); delete the checkpoint") from error
+
+
+def make_arguments(
+    adapted: AdaptedModel, config: TrainingConfig, n_steps: int, *, seed: int, folder: Path
+) -> TrainingArguments:
+    """What transformers' Trainer is told; learning rates, clipping and the best checkpoint are each adapter's own."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=n_steps,
+        per_device_train_batch_size=1,  # an item is a whole planned step
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        max_grad_norm=0.0,  # done before, adapter by adapter
+        logging_steps=min(10, n_steps),
+        logging_nan_inf_filter=False,
+        eval_strategy="no",  # the callback decides when
+        save_strategy="steps",
+        save_steps=n_steps + 1,
+        save_total_limit=1,
+        load_best_model_at_end=False,  # every adapter has a best of its own
+        remove_unused_columns=False,
+        label_names=[],
+        disable_tqdm=True,
+        report_to=list(config.report_to) or "none",
+        seed=seed % 2**31,
+        use_cpu=adapted.device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # the model stays on its device, however many there are
+    return arguments
+
+
+def measure_validation_nll(
+    adapted: AdaptedModel, name: str, validation: Sequence[EncodedSplit], *, max_tokens: int, meter: Meter | None = None
+) -> float:
+    """Mean over tasks of the mean validation NLL of one adapter (nats)."""
+    means = [
+        member_nll(predict_members(adapted, split, [name], max_tokens=max_tokens, meter=meter), split.labels).mean()
+        for split in validation
+    ]
+    return float(sum(means) / len(means))
+
+
+class _Watch(TrainerCallback):
+    """Evaluates and saves where an adapter's turn comes, and moves the bar."""
+
+    def __init__(self, title: str, n_steps: int, stops: frozenset[int]) -> None:
+        self._title, self._n_steps, self._stops = title, n_steps, stops
+        self._bar: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the bar at the first step that is left to do."""
+        self._bar = track(range(self._n_steps - state.global_step), self._title)
+        next(self._bar, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for an evaluation and a checkpoint where one is due."""
+        next(self._bar, None)
+        control.should_evaluate = control.should_save = state.global_step in self._stops
+
+
+@contextmanager
+def _kept_trainable(parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> Iterator[None]:
+    """Let gradients reach all adapters again, however PEFT's switch was set inside."""
+    try:
+        yield
+    finally:
+        for own in parameters.values():
+            for parameter in own.values():
+                parameter.requires_grad_(True)
+
+
+def _list_stops(n_steps: int, config: TrainingConfig) -> frozenset[int]:
+    """Evenly spaced steps, the last included, after which an adapter is evaluated."""
+    n = config.num_train_epochs * config.evaluations_per_epoch
+    return frozenset(max(1, round(n_steps * (i + 1) / n)) for i in range(n))
+
+
+def _make_schedule(n_steps: int, config: TrainingConfig) -> Any:
+    """What the learning rate is multiplied by at each step: transformers' function of the step's number."""
+    stand_in = torch.optim.SGD([torch.zeros(1)])  # a schedule is only made around an optimiser
+    n_warmup = round(config.warmup_ratio * n_steps)
+    schedule: Any = get_scheduler(config.lr_scheduler_type, stand_in, n_warmup, n_steps)
+    return schedule.lr_lambdas[0]
+
+
+def _describe(jobs: Sequence[TrainingJob]) -> str:
+    return f"train {jobs[0].name}" if len(jobs) == 1 else f"train {len(jobs)} adapters"
+
+
+def _log_key(name: str) -> str:
+    return f"eval_nll_{name}"
+
+
+def _as_inputs(items: list[list[TrainingPass]]) -> dict[str, list[TrainingPass]]:
+    return {"passes": items[0]}
