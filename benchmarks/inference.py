@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="train and measure anew")
     parser.add_argument("--rows", type=int, default=48, help="training rows of each dataset")
     parser.add_argument("--test-rows", type=int, default=80, help="scored rows of each dataset")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--worker", metavar="SYSTEM")
     parser.add_argument("--repeat", type=int, default=0)
     arguments = parser.parse_args()

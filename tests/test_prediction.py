@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from ensemblelora import prediction
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, add_adapter
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.passes import choose_max_tokens
 from ensemblelora.prediction import member_nll, predict_members
 from tests.test_scoring import score_slowly
 from tests.tiny import count_tokens, disturb, make_adapted, make_split
@@ -100,3 +107,31 @@ def test_the_active_adapter_is_what_it_was() -> None:
     with activate(adapted, "two"):
         predict_members(adapted, SPLITS["verbalizer"](), ["one"], max_tokens=60)
         assert adapted.peft.active_adapter == "two"
+
+
+def test_a_budget_too_large_for_the_accelerator_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted, split = make_members(), SPLITS["options"]()
+    expected = predict_members(adapted, split, MEMBERS, max_tokens=60).values
+    tried: list[int] = []
+    score_split = prediction._score_split
+
+    def run_out(max_tokens: int, *rest: Any) -> np.ndarray:
+        tried.append(max_tokens)
+        if max_tokens > 100:
+            raise torch.OutOfMemoryError
+        return score_split(max_tokens, *rest)
+
+    monkeypatch.setattr(prediction, "_score_split", run_out)
+    found = predict_members(adapted, split, MEMBERS, max_tokens=480).values
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert tried == [480, 240, 120, 60]
+
+
+def test_the_budget_follows_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_members()
+    assert choose_max_tokens(adapted, 77) == 77
+    found = []
+    for free in (10**5, 10**8, 10**12):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        found.append(choose_max_tokens(adapted, "auto"))
+    assert found[0] == 512 < found[1] < found[2] == 8192

@@ -13,7 +13,7 @@ from scipy import optimize, special
 
 from ensemblelora.config import EnsembleConfig, parse_config
 from ensemblelora.errors import ConfigError, DataError, TrainingError
-from ensemblelora.weighting import MemberLogits, combine, fit_weights
+from ensemblelora.weighting import MemberLogits, combine, drop_negligible, fit_weights
 from ensemblelora.weighting.fit import _cut_folds
 from ensemblelora.weighting.loss import derive, prepare, row_losses, take
 from ensemblelora.weighting.solver import minimise
@@ -408,3 +408,14 @@ def test_impossible_combinations_are_refused() -> None:
     for weights in ([0.5, 0.6, 0.1], [-0.5, 1.0, 0.5], [0.5, 0.5]):
         with pytest.raises(DataError, match="weights"):
             combine(values, weights, "logits")
+
+
+def test_negligible_weights_go_and_the_rest_sums_to_one() -> None:
+    weights = np.array([[0.9, 0.09, 0.01], [0.34, 0.33, 0.33], [1.0, 0.0, 0.0], [0.015, 0.97, 0.015]])
+    found = drop_negligible(weights, 0.02)
+    np.testing.assert_allclose(found[0], [0.9 / 0.99, 0.09 / 0.99, 0.0])
+    np.testing.assert_array_equal(found[1:3], weights[1:3])
+    np.testing.assert_array_equal(found[3], [0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(drop_negligible(weights, 0.0), weights)
+    spread_thin = np.full((1, 60), 1 / 60)
+    np.testing.assert_allclose(drop_negligible(spread_thin, 0.02), spread_thin, err_msg="the largest always stay")
