@@ -17,6 +17,7 @@ from ensemblelora.artifacts import (
     ENVIRONMENT_FILE,
     PLAN_FILE,
     RESULTS_FILE,
+    read_json,
     save_arrays,
     write_json,
     write_text,
@@ -242,3 +243,14 @@ def make_planned_run(folder: Path, names: tuple[str, ...] = TASKS) -> Path:
     save_arrays(folder / AFFINITY_FILE, make_affinity())
     write_json(folder / PLAN_FILE, make_plan(names))
     return folder
+
+
+def write_free_text(folder: Path, name: str) -> None:
+    """Turn a task of a finished run into one of free text, which has no classes and no predicted accuracy."""
+    plan, results = (read_json(folder / file) for file in (PLAN_FILE, RESULTS_FILE))
+    for way in plan["predicted"].values():
+        way["accuracy"][plan["task_names"].index(name)] = None
+    for method in results["methods"].values():
+        method["per_task"][name] |= {"kind": "sequence", "macro_f1": None, "majority": None}
+    write_json(folder / PLAN_FILE, plan)
+    write_json(folder / RESULTS_FILE, results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,22 @@ def test_the_start_is_a_function_of_the_seed_and_leaves_the_global_generator_alo
     torch.testing.assert_close(torch.rand(4), expected)
     assert same(adapter_state(adapted, THETA0), adapter_state(make_adapted("llama", seed=0), THETA0))
     assert not same(adapter_state(adapted, THETA0), adapter_state(make_adapted("llama", seed=1), THETA0))
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("models/tiny.gguf", "models/tiny.gguf"),
+        ("somebody/model", "where it was loaded from"),  # which is its own name, or the folder's
+    ],
+)
+def test_a_saved_adapter_names_its_base_and_no_cache_of_this_machine(name: str, written: str, tmp_path: Path) -> None:
+    adapted = make_adapted()
+    adapted.peft.peft_config[THETA0].base_model_name_or_path = "where it was loaded from"
+    save_adapter(replace(adapted, base=replace(adapted.base, name=name)), THETA0, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == written
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call

@@ -152,6 +152,16 @@ def test_reading_the_oracle_back_is_choosing_it_again():
     np.testing.assert_array_equal(read.score([(1, 3)]).nll, given.score([(1, 3)]).nll)
 
 
+def test_an_accuracy_of_few_rows_keeps_a_width():
+    answer = loaded().ask([TASKS[0]])
+    for task in TASKS[:4]:
+        entry = answer[task]
+        assert entry["n_validation"] == 12
+        assert 0 <= entry["accuracy_low"] <= entry["accuracy"] <= entry["accuracy_high"] <= 1
+        assert entry["accuracy_high"] - entry["accuracy_low"] > 0.2
+    assert answer["written"]["accuracy_low"] is None and answer["written"]["n_validation"] == 12
+
+
 def test_no_task_asks_about_the_base_model():
     base = read_json(finished_run(), "plan.json")["predicted"]["base"]
     answer = loaded().ask([])

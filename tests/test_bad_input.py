@@ -266,4 +266,4 @@ def test_the_program_itself_exits_with_2_and_one_line(project):
     command = [sys.executable, "-m", "ensemblelora", "run", "recipe.yaml", "--set", "training.epochs=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=project)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: recipe.yaml: training.epochs: unknown key") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --set training.epochs: unknown key") and done.stderr.count("\n") == 1

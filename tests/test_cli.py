@@ -22,11 +22,11 @@ import yaml
 import ensemblelora
 from ensemblelora import console, progress, recipe
 from ensemblelora.cli import app, main
-from ensemblelora.config import RunConfig
+from ensemblelora.config import RunConfig, parse_config
 from ensemblelora.data.catalog import find_cards
 from ensemblelora.errors import DataError, SolverError
 from ensemblelora.summary import summarize
-from tests.report_runs import make_planned_run, make_run
+from tests.report_runs import make_planned_run, make_run, write_free_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = list(typer.main.get_command(app).commands)
@@ -161,6 +161,29 @@ def test_the_summary_of_a_plan_tells_what_is_predicted(tmp_path, capsys):
     assert "predicted on validation rows" in shown and "one adapter for all" in shown and "test accuracy" not in shown
 
 
+def test_the_summary_says_over_how_many_tasks_a_mean_goes_and_what_a_dash_means(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    write_free_text(run, "copa")
+    console.show_table(*summarize(run))
+    shown = capsys.readouterr().out
+    assert "macro F1 over 9 of 10 tasks" in shown and "accuracy over" not in shown
+    assert "\u2013: free text has no classes" in shown
+    (run / "results.json").unlink()
+    console.show_table(*summarize(run))
+    assert "accuracy over 9 of 10 tasks" in capsys.readouterr().out
+
+
+def test_the_summary_shows_the_plans_warnings_and_counts_those_it_leaves_out(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    told = [f"number {i} speaks against it." for i in range(8)]
+    (run / "plan.json").write_text(json.dumps(plan | {"warnings": told}), encoding="utf-8")
+    console.show_table(*summarize(run))
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("warning: ")] == [f"warning: {w}" for w in told[:6]]
+    assert "and 2 warnings more: see plan.json" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,6 +204,13 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message, capsys, tmp
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: ") and message in shown.err and shown.err.count("\n") == 1
+
+
+def test_a_data_file_in_place_of_its_folder_is_told_apart(tmp_path, capsys):
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "a.csv").write_text("text,label\n", encoding="utf-8")
+    assert main(["plan", str(tmp_path / "mix" / "a.csv")]) == 2
+    assert f"a data file; give the folder that holds it, {tmp_path / 'mix'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -268,7 +298,11 @@ def loaded(monkeypatch) -> list[object]:
     asked: list[object] = []
     run = types.SimpleNamespace()
     run.predict = lambda task, rows: asked.append((task, rows)) or [FakePrediction("yes", {"yes": 1.0}) for _ in rows]
-    run.ask = lambda names: asked.append(names) or {"boolq": {"nll": 0.5}, "rte": {"nll": float("nan")}}
+    known = {"nll": 0.5, "nll_se": 0.1, "accuracy": 1.0, "accuracy_se": 0.0, "accuracy_low": 0.84, "accuracy_high": 1.0}
+    answer = {"demo_cb": known | {"n_validation": 20, "is_in_subset": True}}
+    answer["free"] = dict.fromkeys(known) | {"nll": float("nan"), "n_validation": 9, "is_in_subset": False}
+    run.ask = lambda names: asked.append(names) or answer
+    run.config = parse_config({"data": {"tasks": ["demo_cb"]}})
     api = types.ModuleType("ensemblelora.api")
     api.load_run = lambda folder: asked.append(folder) or run
     monkeypatch.setitem(sys.modules, "ensemblelora.api", api)
@@ -296,11 +330,18 @@ def test_predict_names_the_line_that_is_wrong(loaded, tmp_path, capsys, content,
 
 
 def test_ask_passes_names_on_and_shows_the_answer(loaded, capsys):
-    assert main(["ask", "r", "--subset", "boolq, rte,"]) == 0
-    assert "0.500" in capsys.readouterr().out
-    assert main(["ask", "r", "--subset", "boolq", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"boolq": {"nll": 0.5}, "rte": {"nll": None}}
-    assert [entry for entry in loaded if isinstance(entry, list)] == [["boolq", "rte"], ["boolq"]]
+    assert main(["ask", "r", "--subset", "demo_cb, free,demo_cb"]) == 0
+    shown = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+    assert lines[0] == "if trained together: demo_cb, free"
+    assert lines[1].endswith("accuracy 95% interval validation rows in the subset")
+    assert lines[2] == "demo_cb 0.500 0.100 1.000 0.840 to 1.000 20 yes"
+    assert lines[-1] == "\u2013: of free text only the loss is predicted"
+    assert "named twice counts once" in shown.err
+    assert main(["ask", "r", "--subset", "demo_cb", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["demo_cb"]["n_validation"] == 20 and found["free"]["nll"] is None
+    assert [entry for entry in loaded if isinstance(entry, list)] == [["demo_cb", "free"], ["demo_cb"]]
 
 
 def test_tasks_lists_every_shipped_card(capsys):
@@ -315,6 +356,14 @@ def test_tasks_shows_a_card_with_an_example_as_the_model_sees_it(capsys):
     assert main(["tasks", "demo_rte", "--json"]) == 0
     example = json.loads(capsys.readouterr().out)["example"]
     assert 0 <= example["label"] < len(example["choices"]) and example["context"] in shown
+
+
+def test_ones_own_card_whose_data_can_not_be_read_is_shown_and_refused(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("include: rte\ntask: mine\ndataset_path: ./gone\n", encoding="utf-8")
+    assert main(["tasks", str(tmp_path / "mine.yaml")]) == 2
+    shown = capsys.readouterr()
+    assert "# no example:" in shown.out
+    assert shown.err.startswith("error: task 'mine': data folder ") and shown.err.count("\n") == 1
 
 
 def test_tasks_shows_a_card_whose_data_is_elsewhere(capsys, monkeypatch):

@@ -151,6 +151,33 @@ def test_unknown_key_is_refused_in_every_stage(stage):
         parse_config({**MINIMAL, stage: {**MINIMAL.get(stage, {}), "mispelt": 1}})
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.epochs=3", "--set training.epochs: unknown key; did you mean num_train_epochs? "),
+        ("trainnig.num_train_epochs=3", "--set trainnig: unknown key; did you mean training? "),
+        ("num_train_epochs=3", "--set num_train_epochs: unknown key; did you mean training.num_train_epochs? "),
+        (
+            "adapter.learning_rate=1",
+            "--set adapter.learning_rate: unknown key; did you mean training.learning_rate",
+        ),
+        ("adapter.zzz=1", "--set adapter.zzz: unknown key; `ensemblelora config` lists"),
+        ("adapter.r=many", "--set adapter.r: got 'many': "),
+        ("data.tasks=[1]", "--set data.tasks.0: got 1: "),
+    ],
+)
+def test_what_was_set_is_blamed_on_the_setting_and_the_rest_on_the_file(tmp_path, override, told):
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    good, bad = write_recipe(tmp_path / "good", MINIMAL), write_recipe(tmp_path / "bad", MINIMAL | {"sed": 1})
+    with pytest.raises(ConfigError) as caught:
+        load_config(good, (override,))
+    assert str(caught.value).startswith(told) and str(good) not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(bad, (override,))
+    assert str(caught.value).startswith(f"{bad}: sed: unknown key; did you mean seed? ") and told in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(value):
     with pytest.raises(ConfigError, match=r"training\.learning_rate"):

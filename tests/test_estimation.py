@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import check_grad, minimize
@@ -24,6 +25,7 @@ from ensemblelora.estimation import (
     choose_l2_penalty,
     compute_clustered_se,
     compute_penalties,
+    compute_wilson_interval,
     fit_subsets,
     mean_loss_gradients,
     predict_outcomes,
@@ -479,3 +481,12 @@ def poisoned(block: FeatureBlock) -> FeatureBlock:
 def test_no_subsets_give_empty_scores() -> None:
     scores = Oracle((make_features("margin", "margin"),), 0.3, CONFIG).score([])
     assert scores.nll.shape == (0, 2) and scores.distances.shape == (0,) and scores.converged.shape == (0,)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (20, 20), (0, 20), (7, 20), (999, 1000)])
+def test_wilsons_interval_is_scipys_and_never_a_point(hits: int, n: int, confidence: float) -> None:
+    found = compute_wilson_interval(hits / n, n, confidence)
+    expected = scipy.stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert found[0] < found[1]

@@ -29,7 +29,8 @@ from ensemblelora.data.loading import load_tasks
 from ensemblelora.ensemble import Ensemble, Member, load_ensemble, predict_ensemble, save_ensemble
 from ensemblelora.errors import DataError, OutputError, StoreError, UsageError
 from ensemblelora.exporting import TOLERANCE, Export, export_run
-from ensemblelora.models import load_base, prepare_base
+from ensemblelora.exporting.notes import BaseNote, describe_fold
+from ensemblelora.models import EMBEDDED_ORIGIN, load_base, prepare_base
 from ensemblelora.prediction import member_nll, predict_members
 from tests.tiny import disturb, make_network
 from tests.tiny_run import TASKS, edit_rows, finished_run, make_inputs, read_config
@@ -495,3 +496,17 @@ def test_the_command_states_the_tolerance_of_the_library():
     assert inspect.signature(cli.export).parameters["tolerance"].default == TOLERANCE
     [option] = [p for p in typer.main.get_command(cli.app).commands["export"].params if p.name == "tolerance"]
     assert option.help.endswith(f"by default {TOLERANCE:g}.")
+
+
+@pytest.mark.parametrize(
+    ("name", "location", "code", "is_original"),
+    [
+        ("smollm2-135m", EMBEDDED_ORIGIN, f'from_pretrained("{EMBEDDED_ORIGIN}", dtype', True),
+        ("m/tiny.gguf", "m/tiny.gguf", 'from_pretrained("m", gguf_file="tiny.gguf", dtype', False),
+        ("somebody/model", "somebody/model", 'from_pretrained("somebody/model", dtype', False),
+    ],
+)
+def test_the_note_loads_the_base_by_a_name_that_others_have_too(name, location, code, is_original):
+    note = describe_fold(BaseNote(name, location, "bfloat16", "lm", 2), {"group-0": 1.0}, [["task"], ["a"]], 0)
+    assert code in note
+    assert ("not rounded to 4 bits" in note) == is_original

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from ensemblelora import pipeline
+from ensemblelora.data.batching import collate
 from ensemblelora.errors import ConfigError, DataError
-from ensemblelora.forecast import forecast_run
+from ensemblelora.forecast import _choose_timed, forecast_run
+from tests.tiny import make_split
 from tests.tiny_run import TASKS, finished_run, make_inputs, read_config, read_json
 
 
@@ -94,6 +96,15 @@ def test_label_tokens_that_meet_the_whole_vocabulary_cost_more():
     )
     assert whole["train"]["flops"] > plain["train"]["flops"]
     assert whole["features"]["flops"] == plain["features"]["flops"]
+
+
+@pytest.mark.parametrize(("n_choices", "n_timed"), [(2, 8), (60, 1)])
+def test_what_is_timed_stays_within_a_step(n_choices, n_timed):
+    # Sixty classes of several tokens made eight examples 480 rows, and a dry run minutes.
+    split = make_split("options", n=30, n_choices=n_choices)
+    chosen = _choose_timed(split, 1000)
+    assert len(chosen) == n_timed
+    assert n_timed == 1 or collate([(split, e) for e in chosen], 0).n_padded_tokens <= 1000
 
 
 def test_a_family_without_a_formula_still_gets_seconds():

@@ -229,7 +229,7 @@ def test_include_can_name_a_shipped_card_and_must_not_lead_to_itself(tmp_path: P
         ("task: [", "not plain YAML"),
         ("task: x\ndoc_to_text: !function utils.f\n", "can't call functions"),
         ("- a\n", "expected keys and values, got list"),
-        ("task: x\n", "dataset_path: missing; training_split: missing"),
+        ("task: x\n", "dataset_path: missing; give it, .*; training_split: missing"),
         ("include: nowhere.yaml\n", "nowhere.yaml: can't be read"),
     ],
 )
@@ -302,7 +302,7 @@ def test_environment_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monk
     write_rows(tmp_path / "rows.jsonl", make_rows(40))
     path = write_card(tmp_path, {}, dataset_kwargs={"data_files": {"train": "${TOY_DATA}/rows.jsonl"}})
     monkeypatch.delenv("TOY_DATA", raising=False)
-    with pytest.raises(DataError, match=r"task 'toy': .*environment variable TOY_DATA is not set"):
+    with pytest.raises(DataError, match="environment variable TOY_DATA is not set, and the data of toy is"):
         load(path)
     monkeypatch.setenv("TOY_DATA", str(tmp_path))
     assert len(load(path).tasks[0].splits["train"]) == 28
@@ -402,13 +402,18 @@ def test_a_folder_of_cards_gives_the_cards(tmp_path: Path) -> None:
         ("x.jsonl", [{"text": "a", "label": ["p", "q"]}], "multi-label tasks are not supported"),
         ("x.jsonl", [{"text": "a", "label": "p"}, {"text": "b", "label": None}], r"empty in row 1"),
         ("x.jsonl", [{"text": "a", "label": "p"}, {"text": "b", "label": 1}], "mixes int and str"),
-        ("x.jsonl", [{"text": "a", "label": "p"}] * 3, "1 different values"),
+        ("x.jsonl", [{"text": "a", "label": "p"}] * 3, "only one class, 'p'"),
         (
             "x.jsonl",
-            [{"text": "a", "label": f"p{i}"} for i in range(101)],
+            [{"text": "a", "label": f"p{i % 101}"} for i in range(303)],
             "101 different values.*name the column answer",
         ),
-        ("x.jsonl", [{"txt": "a", "label": "p"}], "expected columns text and label.*got txt, label"),
+        ("x.jsonl", [{"text": "a", "label": f"p{i}"} for i in range(60)], "60 different values in 60 rows, too many"),
+        (
+            "x.jsonl",
+            [{"txt": "a", "kind": "p"}],
+            "expected columns text and label.*got txt, kind.*a card x.yaml beside.*doc_to_text: txt .*_target: kind",
+        ),
         ("x.jsonl", [], "empty"),
     ],
 )

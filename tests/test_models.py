@@ -293,7 +293,8 @@ def test_a_gguf_is_converted_once_with_a_line_and_no_bar(are_shown, tmp_path: Pa
     finally:
         transformers_logging.enable_progress_bar() if before else transformers_logging.disable_progress_bar()
     (folder,) = (path for path in (empty_cache / "ensemblelora" / "models").iterdir() if path.is_dir())
-    assert said.getvalue() == f"model tiny.gguf: converted once, about 20 s for 135M parameters; plain weights kept in {folder}\n"
+    line = f"model tiny.gguf: converting it once, about 20 s for 135M parameters; to be kept in {folder}\n"
+    assert said.getvalue() == line
     assert base.fingerprint == again.fingerprint
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(base.model.state_dict()[name], tensor)

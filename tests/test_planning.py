@@ -16,6 +16,7 @@ from ensemblelora.grouping import Partition, sort_groups
 from ensemblelora.planning import Plan, choose_groups, read_plan
 from ensemblelora.planning.budget import Budget
 from ensemblelora.planning.choose import _choose, _Contest
+from ensemblelora.planning.describe import list_plan_warnings
 from ensemblelora.planning.judge import Judge, PairedMeans, average_rows, make_judge, pair_means
 from ensemblelora.planning.search import (
     estimate_half_affinity,
@@ -331,7 +332,9 @@ def test_budgets_limit_the_number_of_groups(opposed: Oracle) -> None:
 def test_a_number_of_groups_asked_for_is_taken(opposed: Oracle, n_groups: int, decision: str) -> None:
     plan = plan_for(opposed, n_groups=n_groups, max_groups=3)
     assert plan.decision == decision and len(plan.groups) == n_groups
-    assert plan.reason.startswith(f"grouping.n_groups is {n_groups}; predicted mean validation loss")
+    would = "the same" if n_groups == 2 else "2"
+    assert plan.reason.startswith(f"Groups were set to {n_groups} (grouping.n_groups); auto would choose {would}. ")
+    assert (plan.n_groups_asked, plan.n_groups_auto) == (n_groups, len(plan_for(opposed, max_groups=3).groups))
     assert len(plan.curve) == (4 if n_groups == 6 else 3)
 
 
@@ -367,6 +370,7 @@ def test_free_text_tasks_have_no_accuracy() -> None:
     plan = plan_for(make_oracle(make_features(OPPOSED, mode="sequence")))
     assert plan.groups == ((0, 2, 5), (1, 3, 4))
     assert plan.predicted.plan.accuracy == (None,) * 6 and plan.predicted.plan.mean_accuracy is None
+    assert any("leave task-0, task-1, " in told and "over 0 of 6 tasks" in told for told in plan.warnings)
     assert json.loads(json.dumps(asdict(plan), allow_nan=False))["predicted"]["plan"]["accuracy_se"] == [None] * 6
 
 
@@ -423,6 +427,41 @@ def test_warnings_say_what_speaks_against_the_plan() -> None:
     harmful = plan_for(make_oracle(turned), max_groups=2)
     assert any(warning.startswith("No adapter is predicted to help") for warning in harmful.warnings)
     capped = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), max_groups=2)
-    assert any("one per task (4 adapters) is predicted to do better" in warning for warning in capped.warnings)
+    better = "One adapter per task (4 adapters) is predicted to do better than the plan by "
+    (told,) = (warning for warning in capped.warnings if warning.startswith(better))
+    assert told.endswith("raise grouping.max_groups or the budget to allow it.")
+    set_to_2 = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), n_groups=2, max_groups=3)
+    (told,) = (warning for warning in set_to_2.warnings if warning.startswith(better))
+    assert told.endswith("; set grouping.n_groups to auto and grouping.max_groups to 4 or more to allow it.")
     rushed = Oracle((make_features(OPPOSED),), 1e-3, EstimationConfig(max_iter=2))
-    assert any("fits did not converge" in warning for warning in plan_for(rushed, max_groups=2).warnings)
+    slow = plan_for(rushed, max_groups=2)
+    assert any("fits did not converge" in warning for warning in slow.warnings)
+    assert "training seeds" in slow.warnings[-1], "what holds for every plan comes after what holds for this one"
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "told"),
+    [
+        (
+            "random groups",
+            None,
+            ["Random grouping into 2 groups is predicted to do as well as the plan: which tasks are together matters"],
+        ),
+        (
+            "gradient cosine",
+            ((0, 1, 2), (3, 4, 5)),
+            ["Grouping by gradient cosine into 2 groups is predicted to do as well as the plan."],
+        ),
+        ("gradient cosine", ((0, 2, 5), (1, 3, 4)), []),  # these are the plan's own
+    ],
+)
+def test_other_groups_that_do_as_well_are_named(
+    opposed_plan: Plan, name: str, groups: Partition | None, told: list[str]
+) -> None:
+    chosen = opposed_plan.curve[1]
+    other = replace(opposed_plan.comparisons[-1], name=name, n_groups=2, groups=groups, gain=chosen.gain + 1e-6)
+    predicted = opposed_plan.predicted
+    warnings = list_plan_warnings(
+        chosen, predicted.plan, predicted.base, [other], (chosen.groups, chosen.groups), Budget(), GroupingConfig()
+    )
+    assert [warning[: len(start)] for warning, start in zip(warnings, told, strict=True)] == told

@@ -69,3 +69,49 @@ def test_listening_ends_with_its_context():
         progress.note("[bold]heard[/bold]")
     progress.note("unheard")
     assert stream.getvalue() == "[bold]heard[/bold]\n"
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time by which loops are measured, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def run_loop(
+    clock: list[float], n: int, seconds: float, title: str = "train group-0", total: int | None = None
+) -> None:
+    for _ in progress.track(iter(range(n)) if total is None else range(n), title, total):
+        clock[0] += seconds
+
+
+def test_without_a_terminal_a_long_loop_speaks_every_half_minute(clock):
+    console, stream = listen(terminal=False)
+    with progress.announcing(console):
+        run_loop(clock, 480, 0.5, total=480)
+        run_loop(clock, 100, 1.0)
+    lines = stream.getvalue().splitlines()
+    assert lines[:3] == [
+        "train group-0: 60/480, 4 min left",
+        "train group-0: 120/480, 3 min left",
+        "train group-0: 180/480, 2 min left",
+    ]
+    assert lines[6] == "train group-0: 420/480, 30 s left"
+    assert lines[7:] == ["train group-0: 1", "train group-0: 31", "train group-0: 61", "train group-0: 91"]
+
+
+def test_many_short_loops_speak_as_one_long_one(clock):
+    console, stream = listen(terminal=False)
+    with progress.announcing(console):
+        for task in range(12):
+            run_loop(clock, 10, 1.0, f"predict {task}", 10)
+    assert 2 <= len(stream.getvalue().splitlines()) <= 4
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_short_loops_and_terminals_get_no_such_lines(clock, terminal):
+    console, stream = listen(terminal=terminal)
+    with progress.announcing(console):
+        run_loop(clock, 10, 100.0 if terminal else 1.0, total=10)
+    assert stream.getvalue() == ""

@@ -40,7 +40,7 @@ from ensemblelora.report.wording import (
     format_signed,
     group_letter,
 )
-from tests.report_runs import ACCURACY, GROUPS, TASKS, make_planned_run, make_results, make_run
+from tests.report_runs import ACCURACY, GROUPS, TASKS, make_planned_run, make_results, make_run, write_free_text
 
 EVIL = (
     "<script>alert(1)</script>",
@@ -515,6 +515,18 @@ class TestScores:
             for cell, method in zip(cells[1:4], ("base", "shared", "ensemble"), strict=True):
                 mean = np.mean([ACCURACY[method][TASKS.index(name)] for name in names])
                 assert cell.text == f"{100 * mean:.1f}"
+
+    def test_a_mean_that_leaves_free_text_out_says_over_how_many_tasks_it_goes(self, tmp_path):
+        write_free_text(make_run(tmp_path), "copa")
+        document = compose_document(load_record(tmp_path))
+        labels = {
+            metric: [row.cells[0].detail for row in find_table(document, metric).rows if row.is_summary]
+            for metric in ("Accuracy", "Macro-F1", "Loss")
+        }
+        assert labels["Macro-F1"][0] == "over 9 of 10 tasks"
+        assert not any(labels["Accuracy"] + labels["Loss"]), "exact matches are an accuracy"
+        columns = find_table(document, "Predicted performance").columns
+        assert columns[2].label == "Mean accuracy over 9 of 10 tasks"
 
     def test_a_method_alone_is_the_best_of_nothing(self, tmp_path):
         methods = {"ensemble": make_results()["methods"]["ensemble"]}

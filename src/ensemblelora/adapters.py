@@ -34,7 +34,7 @@ from ensemblelora.config import AdapterConfig
 from ensemblelora.counting import PassCosts, read_costs
 from ensemblelora.data.encoding import Layout
 from ensemblelora.errors import ModelError, StoreError
-from ensemblelora.models import BaseModel, find_blocks, find_target_modules, forked_generators
+from ensemblelora.models import BaseModel, find_blocks, find_origin, find_target_modules, forked_generators
 from ensemblelora.prefix import FrozenPrefix, find_prefix
 from ensemblelora.seeding import seed_for
 from ensemblelora.sharing import can_share_context
@@ -204,6 +204,8 @@ def save_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
     settings = _copy_settings(adapted, name)
     settings.inference_mode = True
     settings.target_modules = sorted(settings.target_modules or ())  # a set would be written in any order
+    if (origin := find_origin(adapted.base.name)) is not None:  # PEFT would name a folder of this machine's cache
+        settings.base_model_name_or_path = origin
     settings.save_pretrained(str(folder))
 
 

@@ -22,14 +22,14 @@ import numpy as np
 
 from ensemblelora import artifacts
 from ensemblelora.adapters import AdaptedModel
-from ensemblelora.config import RunConfig, load_config
+from ensemblelora.config import EvaluationConfig, RunConfig, load_config
 from ensemblelora.data.encoding import EncodedSplit, encode_split
 from ensemblelora.data.loading import render_inputs
 from ensemblelora.data.rendering import find_input_columns
 from ensemblelora.data.task import Example, Kind, Task, TaskCard
 from ensemblelora.ensemble import Ensemble, load_ensemble, predict_ensemble
 from ensemblelora.errors import DataError, StoreError, UsageError
-from ensemblelora.estimation import Oracle
+from ensemblelora.estimation import Oracle, compute_wilson_interval
 from ensemblelora.exporting import TOLERANCE, Export, Format, export_run
 from ensemblelora.generation import decode_answers, generate, list_contexts
 from ensemblelora.members import load_members
@@ -124,7 +124,9 @@ class Run:
             subset: Names of tasks; none asks about the base model.
 
         Returns:
-            For every task of the run: ``nll``, ``accuracy``, their standard errors, and ``is_in_subset``.
+            For every task of the run: ``nll`` and ``accuracy`` with their standard errors; ``accuracy_low`` and
+            ``accuracy_high``, Wilson's interval at ``evaluation.confidence``, which few rows do not shrink to a point;
+            ``n_validation``, the rows predicted on; and ``is_in_subset``. Free text has no accuracy: None.
 
         Raises:
             UsageError: If a name is unknown, or the run has no oracle yet.
@@ -135,6 +137,7 @@ class Run:
         columns = ("nll", "nll_se", "accuracy", "accuracy_se")
         return {
             name: {column: _finite(getattr(scores, column)[0, i]) for column in columns}
+            | _bound_accuracy(scores.accuracy[0, i], self._oracle.validation_groups(i), self.config.evaluation)
             | {"is_in_subset": i in indices}
             for i, name in enumerate(names)
         }
@@ -236,6 +239,14 @@ def _name_choices(example: Example, probabilities: Sequence[float]) -> dict[str,
     for choice, probability in zip(example.choices, probabilities, strict=False):  # other rows may have more choices
         named[choice.strip()] = named.get(choice.strip(), 0.0) + probability
     return named
+
+
+def _bound_accuracy(share: float, groups: np.ndarray, config: EvaluationConfig) -> dict[str, float | None]:
+    """An interval, with one observation per group of rows as in the standard errors, and the number of rows."""
+    low, high = None, None
+    if math.isfinite(share):
+        low, high = compute_wilson_interval(float(share), len(np.unique(groups)), config.confidence)
+    return {"accuracy_low": low, "accuracy_high": high, "n_validation": len(groups)}
 
 
 def _finite(value: float) -> float | None:

@@ -27,6 +27,7 @@ class ShownCard:
         card: The file's text.
         example: The first training example; none where the data is not at hand.
         problem: Why there is no example.
+        is_shipped: Whether the card came with the package.
     """
 
     task: str
@@ -34,6 +35,7 @@ class ShownCard:
     card: str
     example: Example | None
     problem: str | None
+    is_shipped: bool
 
 
 def list_cards() -> dict[str, dict[str, str]]:
@@ -66,7 +68,7 @@ def show_card(name: str) -> ShownCard:
         example = load_tasks(DataConfig(tasks=(name,), **limits), seed=0).tasks[0].splits["train"][0]
     except DataError as error:  # the card is still worth showing where its data is elsewhere
         problem = str(error)
-    return ShownCard(card.task, str(path), path.read_text(encoding="utf-8"), example, problem)
+    return ShownCard(card.task, str(path), path.read_text(encoding="utf-8"), example, problem, name in shipped)
 
 
 def render_card(shown: ShownCard) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -157,12 +157,16 @@ def ask(
     talk: Talk,
 ) -> None:
     """Ask the oracle what training any subset of tasks together would give, without training."""
-    names = [name.strip() for name in subset.split(",") if name.strip()]
+    given = [name.strip() for name in subset.split(",") if name.strip()]
+    names = list(dict.fromkeys(given))
     with talking(**asdict(talk)):
         from ensemblelora.api import load_run
 
-        answer = load_run(run).ask(names)
-    show_json(answer) if as_json else show_rows(answer, title=f"trained together: {', '.join(names)}")
+        opened = load_run(run)
+        answer, confidence = opened.ask(names), opened.config.evaluation.confidence
+    if len(names) < len(given):
+        say("note: a task named twice counts once")
+    show_json(answer) if as_json else _show_answer(answer, names, confidence)
 
 
 @app.command(rich_help_panel=_USE)
@@ -223,6 +227,8 @@ def tasks(
             return show_json(listing) if as_json else show_rows(listing)
         shown = cards.show_card(card)
     show_json(shown) if as_json else typer.echo(cards.render_card(shown))
+    if shown.problem and not shown.is_shipped:  # a shipped card is worth seeing without its data, one's own is on trial
+        raise DataError(shown.problem)
 
 
 @app.command(rich_help_panel=_SETUP)
@@ -274,6 +280,26 @@ def _carry_out(config: RunConfig, until: str, *, as_json: bool, dry_run: bool) -
     from ensemblelora.summary import summarize
 
     show_table(*summarize(result.folder))
+
+
+def _show_answer(answer: Mapping[str, Mapping[str, Any]], names: Sequence[str], confidence: float) -> None:
+    """Show what a subset is predicted to give, and what a dash means where there is one."""
+    from ensemblelora.report.wording import NOTHING, format_interval
+
+    rows = {
+        task: {
+            "loss": found["nll"],
+            "\u00b1": found["nll_se"],
+            "accuracy": found["accuracy"],
+            f"{confidence:.0%} interval": format_interval(found["accuracy_low"], found["accuracy_high"]),
+            "validation_rows": found["n_validation"],
+            "in_the_subset": found["is_in_subset"],
+        }
+        for task, found in answer.items()
+    }
+    show_rows(rows, title=f"if trained together: {', '.join(names)}" if names else "the base model, nothing trained")
+    if any(found["accuracy"] is None for found in answer.values()):
+        typer.echo(f"{NOTHING}: of free text only the loss is predicted")
 
 
 def _show_export(made: Export) -> None:

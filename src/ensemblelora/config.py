@@ -6,7 +6,8 @@ Values follow the method's decisions (docs/paper.md); field comments say where a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,8 @@ __all__ = [
 
 MAX_PROJ_DIM = 20_000
 """Numbers of a projected gradient: one Hessian of the subset oracle takes 8 bytes times its square, 3.2 GB."""
+
+_LIKENESS = 0.5  # low, so that epochs finds num_train_epochs
 
 
 MaxTokens = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -276,11 +279,7 @@ def parse_config(values: dict[str, Any], *, source: str = "config") -> RunConfig
     Raises:
         ConfigError: Names every fault at once: key, what arrived, what was expected.
     """
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        faults = [_describe_fault(fault) for fault in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(faults)) from None
+    return _parse(values, source, ())
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -299,12 +298,28 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"config {path}: expected a mapping of stages, got {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, source=str(path))
+    return _parse(values, str(path), [override.partition("=")[0] for override in overrides])
 
 
 def dump_config(config: RunConfig) -> str:
     """Return the fully resolved config as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse(values: dict[str, Any], source: str, changed: Sequence[str]) -> RunConfig:
+    """Check values, and blame a wrong one on ``--set`` where its key is one of ``changed``, else on the source."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        faults = [(_locate_fault(fault), _describe_fault(fault)) for fault in error.errors()]
+    by_set = [f"--set {told}" for where, told in faults if _is_among(where, changed)]
+    others = [told for where, told in faults if not _is_among(where, changed)]
+    raise ConfigError("; ".join([*([f"{source}: {'; '.join(others)}"] if others else []), *by_set]))
+
+
+def _is_among(where: str, keys: Sequence[str]) -> bool:
+    """Whether a place in the config is one of some keys, in one, or a section that one of them opened."""
+    return any(f"{where}.".startswith(f"{key}.") or key.startswith(f"{where}.") for key in keys)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -323,10 +338,28 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
 
 
+def _locate_fault(fault: Any) -> str:
+    return ".".join(str(part) for part in fault["loc"] if part not in ("int", "float", "literal['auto']"))
+
+
 def _describe_fault(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"] if part not in ("int", "float", "literal['auto']"))
+    where = _locate_fault(fault)
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; `ensemblelora config` lists the known ones"
+        return f"{where}: unknown key; {_suggest_key(where)}"
     if fault["type"] == "missing":
         return f"{where}: missing"
     return f"{where}: got {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _suggest_key(unknown: str) -> str:
+    """Name the key that was probably meant: the same in another section, or one spelt much alike in this one."""
+    parent, _, name = unknown.rpartition(".")
+    sections: dict[str, list[str]] = {"": list(RunConfig.model_fields)}
+    for key, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            sections[key] = list(field.annotation.model_fields)
+    same = [f"{section}.{name}".lstrip(".") for section, keys in sections.items() if name in keys]
+    close = difflib.get_close_matches(name, sections.get(parent, ()), n=1, cutoff=_LIKENESS)
+    found = same or close
+    hint = f"did you mean {' or '.join(found)}? " if found else ""
+    return f"{hint}`ensemblelora config` lists the known ones"

@@ -106,9 +106,7 @@ def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
     rows = {key: value for key, value in values.items() if key not in tables}
     records = {key: value for key, value in rows.items() if isinstance(value, Mapping)}
     columns = list(dict.fromkeys(name for record in records.values() for name in record))
-    table = Table(
-        title=title.replace("_", " ") or None, title_justify="left", box=None, pad_edge=False, show_header=bool(columns)
-    )
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
     table.add_column()
     for name in columns or [""]:
         is_text = any(isinstance(record.get(name), str) for record in records.values())
@@ -119,7 +117,7 @@ def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
     if rows:
         show_table(table)
     for key, value in tables.items():
-        show_rows(value, title=key)
+        show_rows(value, title=key.replace("_", " "))
 
 
 def _is_nested(value: object) -> bool:

@@ -84,13 +84,13 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
         probe: The model with its start adapter; a few seconds of passes are timed on it.
         rows: Encoded tasks.
     """
-    rates, resident = _measure_rates(probe, rows), psutil.Process().memory_info().rss
+    step = config.training.max_tokens_per_batch
+    rates, resident = _measure_rates(probe, rows, step), psutil.Process().memory_info().rss
     asked = config.grouping.n_groups
     most_groups = min(config.grouping.max_groups, len(rows.names)) if asked == "auto" else asked
     one, n_boosters = adapter_bytes(probe), config.boosting.n_rounds
     validated = _count_forward(probe, rows.validation, _prediction_tokens(config, probe))
     training, checking = _count_training(config, probe, rows)
-    step = config.training.max_tokens_per_batch
     passes = {
         "features": _count_features(config, probe, rows),
         "train": _Passes(training, checking, most_groups * one, step),
@@ -242,11 +242,10 @@ def _measure_work(record: StageRecord) -> int:
     return record.flops or record.n_padded_tokens
 
 
-def _measure_rates(probe: AdaptedModel, rows: Rows) -> _Rates:
+def _measure_rates(probe: AdaptedModel, rows: Rows, max_tokens: int) -> _Rates:
     """Time a forward pass and a training step on a few middling rows, after one of each to warm up."""
     split = max(rows.train, key=lambda s: s.n_examples)
-    middle = np.argsort(split.example_lengths, kind="stable")[split.n_examples // 2 :][:8]
-    batch = collate([(split, int(e)) for e in middle], probe.base.pad_token_id)
+    batch = collate([(split, e) for e in _choose_timed(split, max_tokens)], probe.base.pad_token_id)
     before = psutil.Process().memory_info().rss
     seconds = {"forward": 0.0, "training": 0.0}
     for _ in range(2):
@@ -266,6 +265,15 @@ def _measure_rates(probe: AdaptedModel, rows: Rows) -> _Rates:
         training=_measure_work(meters["training"].record) / seconds["training"],
         bytes_per_token=grown / batch.n_padded_tokens,
     )
+
+
+def _choose_timed(split: EncodedSplit, max_tokens: int) -> list[int]:
+    """Up to eight middling examples, no more than fit a step: one with sixty choices is sixty rows."""
+    middle = np.argsort(split.example_lengths, kind="stable")[split.n_examples // 2 :][:8]
+    lengths, n_rows = split.measure("rows")
+    padded = np.maximum.accumulate(lengths[middle]) * np.cumsum(n_rows[middle])
+    n_fitting = int((padded <= max_tokens).sum())
+    return [int(example) for example in middle[: max(n_fitting, 1)]]
 
 
 def _pass_once(probe: AdaptedModel, batch: Batch, *, is_training: bool) -> None:

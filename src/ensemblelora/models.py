@@ -46,11 +46,13 @@ from ensemblelora.progress import note
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "EMBEDDED_ORIGIN",
     "BaseModel",
     "Head",
     "cache_folder",
     "embedded_gguf",
     "find_blocks",
+    "find_origin",
     "find_target_modules",
     "forked_generators",
     "load_base",
@@ -60,6 +62,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""what the package names as the source of its file; there the weights are not rounded to 4 bits"""
 _NAME_HELP = f"give a hub id, a local folder, a .gguf file, or {EMBEDDED_MODEL!r}"
 _HUB_SECONDS = 10.0
 _EAGER_LENGTH = 1024  # plain matrix products train a third faster on a processor, at memory growing with the square
@@ -177,6 +181,17 @@ def embedded_gguf() -> Path:
     return files[0]
 
 
+def find_origin(name: str) -> str | None:
+    """What to call a model whose weights were loaded from this machine's cache; none where it has its own name.
+
+    Args:
+        name: A hub id, a local folder, a .gguf file, or the embedded model's.
+    """
+    if name == EMBEDDED_MODEL:
+        return EMBEDDED_ORIGIN
+    return name if name.endswith(".gguf") else None
+
+
 def find_target_modules(model: nn.Module, layers: Sequence[int] | None = None) -> list[str]:
     """Find the linear layers of the attention blocks, by structure and not by a list of names.
 
@@ -265,7 +280,7 @@ def _convert_gguf(file: Path) -> Path:
         ) from error
     with lock:
         if not (target / "config.json").is_file():
-            note(f"model {file.name}: converted once, about 20 s for 135M parameters; plain weights kept in {target}")
+            note(f"model {file.name}: converting it once, about 20 s for 135M parameters; to be kept in {target}")
             with atomic_folder(target) as scratch:
                 _dequantise(file, scratch)
     return target

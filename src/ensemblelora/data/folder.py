@@ -1,23 +1,32 @@
 """The simplest input: a folder with one data file per task and no cards.
 
-A file with columns ``text`` and ``label`` is a classification task. A file with a free-text ``answer`` (or ``output``,
+A file with columns ``text`` and ``label`` is a classification task. A file with an ``answer`` (or ``output``,
 ``response``) beside a ``question`` (or ``instruction``, ``text``), and maybe an ``input`` or ``context``, is a task for
-generation. The file's name is the task's.
+generation; with ``choices`` (see :mod:`ensemblelora.data.choices`) and an ``answer`` or ``label``, a multiple-choice
+task. The file's name is the task's. A file with other columns needs a card beside it, which may leave to
+:func:`describe_source` everything but what the columns mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ensemblelora.data.choices import ChoiceColumns, describe_target, find_choice_columns
 from ensemblelora.data.reading import read_file
 from ensemblelora.data.task import TaskCard
 from ensemblelora.errors import DataError
 
-__all__ = ["is_data_file", "task_from_file", "tasks_from_folder"]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["describe_source", "is_data_file", "task_from_file", "tasks_from_folder"]
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _ANSWERS = ("answer", "output", "response")
@@ -31,14 +40,20 @@ def is_data_file(path: Path) -> bool:
     return path.suffix.lower() in _FORMATS and not path.name.startswith(".")
 
 
-def tasks_from_folder(folder: Path) -> list[TaskCard]:
+def tasks_from_folder(folder: Path, *, besides: Collection[Path] = (), may_be_empty: bool = False) -> list[TaskCard]:
     """Make a card for each data file of a folder (csv, tsv, jsonl, json, parquet), ordered by name.
+
+    Args:
+        folder: Looked at without its subfolders.
+        besides: Resolved paths of files that cards read already, which are passed over.
+        may_be_empty: Whether other tasks come from this folder.
 
     Raises:
         DataError: If there is no data file, or names every file that can't be a task, with the reason.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and is_data_file(path))
-    if not files:
+    every = sorted(path for path in folder.iterdir() if path.is_file() and is_data_file(path))
+    files = [path for path in every if path.resolve() not in besides]
+    if not files and not may_be_empty:
         raise DataError(f"folder {folder}: no task in it; expected .csv, .tsv, .jsonl, .json, .parquet or card files")
     cards: list[TaskCard] = []
     faults: list[str] = []
@@ -52,34 +67,53 @@ def tasks_from_folder(folder: Path) -> list[TaskCard]:
     return cards
 
 
-def task_from_file(path: Path) -> TaskCard:
-    """Make a card for one data file; its splits are cut from its rows.
-
-    Raises:
-        DataError: If the file can't be read, lacks the columns, has labels that are no classes, or has a bad name.
-    """
-    rows = read_file(path)
-    columns = rows.column_names
-    common = {
+def describe_source(path: Path) -> dict[str, Any]:
+    """Return the keys of a card that say where a data file's rows are: all in one split, to be cut."""
+    return {
         "task": path.stem,
         "dataset_path": _FORMATS[path.suffix.lower()],
         "dataset_kwargs": {"data_files": {"train": str(path.resolve())}},
         "training_split": "train",
     }
-    if "text" in columns and "label" in columns:
+
+
+def task_from_file(path: Path) -> TaskCard:
+    """Make a card for one data file; its splits are cut from its rows.
+
+    Raises:
+        DataError: If the file can't be read, lacks the columns, has labels or choices that can't be understood, or has
+            a bad name.
+    """
+    rows = read_file(path)
+    columns = rows.column_names
+    question = next((name for name in _QUESTIONS if name in columns), None)
+    answer = next((name for name in _ANSWERS if name in columns), None)
+    choices, keyed = find_choice_columns(columns), answer or ("label" if "label" in columns else None)
+    if choices and question and keyed:
+        keys = _describe_choices(rows, question, keyed, choices, path)
+    elif not choices and "text" in columns and "label" in columns:
         keys = _describe_labelled(list(rows["label"]), path)
-    elif any(name in columns for name in _ANSWERS) and any(name in columns for name in _QUESTIONS):
-        keys = _describe_generation(columns)
+    elif not choices and question and answer:
+        _warn_of_lists(rows, path)
+        keys = _describe_generation(columns, question, answer)
     else:
-        raise DataError(
-            f"data file {path}: expected columns text and label, or question (instruction, text) and answer (output, "
-            f"response); got {', '.join(columns)}"
-        )
+        raise DataError(_explain_columns(path, columns))
     try:
-        return TaskCard.model_validate({**common, **keys})
+        return TaskCard.model_validate({**describe_source(path), **keys})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise DataError(f"data file {path}: its name can't be the task's: {reason}; rename the file") from None
+
+
+def _explain_columns(path: Path, columns: Sequence[str]) -> str:
+    """Say which columns are understood, and how to name others: by a card of three lines."""
+    first, last = columns[0], columns[-1]
+    return (
+        f"data file {path}: expected columns text and label; question, choices and answer; or question and answer; got "
+        f"{', '.join(columns)}. Rename them, or put a card {path.stem}.yaml beside the file that says what they mean, "
+        f"such as doc_to_text: {first} / doc_to_choice: [its classes in order] / doc_to_target: {last} (one line each; "
+        "see README, 'With your own files')"
+    )
 
 
 def _describe_labelled(values: Sequence[Any], path: Path) -> dict[str, Any]:
@@ -113,10 +147,14 @@ def _name_classes(values: Sequence[Any], path: Path) -> tuple[tuple[str, ...], s
     if len(kinds) > 1:
         raise DataError(f"{what} mixes {' and '.join(sorted(kind.__name__ for kind in kinds))}; use one kind of label")
     distinct = sorted(set(values))
-    if not 2 <= len(distinct) <= _MAX_CLASSES:
+    if len(distinct) == 1:
+        raise DataError(f"{what} holds only one class, {distinct[0]!r}; a task needs two or more")
+    # With a label of its own for nearly every row there is nothing to learn, and scoring every row by every label would
+    # take as many passes as there are rows.
+    if len(distinct) > min(_MAX_CLASSES, len(values) / 2):
         raise DataError(
-            f"{what} holds {len(distinct)} different values, expected 2 to {_MAX_CLASSES} classes; for free "
-            "text, name the column answer"
+            f"{what} holds {len(distinct)} different values in {len(values)} rows, too many to be classes (at most "
+            f"{_MAX_CLASSES}, and two rows a class on average); for free text, name the column answer"
         )
     if kinds == {bool}:
         return ("false", "true"), "label"
@@ -125,16 +163,40 @@ def _name_classes(values: Sequence[Any], path: Path) -> tuple[tuple[str, ...], s
     return tuple(distinct), "label"
 
 
-def _describe_generation(columns: Sequence[str]) -> dict[str, Any]:
-    answer = next(name for name in _ANSWERS if name in columns)
-    question = next(name for name in _QUESTIONS if name in columns)
+def _describe_choices(rows: Dataset, question: str, answer: str, choices: ChoiceColumns, path: Path) -> dict[str, Any]:
+    return {
+        **_describe_question(rows.column_names, question),
+        "doc_to_choice": choices.template,
+        "doc_to_target": describe_target(rows, answer, choices, f"data file {path}"),
+        "output_type": "multiple_choice",
+        "scoring": "options",
+        "length_normalization": "tokens",
+    }
+
+
+def _describe_generation(columns: Sequence[str], question: str, answer: str) -> dict[str, Any]:
+    return {**_describe_question(columns, question), "doc_to_target": answer, "output_type": "generate_until"}
+
+
+def _describe_question(columns: Sequence[str], question: str) -> dict[str, Any]:
+    """The prompt, and what makes two rows ask the same."""
     title = _QUESTIONS[question]
     context = next((name for name in _CONTEXTS if name in columns), None)
     before = f"{{% if {context} %}}{{{{{context}}}}}\n{{% endif %}}" if context else ""
     asked = f"{title}: {{{{{question}}}}}" if title else f"{{{{{question}}}}}"
     return {
         "doc_to_text": f"{before}{asked}\nAnswer:",
-        "doc_to_target": answer,
-        "output_type": "generate_until",
         "group": f"{{{{{question}}}}} {{{{{context} or ''}}}}" if context else question,
     }
+
+
+def _warn_of_lists(rows: Dataset, path: Path) -> None:
+    """Say which columns look like choices under another name, since free text leaves them out."""
+    lists = [name for name, value in rows[0].items() if isinstance(value, list)]
+    if lists:
+        logger.warning(
+            "data file %s: read as free text; column %s holds lists and isn't used (choices are looked for in a column "
+            "named choices)",
+            path,
+            ", ".join(lists),
+        )

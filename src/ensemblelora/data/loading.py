@@ -21,7 +21,7 @@ from ensemblelora.config import DataConfig
 from ensemblelora.data.catalog import find_cards, load_card, parse_card, resolve_cards
 from ensemblelora.data.folder import tasks_from_folder
 from ensemblelora.data.overlap import describe_overlap, find_overlaps
-from ensemblelora.data.reading import read_split
+from ensemblelora.data.reading import list_missing_variables, read_split
 from ensemblelora.data.rendering import Renderer, Row, compile_card, explode_row
 from ensemblelora.data.splitting import cut_by_group, draw_pool, subsample
 from ensemblelora.data.task import SPLITS, Example, Task, TaskCard, TaskSet
@@ -67,14 +67,17 @@ def load_tasks(config: DataConfig, *, seed: int) -> TaskSet:
 
     Raises:
         ConfigError: If the fractions to cut leave nothing to train on.
-        DataError: Every fault of every task, joined by ``"; "``; or the overlaps, where the config refuses them.
+        DataError: Every fault of every task, joined by ``"; "``; the environment variables that data paths need and
+            that are not set, each once; or the overlaps, where the config refuses them.
         MissingExtraError: If a card's data lies in a package that isn't installed.
     """
     if config.validation_fraction + config.test_fraction >= 1:
         raise ConfigError("data.validation_fraction and data.test_fraction: together they must stay below 1")
     tasks: list[Task] = []
     faults: list[str] = []
-    for card in progress.track(resolve_cards(config.tasks), description="loading tasks"):
+    cards = resolve_cards(config.tasks)
+    _check_variables(cards)
+    for card in progress.track(cards, description="loading tasks"):
         try:
             tasks.append(load_task(card, config, seed=seed))
         except DataError as error:
@@ -102,11 +105,16 @@ def load_task(card: TaskCard, config: DataConfig, *, seed: int) -> Task:
     chosen = _choose_rows(card, named, tables, renderers, config, seed=seed_for(seed, "data", card.task))
     splits: dict[str, Sequence[Example]] = {}
     faults: list[str] = []
+    row_faults: list[str] = []
     for split in SPLITS:
         source = named[split] or card.training_split
-        examples, fault = _render(chosen[split], renderers[source])
+        examples, wrong = _render(chosen[split], renderers[source])
         splits[split] = examples
-        faults += [fault] if fault else _find_faults(card, split, examples)
+        row_faults += wrong
+        faults += [] if wrong else _find_faults(card, split, examples)
+    if row_faults:
+        more = f" (and {len(row_faults) - 1} more faulty rows)" if len(row_faults) > 1 else ""
+        faults.insert(0, f"{row_faults[0]}{more}")
     _raise_faults(card, faults)
     return Task(card, splits)
 
@@ -137,6 +145,21 @@ def render_inputs(card: TaskCard, rows: Sequence[Row]) -> list[Example]:
     if card.output_type == "multiple_choice":
         return examples
     return [Example(e.id, e.context, (), 0, e.group) for e in examples]
+
+
+def _check_variables(cards: Sequence[TaskCard]) -> None:
+    """Name each environment variable that is missing once, however many tasks read from it."""
+    users: dict[str, list[str]] = {}
+    for card in cards:
+        for name in list_missing_variables(card):
+            users.setdefault(name, []).append(card.task)
+    faults = [
+        f"the environment variable {name} is not set, and the data of {', '.join(tasks)} is read from it; set it to "
+        f"the folder of the data: export {name}=FOLDER"
+        for name, tasks in users.items()
+    ]
+    if faults:
+        raise DataError("; ".join(faults))
 
 
 def _read_tables(card: TaskCard, sources: Sequence[str]) -> dict[str, Dataset]:
@@ -227,7 +250,8 @@ def _look_at(
             raise DataError(f"task {card.task!r}: row {source}:{number}: {error}") from None
 
 
-def _render(candidates: Sequence[_Candidate], renderer: Renderer) -> tuple[list[Example], str | None]:
+def _render(candidates: Sequence[_Candidate], renderer: Renderer) -> tuple[list[Example], list[str]]:
+    """Return the examples, and what is wrong with each row that gives none."""
     examples: list[Example] = []
     faults: list[str] = []
     for candidate in candidates:
@@ -235,8 +259,7 @@ def _render(candidates: Sequence[_Candidate], renderer: Renderer) -> tuple[list[
             examples.append(renderer.example(candidate.row, candidate.id))
         except DataError as error:
             faults.append(f"row {candidate.id}: {error}")
-    more = f" (and {len(faults) - 1} more faulty rows)" if len(faults) > 1 else ""
-    return examples, f"{faults[0]}{more}" if faults else None
+    return examples, faults
 
 
 def _find_faults(card: TaskCard, split: str, examples: Sequence[Example]) -> list[str]:

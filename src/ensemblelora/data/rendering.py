@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ensemblelora.data.task import Example, TaskCard
 from ensemblelora.errors import DataError
 
-__all__ = ["Renderer", "Row", "compile_card", "explode_row", "find_input_columns", "normalize_text"]
+__all__ = ["Renderer", "Row", "compile_card", "explode_row", "find_input_columns", "normalize_text", "parse_literal"]
 
 Row = Mapping[str, Any]
 
@@ -223,7 +223,7 @@ def _compile_choices(
     def render(row: Row) -> tuple[str, ...]:
         value = field(row)
         if isinstance(value, str):
-            value = _parse(value)
+            value = parse_literal(value)
         if not isinstance(value, (list, tuple)):
             raise DataError(f"doc_to_choice: expected a list, got {_shorten(value)}")
         names = tuple(_as_text(item, "doc_to_choice") for item in value)
@@ -246,7 +246,7 @@ def _find_label(value: Any, names: tuple[str, ...]) -> int:
     if isinstance(value, str) and value in names:
         return names.index(value)
     if isinstance(value, str) and re.fullmatch(r"\[.*\]|-?\d*\.\d+", value, re.DOTALL):
-        value = _parse(value)  # a template of a list or a number renders to text
+        value = parse_literal(value)  # a template of a list or a number renders to text
     if isinstance(value, (list, tuple, dict)):
         raise DataError(
             f"the target is a list ({_shorten(value)}): multi-label tasks are not supported, only one choice"
@@ -266,7 +266,8 @@ def _find_label(value: Any, names: tuple[str, ...]) -> int:
     )
 
 
-def _parse(text: str) -> Any:
+def parse_literal(text: str) -> Any:
+    """Read a list or number written as text; what is neither stays the text."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):

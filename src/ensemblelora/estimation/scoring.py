@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ __all__ = [
     "SubsetScores",
     "compute_clustered_se",
     "compute_macro_f1",
+    "compute_wilson_interval",
     "mean_loss_gradients",
     "predict_outcomes",
     "predict_rows",
@@ -139,6 +142,26 @@ def compute_clustered_se(values: FloatArray, groups: npt.NDArray[np.int64]) -> F
     indicator[np.arange(n), codes] = 1.0
     sums = (values - values.mean(axis=-1, keepdims=True)) @ indicator
     return np.asarray(np.sqrt(n_groups / (n_groups - 1) * (sums**2).sum(axis=-1)) / n)
+
+
+def compute_wilson_interval(share: float, n: int, confidence: float) -> tuple[float, float]:
+    """Return Wilson's score interval of a share, which keeps a width where all or none of few rows are right.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+
+    Args:
+        share: Share of hits, in [0, 1].
+        n: Independent observations, one or more.
+        confidence: Such as 0.95.
+
+    Example:
+        >>> [round(end, 3) for end in compute_wilson_interval(1.0, 20, 0.95)]
+        [0.839, 1.0]
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle, width = share + z**2 / (2 * n), z * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((middle + side * width) / (1 + z**2 / n) for side in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def compute_macro_f1(predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], n_classes: int) -> FloatArray:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ensemblelora.adapters import THETA0
 from ensemblelora.ensemble import Ensemble
-from ensemblelora.models import Head
+from ensemblelora.models import EMBEDDED_MODEL, EMBEDDED_ORIGIN, Head
 
 __all__ = ["BaseNote", "describe_fold", "describe_members", "describe_merged"]
 
@@ -20,7 +21,7 @@ class BaseNote:
     name: str
     """as the run's config has it"""
     location: str
-    """what transformers loads it from"""
+    """what transformers loads it from, or a .gguf file"""
     dtype: str
     head: Head
     n_labels: int
@@ -80,7 +81,22 @@ def describe_merged(base: BaseNote, weights: Mapping[str, float], rows: Sequence
 
 
 def _say_base(base: BaseNote) -> str:
-    return f"Base model: `{base.name}`, {base.dtype}."
+    said = f"Base model: `{base.name}`, {base.dtype}."
+    if base.name != EMBEDDED_MODEL:
+        return said
+    return f"{said} Its weights are those of `{EMBEDDED_ORIGIN}` in 4 bits, dequantised."
+
+
+def _say_difference(base: BaseNote) -> list[str]:
+    """What a reader gets who loads the embedded model from where it comes from."""
+    if base.name != EMBEDDED_MODEL:
+        return []
+    return [
+        "",
+        f"This loads the original, not rounded to 4 bits: its scores differ a little from those of the run. The very "
+        f'weights are `load_base(ModelConfig(name="{EMBEDDED_MODEL}")).model`, from `ensemblelora.models` and '
+        "`ensemblelora.config`.",
+    ]
 
 
 def _name_loader(base: BaseNote) -> str:
@@ -94,10 +110,18 @@ def _load_code(base: BaseNote, load: Sequence[str]) -> list[str]:
         "from peft import PeftModel",
         f"from transformers import {_name_loader(base)}",
         "",
-        f'base = {_name_loader(base)}.from_pretrained({json.dumps(base.location)}, dtype="{base.dtype}"{sizes})',
+        f'base = {_name_loader(base)}.from_pretrained({_name_source(base)}, dtype="{base.dtype}"{sizes})',
         *load,
         "```",
+        *_say_difference(base),
     ]
+
+
+def _name_source(base: BaseNote) -> str:
+    path = Path(base.location)
+    if path.suffix != ".gguf":
+        return json.dumps(base.location)
+    return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
 
 
 def _say_origin(weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int) -> list[str]:

@@ -20,7 +20,7 @@ from ensemblelora.grouping import Partition, cluster, compute_density, compute_o
 from ensemblelora.planning.budget import Budget
 from ensemblelora.planning.describe import (
     describe_choice,
-    describe_gain,
+    describe_request,
     explain_one_adapter,
     is_above_error,
     list_oracle_warnings,
@@ -105,13 +105,17 @@ def choose_groups(
     affinity, judge = np.asarray(matrix, dtype=np.float64), make_judge(oracle, seed=seed)
     contest = _hold_contest(affinity, judge, sizes, config, affinity_config or AffinityConfig(), seed, max_solves)
     curve = {m: _describe_candidate(contest, m, affinity, judge, budget) for m in sizes}
-    chosen, reason = _choose(contest, curve, config, budget)
+    auto, reason = _choose(contest, curve, config, budget)
+    asked = None if config.n_groups == "auto" else config.n_groups
+    chosen = auto if asked is None else asked
+    if asked is not None and oracle.n_tasks > 1:
+        reason = describe_request(asked, curve[chosen], curve[auto])
     singles = judge.judge(tuple((i,) for i in range(oracle.n_tasks)))
     comparisons = _compare(contest, curve, chosen, judge, singles, config, seed)
     ways = (contest.judged[chosen], contest.judged[1], singles, judge.judge_base())
     predicted = Predictions(*(predict(judge, way) for way in ways))
     halves = (contest.halves[0][chosen].groups, contest.halves[1][chosen].groups)
-    warnings = list_plan_warnings(curve[chosen], predicted.plan, predicted.base, comparisons, halves, budget)
+    warnings = list_plan_warnings(curve[chosen], predicted.plan, predicted.base, comparisons, halves, budget, config)
     groups = curve[chosen].groups
     return Plan(
         task_names=oracle.task_names,
@@ -122,7 +126,9 @@ def choose_groups(
         curve=_drop_repeats(curve, chosen),
         comparisons=comparisons,
         l2_penalty=oracle.l2_penalty,
-        warnings=(*warnings, *list_oracle_warnings(judge)),
+        warnings=(*warnings, *list_oracle_warnings(judge, predicted.plan)),
+        n_groups_asked=asked,
+        n_groups_auto=curve[auto].n_groups,
     )
 
 
@@ -185,12 +191,10 @@ def _describe_candidate(contest: _Contest, m: int, affinity: FloatArray, judge: 
 def _choose(
     contest: _Contest, curve: Mapping[int, Candidate], config: GroupingConfig, budget: Budget
 ) -> tuple[int, str]:
-    """Return the number of groups to take, as asked for, and why."""
+    """Return the number of groups to take by what is predicted, whatever was asked for, and why."""
     if sum(len(group) for group in curve[1].groups) == 1:
         return 1, "There is only one task, so there is nothing to group."
-    if config.n_groups != "auto":
-        return config.n_groups, f"grouping.n_groups is {config.n_groups}; {describe_gain(curve[config.n_groups])}."
-    rivals = [m for m in curve if curve[m].n_groups > 1]
+    rivals = [m for m in curve if curve[m].n_groups > 1 and m <= config.max_groups]
     better = [m for m in rivals if curve[m].allowed and is_above_error(curve[m].gain, curve[m].gain_se)]
     if not better:
         return 1, explain_one_adapter([curve[m] for m in rivals], budget)

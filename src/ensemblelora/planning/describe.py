@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ensemblelora.config import GroupingConfig
 from ensemblelora.estimation import Oracle, compute_clustered_se
 from ensemblelora.grouping import Partition, to_labels
 from ensemblelora.planning.budget import Budget
@@ -16,7 +17,7 @@ from ensemblelora.planning.record import Candidate, Comparison, Prediction
 
 __all__ = [
     "describe_choice",
-    "describe_gain",
+    "describe_request",
     "explain_one_adapter",
     "is_above_error",
     "list_oracle_warnings",
@@ -31,6 +32,12 @@ _WHAT_ERRORS_LEAVE_OUT = (
     "rows, and how far the linear model is from real fine-tuning."
 )
 _SHAKY_AGREEMENT = 0.8
+_OTHER_WAYS = {
+    "one per task": "One adapter per task",
+    "random groups": "Random grouping",
+    "gradient cosine": "Grouping by gradient cosine",
+}
+"""What warnings call the ways that a plan is compared with."""
 
 
 def is_above_error(gain: float, gain_se: float | None) -> bool:
@@ -38,18 +45,15 @@ def is_above_error(gain: float, gain_se: float | None) -> bool:
     return gain_se is not None and gain > max(gain_se, 0.0)
 
 
-def describe_gain(candidate: Candidate) -> str:
-    """Say what a number of groups is predicted to give against one adapter."""
-    error = "" if candidate.gain_se is None else f" ± {candidate.gain_se:.4f}"
-    return (
-        f"predicted mean validation loss {candidate.predicted_nll:.4f} nats, {abs(candidate.gain):.4f}{error} "
-        f"{'below' if candidate.gain >= 0 else 'above'} one adapter for all"
-    )
+def describe_request(asked: int, chosen: Candidate, auto: Candidate) -> str:
+    """Say that the number of groups was set, and what would have been chosen."""
+    would = "the same" if auto.n_groups == chosen.n_groups else f"{auto.n_groups}"
+    return f"Groups were set to {asked} (grouping.n_groups); auto would choose {would}. Here: {_describe_gain(chosen)}."
 
 
 def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candidate]) -> str:
     """Say why a number of groups was accepted."""
-    reason = f"{chosen.n_groups} groups: {describe_gain(chosen)}"
+    reason = f"{chosen.n_groups} groups: {_describe_gain(chosen)}"
     if chosen != best:
         reason += f"; {best.n_groups} groups are better by less than one standard error"
     if dropped := [str(candidate.n_groups) for candidate in rivals if not candidate.allowed]:
@@ -75,13 +79,12 @@ def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget) -> str:
         return "Every task's validation rows all belong together, so no gain from grouping can be told from chance."
     return (
         "No grouping is predicted to beat one adapter for all by more than one standard error; the best has "
-        f"{best.n_groups} groups: {describe_gain(best)}."
+        f"{best.n_groups} groups: {_describe_gain(best)}."
     )
 
 
-def list_oracle_warnings(judge: Judge) -> Iterator[str]:
-    """Say what limits every prediction of this oracle."""
-    yield _WHAT_ERRORS_LEAVE_OUT
+def list_oracle_warnings(judge: Judge, plan: Prediction) -> Iterator[str]:
+    """Say what limits every prediction of this oracle, the plan's among them."""
     oracle = judge.oracle
     alone = [name for i, name in enumerate(oracle.task_names) if len(np.unique(oracle.validation_groups(i))) < 2]
     if alone:
@@ -90,6 +93,14 @@ def list_oracle_warnings(judge: Judge) -> Iterator[str]:
         yield f"{oracle.n_unconverged} of {oracle.n_fits} fits did not converge; raise estimation.max_iter."
     if edge := _find_grid_edge(oracle):
         yield f"The best l2_penalty, {oracle.l2_penalty:g}, is the {edge} of estimation.l2_grid; widen the grid."
+    without = [name for name, known in zip(oracle.task_names, plan.accuracy, strict=True) if known is None]
+    if without:
+        n_tasks = len(oracle.task_names)
+        yield (
+            f"Of free text only the loss is predicted: accuracies leave {', '.join(without)} out, and their means are "
+            f"over {n_tasks - len(without)} of {n_tasks} tasks."
+        )
+    yield _WHAT_ERRORS_LEAVE_OUT  # last: it holds for every plan
 
 
 def list_plan_warnings(
@@ -99,6 +110,7 @@ def list_plan_warnings(
     comparisons: Sequence[Comparison],
     halves: tuple[Partition, Partition],
     budget: Budget,
+    config: GroupingConfig,
 ) -> Iterator[str]:
     """Say what speaks against the plan.
 
@@ -109,6 +121,7 @@ def list_plan_warnings(
         comparisons: Other ways to train.
         halves: The partitions that the two halves of the validation rows chose.
         budget: What is allowed.
+        config: What was asked for.
     """
     if plan.mean_nll >= base.mean_nll:
         yield "No adapter is predicted to help: the base model's validation loss is as low as the plan's."
@@ -119,11 +132,15 @@ def list_plan_warnings(
             continue
         if other.gain - chosen.gain > other.gain_se and other.n_groups != chosen.n_groups:
             yield (
-                f"{other.name} ({other.n_groups} adapters) is predicted to do better than the plan by "
-                f"{other.gain - chosen.gain:.4f} nats; raise grouping.max_groups or the budget to allow it."
+                f"{_OTHER_WAYS[other.name]} ({other.n_groups} adapters) is predicted to do better than the plan by "
+                f"{other.gain - chosen.gain:.4f} nats; {_say_how_to_allow(other.n_groups, config)}."
             )
-        elif other.n_groups == chosen.n_groups > 1 and other.gain >= chosen.gain:
-            yield f"{other.name} of the same number are predicted to do as well as the plan."
+        elif other.n_groups == chosen.n_groups > 1 and other.gain >= chosen.gain and other.groups != chosen.groups:
+            meaning = ": which tasks are together matters little" if other.groups is None else ""
+            yield (
+                f"{_OTHER_WAYS[other.name]} into {chosen.n_groups} groups is predicted to do as well as the plan"
+                f"{meaning}."
+            )
     agreement = _measure_agreement(*halves)
     if agreement < _SHAKY_AGREEMENT:
         yield (
@@ -148,6 +165,23 @@ def predict(judge: Judge, rows: JudgedRows) -> Prediction:
         mean_accuracy=mean_accuracy,
         mean_accuracy_se=mean_accuracy_se,
     )
+
+
+def _describe_gain(candidate: Candidate) -> str:
+    """Say what a number of groups is predicted to give against one adapter."""
+    error = "" if candidate.gain_se is None else f" ± {candidate.gain_se:.4f}"
+    return (
+        f"predicted mean validation loss {candidate.predicted_nll:.4f} nats, {abs(candidate.gain):.4f}{error} "
+        f"{'below' if candidate.gain >= 0 else 'above'} one adapter for all"
+    )
+
+
+def _say_how_to_allow(n_groups: int, config: GroupingConfig) -> str:
+    """Name the setting that keeps a number of groups from being chosen."""
+    if config.n_groups == "auto":
+        return "raise grouping.max_groups or the budget to allow it"
+    more = f" and grouping.max_groups to {n_groups} or more" if n_groups > config.max_groups else ""
+    return f"set grouping.n_groups to auto{more} to allow it"
 
 
 def _average(

@@ -129,6 +129,8 @@ class Plan:
         comparisons: Other partitions, judged the same way.
         l2_penalty: Relative ridge of the oracle.
         warnings: What to keep in mind, in sentences.
+        n_groups_asked: ``grouping.n_groups`` where it was set; none where the number was left to the prediction.
+        n_groups_auto: The number of groups that the prediction chooses.
     """
 
     task_names: tuple[str, ...]
@@ -140,6 +142,8 @@ class Plan:
     comparisons: tuple[Comparison, ...]
     l2_penalty: float
     warnings: tuple[str, ...]
+    n_groups_asked: int | None = None
+    n_groups_auto: int | None = None
 
 
 def read_plan(values: Any) -> Plan:

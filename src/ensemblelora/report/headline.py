@@ -6,6 +6,7 @@ from ensemblelora.report.document import Tile
 from ensemblelora.report.records import Difference, MethodCosts, PlanRecord, ResultsRecord, RunRecord
 from ensemblelora.report.wording import (
     count,
+    describe_coverage,
     format_bytes,
     format_interval,
     format_number,
@@ -147,7 +148,8 @@ def _tile_of_accuracy(results: ResultsRecord, plan: PlanRecord) -> Tile:
     if mean is None:
         loss = results.methods["ensemble"].mean("nll", plan.task_names)
         return Tile("Mean test loss", format_number(loss), "nats, lower is better")
-    return Tile("Mean test accuracy", format_percent(mean), "; ".join(others))
+    coverage = describe_coverage(results.methods["ensemble"].count("accuracy", plan.task_names), plan.n_tasks)
+    return Tile(f"Mean test accuracy {coverage}".strip(), format_percent(mean), "; ".join(others))
 
 
 def _tile_of_prediction(plan: PlanRecord) -> Tile:

@@ -23,6 +23,7 @@ from ensemblelora.report.plotting import N_GROUP_COLOURS
 from ensemblelora.report.records import AffinityRecord, CurvePoint, PlanRecord, Prediction, RunRecord
 from ensemblelora.report.wording import (
     count,
+    describe_coverage,
     format_bytes,
     format_number,
     format_percent,
@@ -113,7 +114,8 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
         return None
     lowest = min(way.mean_nll for way in known.values() if way.mean_nll is not None)
     rows = tuple(Row((Cell(label), _loss_cell(way, lowest), _accuracy_cell(way))) for label, way in known.items())
-    columns = (Column("Training", is_number=False), Column("Mean loss"), Column("Mean accuracy"))
+    coverage = describe_coverage(plan.predicted.plan.n_accuracies, plan.n_tasks)
+    columns = (Column("Training", is_number=False), Column("Mean loss"), Column(f"Mean accuracy {coverage}".strip()))
     note = "Means over tasks, ± one standard error. Predicted from gradients at the base model, before any training."
     return Table("Predicted performance on validation rows", columns, rows, note)
 

@@ -122,6 +122,11 @@ class Prediction(_Record):
     mean_accuracy: Number = None
     mean_accuracy_se: Number = None
 
+    @property
+    def n_accuracies(self) -> int:
+        """Number of tasks that have an accuracy; free text has none."""
+        return sum(value is not None for value in self.accuracy)
+
 
 class Predictions(_Record):
     """The plan beside the ways it is compared with."""
@@ -230,9 +235,16 @@ class MethodScores(_Record):
 
     def mean(self, metric: str, tasks: Collection[str]) -> float | None:
         """Return the mean of a metric over those of ``tasks`` that have it; none where none has."""
-        values = [getattr(score, metric) for task, score in self.per_task.items() if task in tasks]
-        known = [value for value in values if value is not None]
+        known = self._known(metric, tasks)
         return sum(known) / len(known) if known else None
+
+    def count(self, metric: str, tasks: Collection[str]) -> int:
+        """Return how many of ``tasks`` have a metric."""
+        return len(self._known(metric, tasks))
+
+    def _known(self, metric: str, tasks: Collection[str]) -> list[float]:
+        values = [getattr(score, metric) for task, score in self.per_task.items() if task in tasks]
+        return [value for value in values if value is not None]
 
 
 class Difference(_Record):

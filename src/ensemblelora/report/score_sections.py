@@ -10,7 +10,14 @@ from ensemblelora.report.document import Block, Bullets, Cell, Column, FigureRow
 from ensemblelora.report.headline import describe_difference, method_label
 from ensemblelora.report.plotting import N_GROUP_COLOURS
 from ensemblelora.report.records import Difference, MethodScores, ResultsRecord, RunRecord, TaskScore
-from ensemblelora.report.wording import count, format_interval, format_number, format_signed, join_names
+from ensemblelora.report.wording import (
+    count,
+    describe_coverage,
+    format_interval,
+    format_number,
+    format_signed,
+    join_names,
+)
 
 __all__ = ["write_scores"]
 
@@ -76,7 +83,10 @@ def _introduce(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> str:
             "are marked “at chance”, have no best method, and are left out of the second mean."
         )
     if any(score.kind == "sequence" for item in results.methods.values() for score in item.per_task.values()):
-        text += " For free-text tasks, accuracy is the share of exact matches."
+        text += (
+            " For free-text tasks, accuracy is the share of exact matches; they have no classes, and a dash stands for "
+            "what needs them."
+        )
     return text
 
 
@@ -120,7 +130,9 @@ def _score_cell(metric: _Metric, score: TaskScore | None, best: float | None) ->
 def _mean_row(metric: _Metric, label: str, methods: dict[str, MethodScores], tasks: Collection[str]) -> Row:
     means = [scores.mean(metric.key, tasks) for scores in methods.values()]
     best = _best_value(metric, means)
-    cells = [Cell(label)]
+    # Free text has no classes: a mean over fewer tasks than the label says must say so.
+    n_known = max((scores.count(metric.key, tasks) for scores in methods.values()), default=0)
+    cells = [Cell(label, describe_coverage(n_known, len(tasks)))]
     for mean in means:
         text = format_number(None if mean is None else metric.scale * mean, metric.digits)
         cells.append(Cell(text, is_best=mean is not None and mean == best))

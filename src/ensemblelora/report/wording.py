@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 __all__ = [
+    "NOTHING",
     "count",
+    "describe_coverage",
     "format_bytes",
     "format_flops",
     "format_interval",
@@ -113,6 +115,16 @@ def count(number: int, noun: str, plural: str = "") -> str:
         ('1 task', '1,200 rows')
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def describe_coverage(n_known: int, n_tasks: int) -> str:
+    """Say over how many tasks a mean goes, where it leaves some out.
+
+    Example:
+        >>> describe_coverage(3, 4), describe_coverage(4, 4)
+        ('over 3 of 4 tasks', '')
+    """
+    return f"over {n_known} of {n_tasks} tasks" if 0 < n_known < n_tasks else ""
 
 
 def group_letter(group: int) -> str:

@@ -141,7 +141,7 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the adapters whose turn it is on their groups' own validation rows."""
         self._adapted.peft.eval()
-        with _kept_trainable(self._parameters):
+        with _kept_trainable(self._parameters), _uncompiled(self._config):
             due = [job for job in self._jobs if self.state.global_step in self._stops[job.name]]
             found = {_log_key(job.name): self._validate(job) for job in due}
         self.log(dict(found))
@@ -248,6 +248,16 @@ def _kept_trainable(parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> Ite
         for own in parameters.values():
             for parameter in own.values():
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def _uncompiled(config: TrainingConfig) -> Iterator[None]:
+    """Leave a compiled model's code to the training steps: it is made again for every new way the model is run."""
+    if not config.compile:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _list_stops(n_steps: int, config: TrainingConfig) -> frozenset[int]:
