@@ -14,6 +14,7 @@ import pytest
 from ensemblelora import artifacts, progress, workspace
 from ensemblelora.artifacts import RunFolder, write_json
 from ensemblelora.config import RunConfig
+from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.errors import OutputError
 from ensemblelora.workspace import Workspace, check_place, open_workspace
 from tests.tiny import make_split
@@ -172,8 +173,8 @@ def test_a_place_that_can_not_be_a_run_is_refused(tmp_path, place):
 @pytest.mark.parametrize("field", ["tokens", "labels", "answer_starts", "groups", "divisors", "ids", "task"])
 def test_every_part_of_a_split_is_in_its_fingerprint(field):
     split, other = make_split("options", seed=0), make_split("options", seed=0)
-    assert workspace.fingerprint_split(split) == workspace.fingerprint_split(other)
+    assert fingerprint_split(split) == fingerprint_split(other)
     value = getattr(other, field)
     changed = value[::-1] if field in ("ids", "task") else value + 1
     object.__setattr__(other, field, "u" if field == "task" else changed)
-    assert workspace.fingerprint_split(split) != workspace.fingerprint_split(other)
+    assert fingerprint_split(split) != fingerprint_split(other)

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import (
@@ -24,6 +25,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -87,6 +89,16 @@ class AdaptedModel:
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self.base.device
+
+    @cached_property
+    def lora_layers(self) -> tuple[Any, ...]:
+        """The layers that carry adapters, any number of them."""
+        return tuple(module for module in self.network.modules() if isinstance(module, LoraLayer))
+
+    @cached_property
+    def trains_whole_modules(self) -> bool:
+        """Whether an adapter comes with modules of its own beside LoRA, such as a classifier head."""
+        return any(isinstance(module, ModulesToSaveWrapper) for module in self.peft.modules())
 
     @property
     def layout(self) -> Layout:

@@ -16,9 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ensemblelora.adapters import AdaptedModel
@@ -47,7 +46,7 @@ class MemberSwitch:
         is_even = row_counts is None or len(set(row_counts)) == 1
         self._row_counts = None if is_even else tuple(row_counts or ())
 
-    def forward(self, layer: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer gives: the base layer's output, and each member's ``scale * B A x`` on its own rows."""
         y: Tensor = layer.base_layer(x, *args, **kwargs)
         down, up = self._stack(layer, y.dtype)  # (m, in, r), (m, r, out)
@@ -86,10 +85,9 @@ class MemberSwitch:
 
 def can_fuse(adapted: AdaptedModel) -> bool:
     """Whether every adapted layer is a linear layer with plain LoRA, and nothing but LoRA is trained."""
-    layers = _find_layers(adapted)
+    layers = adapted.lora_layers
     is_plain = all(not layer.lora_variant and not isinstance(layer, _UNLIKE_LINEAR) for layer in layers)
-    has_head = any(isinstance(module, ModulesToSaveWrapper) for module in adapted.peft.modules())
-    return bool(layers) and is_plain and not has_head
+    return bool(layers) and is_plain and not adapted.trains_whole_modules
 
 
 def can_mix(adapted: AdaptedModel) -> bool:
@@ -105,7 +103,7 @@ def fused(adapted: AdaptedModel, members: Sequence[str]) -> Iterator[MemberSwitc
     The members' weights must not change inside unless gradients are on.
     """
     switch = MemberSwitch(members)
-    layers = _find_layers(adapted)
+    layers = adapted.lora_layers
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(switch.forward, layer)
@@ -121,7 +119,3 @@ def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
         del layer.forward
     else:
         layer.forward = forward
-
-
-def _find_layers(adapted: AdaptedModel) -> list[Any]:
-    return [module for module in adapted.network.modules() if isinstance(module, LoraLayer)]

@@ -13,16 +13,15 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]  # ships no types
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, AdaptedModel, activate
+from ensemblelora.adapters import AdaptedModel, activate
 from ensemblelora.config import MaxTokens
 from ensemblelora.counting import count_lower
 from ensemblelora.data.batching import Batch
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.lora import MemberSwitch, can_fuse, fused
+from ensemblelora.lora import MemberSwitch, can_fuse, can_mix, fused
 from ensemblelora.prefix import HiddenCache
 from ensemblelora.scoring import Scores, score_batch
 
@@ -109,7 +108,7 @@ def choose_max_tokens(adapted: AdaptedModel, asked: MaxTokens) -> int:
 def members_in_turn(adapted: AdaptedModel, members: Sequence[str]) -> Iterator[MemberRunner]:
     """Score batches with several members; inside, weights must not change."""
     if can_fuse(adapted):
-        with activate(adapted, THETA0), fused(adapted, members) as switch:
+        with fused(adapted, members) as switch:
             yield MemberRunner(adapted, switch)
     else:
         yield MemberRunner(adapted, None)
@@ -120,12 +119,8 @@ class MemberRunner:
 
     def __init__(self, adapted: AdaptedModel, switch: MemberSwitch | None) -> None:
         self._adapted, self._switch = adapted, switch
-
-    @property
-    def can_mix(self) -> bool:
-        """Whether one pass can serve several members."""
-        head = self._adapted.base.model.get_output_embeddings()
-        return self._switch is not None and not isinstance(head, BaseTunerLayer)  # its rows are scored positions
+        self.can_mix = switch is not None and can_mix(adapted)
+        """whether one pass can serve several members"""
 
     def score(self, batch: Batch, members: Sequence[str], hidden: Tensor | None) -> Scores:
         """Score a batch that holds the rows of each member in equal parts; ``hidden`` likewise, if given."""

@@ -49,6 +49,17 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
+class _Relay:
+    """Stands in for the lower blocks; one object for all batches, so that a compiled model is compiled once."""
+
+    def __init__(self, *, returns_tuple: bool) -> None:
+        self.returns_tuple = returns_tuple
+        self.hidden: Tensor | None = None
+
+    def pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.hidden,) if self.returns_tuple else self.hidden
+
+
 @dataclass(frozen=True, eq=False)
 class FrozenPrefix:
     """Runs a model's lower blocks alone, or its upper blocks on what the lower ones gave."""
@@ -58,8 +69,7 @@ class FrozenPrefix:
     """the lower blocks"""
     first: nn.Module
     """the lowest adapted block"""
-    returns_tuple: bool
-    """how this family's blocks return their output"""
+    relay: _Relay
     cache: HiddenCache | None = None
 
     @property
@@ -86,16 +96,14 @@ class FrozenPrefix:
     @contextmanager
     def resumed(self, hidden: Tensor) -> Iterator[None]:
         """Inside, the model's forward pass starts at the first adapted block, from these hidden states."""
-
-        def pass_on(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self.returns_tuple else hidden
-
         before = [vars(block).get("forward") for block in self.blocks]
+        self.relay.hidden = hidden
         for block in self.blocks:
-            block.forward = pass_on
+            block.forward = self.relay.pass_on
         try:
             yield
         finally:
+            self.relay.hidden = None
             for block, forward in zip(self.blocks, before, strict=True):
                 if forward is None:
                     del block.forward
@@ -230,8 +238,8 @@ def find_prefix(network: nn.Module) -> FrozenPrefix | None:
     if not any(carries) or carries[0] or any(isinstance(module, Embedding) for module in network.modules()):
         return None
     depth = carries.index(True)
-    returns_tuple = _returns_tuple(network, blocks[0])
-    return FrozenPrefix(network, tuple(blocks[:depth]), blocks[depth], returns_tuple)
+    relay = _Relay(returns_tuple=_returns_tuple(network, blocks[0]))
+    return FrozenPrefix(network, tuple(blocks[:depth]), blocks[depth], relay)
 
 
 def _returns_tuple(network: nn.Module, block: nn.Module) -> bool:
