@@ -72,7 +72,7 @@ def test_boosters_add_their_change_from_the_start_times_their_rate(adapted, kind
     with np.errstate(invalid="ignore"):
         expected = z["one"] + 0.5 * (z["one-boost-1"] - z[THETA0]) + 0.25 * (z["one-boost-2"] - z[THETA0])
     np.testing.assert_allclose(found[1][present], expected[present], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(found[0], z["two"])
+    np.testing.assert_allclose(found[0], z["two"], rtol=1e-5, atol=1e-6)  # others in its pass change the rounding
     assert np.isneginf(found[1][~present]).all()
     assert np.abs(found[1][present] - z["one"][present]).max() > 1e-3, "the boosters do nothing: the test is empty"
 
@@ -80,7 +80,7 @@ def test_boosters_add_their_change_from_the_start_times_their_rate(adapted, kind
 def test_free_text_leaves_boosters_out(adapted):
     split = make_split("sequence")
     found = group_scores(adapted, split, MEMBERS, [0], max_tokens=TOKENS)
-    np.testing.assert_array_equal(found.values[0], alone(adapted, split, "one"))
+    np.testing.assert_allclose(found.values[0], alone(adapted, split, "one"), rtol=1e-5, atol=1e-6)
     assert needed_adapters(MEMBERS, [0], "sequence") == ("one",)
 
 
@@ -89,10 +89,10 @@ def test_logits_are_averaged_before_and_probabilities_after_the_softmax(adapted)
     plain = tuple(member for member in MEMBERS if member.kind == "group")
     z = np.stack([alone(adapted, split, name) for name in ("one", "two")])
     logits = predict_ensemble(adapted, make_ensemble(weights, "logits", plain), 0, split, max_tokens=TOKENS)
-    np.testing.assert_allclose(logits, 0.3 * z[0] + 0.7 * z[1], rtol=1e-6)
+    np.testing.assert_allclose(logits, 0.3 * z[0] + 0.7 * z[1], rtol=1e-5, atol=1e-6)
     mixed = predict_ensemble(adapted, make_ensemble(weights, "probabilities", plain), 0, split, max_tokens=TOKENS)
     shares = np.exp(z) / np.exp(z).sum(2, keepdims=True)
-    np.testing.assert_allclose(np.exp(mixed), 0.3 * shares[0] + 0.7 * shares[1], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(mixed), 0.3 * shares[0] + 0.7 * shares[1], rtol=1e-5, atol=1e-6)
 
 
 def test_free_text_tokens_are_mixed_as_probabilities_whatever_the_config_says(adapted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -44,7 +45,7 @@ def test_a_nested_stage_and_loop_share_the_bars():
     with progress.announcing(console), progress.stage("outer"), progress.stage("inner"):
         pairs = [(i, j) for i in progress.track([0, 1], "a") for j in progress.track([0, 1], "b")]
     assert pairs == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert "inner: 0.0 s" in stream.getvalue() and "outer: 0.0 s" in stream.getvalue()
+    assert re.search(r"inner: \d+\.\d s", stream.getvalue()) and re.search(r"outer: \d+\.\d s", stream.getvalue())
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
