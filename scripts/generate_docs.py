@@ -73,13 +73,14 @@ def _render_speed(records: dict[str, Any]) -> Iterator[str]:
             rates = f"{rate['mean']:.0f} [{rate['min']:.0f}, {rate['max']:.0f}]"
             memory = f"{system['peak_memory_bytes']['mean'] / 1e9:.1f} GB"
             label = name.replace("stock", "Trainer + PEFT", 1) if name.startswith("stock") else f"ensemblelora {name}"
+            label = label.replace("PEFT-", "PEFT, ").replace("-", " ").replace("1 epochs", "1 epoch")
             yield f"| {label} | {rates} | {loss:.3f} | {memory} |"
     if inference:
         yield ""
-        yield "| inference, four members in the top third, against one adapter | latency | accuracy lost (points) |"
+        yield "| inference, four members in the top third, against one adapter | latency | accuracy against exact (points) |"
         yield "|---|---|---|"
-        for name, lost in (("exact", "0"), ("booster", "not measured"), ("routed", None), ("folded", None)):
-            price = lost or format(inference[f"accuracy_points_lost_{name}"], ".2f")
+        for name, lost in (("exact", "0"), ("booster", "not measured"), ("routed", ""), ("folded", "")):
+            price = lost or format(-inference[f"accuracy_points_lost_{name}"], "+.2f")
             yield f"| {name} | {inference[f'latency_ratio_{name}']:.2f}x | {price} |"
         yield ""
         yield f"Peak memory of the exact ensemble: {inference['memory_ratio_exact']:.2f}x that of one adapter."
