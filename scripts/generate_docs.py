@@ -77,7 +77,7 @@ def _render_speed(records: dict[str, Any]) -> Iterator[str]:
             yield f"| {label} | {rates} | {loss:.3f} | {memory} |"
     if inference:
         yield ""
-        yield "| inference, four members in the top third, against one adapter | latency | accuracy against exact (points) |"
+        yield "| four members in the top third, against one adapter | latency | accuracy against exact (points) |"
         yield "|---|---|---|"
         for name, lost in (("exact", "0"), ("booster", "not measured"), ("routed", ""), ("folded", "")):
             price = lost or format(-inference[f"accuracy_points_lost_{name}"], "+.2f")
