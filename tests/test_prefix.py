@@ -12,15 +12,17 @@ import torch
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, add_adapter, attach
-from ensemblelora.config import AdapterConfig, GradientsConfig, TrainingConfig
+from ensemblelora.config import AdapterConfig, GradientsConfig, TrainingConfig, load_config
 from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.gradients.collect import collect_features
-from ensemblelora.passes import run_lower, score, with_cache
+from ensemblelora.passes import run_lower, score, with_cache, without_cache
+from ensemblelora.pipeline import run
 from ensemblelora.prediction import predict_members
 from ensemblelora.store import FeatureStore
 from ensemblelora.training import fine_tune
 from tests.tiny import DECODERS, disturb, make_base, make_split
+from tests.tiny_run import make_inputs
 
 KINDS = ("verbalizer", "options", "sequence")
 
@@ -112,15 +114,40 @@ def test_what_does_not_fit_is_run_each_time(tmp_path: Path, capsys: pytest.Captu
     assert sum(f.stat().st_size for f in tmp_path.rglob("hidden.npy")) <= room + 128
 
 
-def test_other_weights_or_rows_do_not_find_the_file(tmp_path: Path) -> None:
+def test_a_batch_is_run_as_far_as_it_is_not_kept(tmp_path: Path) -> None:
+    first, second = splits(("options", "sequence"))
+    unshared = int(first.input_lengths.sum() - ((first.row_counts - 1) * first.shared_lengths).sum())
+    adapted = with_cache(make_top(), tmp_path, [first, second], max_bytes=unshared * 32 * 4)
+    batch = collate([(first, 0), (second, 1), (first, 2)], 0, layout=adapted.layout)
+    run_lower(adapted, batch)  # fills the first split
+    meter, whole = Meter("lower"), Meter("whole")
+    found = run_lower(adapted, batch, meter=meter)
+    expected = run_lower(without_cache(adapted), batch, meter=whole)
+    real = torch.from_numpy(batch.attention_mask).bool()
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-6)
+    assert 0 < meter.record.flops < whole.record.flops
+
+
+def test_other_weights_or_rows_do_not_find_the_file_and_take_its_place(tmp_path: Path) -> None:
     (split,), (other,) = splits(("verbalizer",)), [make_split("verbalizer", n=6, seed=9)]
-    for adapted, rows in ((make_top(), split), (make_top(n_layers=6), split), (make_top(), other)):
-        cached = with_cache(adapted, tmp_path, [rows], max_bytes=10**8)
-        run_lower(cached, collate([(rows, 0)], 0))
-    assert len(list(tmp_path.rglob("hidden.npy"))) == 3
+    for adapted, rows in ((make_top(), split), (make_top(n_layers=6), split), (make_top(), other), (make_top(), split)):
+        meter = Meter("fills")
+        run_lower(with_cache(adapted, tmp_path, [rows], max_bytes=10**8), collate([(rows, 0)], 0), meter=meter)
+        assert meter.record.flops > 0
+        assert len(list(tmp_path.rglob("hidden.npy"))) == 1, "the limit is for all files together"
     meter = Meter("again")
     run_lower(with_cache(make_top(), tmp_path, [split], max_bytes=10**8), collate([(split, 0)], 0), meter=meter)
     assert meter.record.flops == 0
+
+
+def test_a_family_that_can_not_be_taken_up_in_the_middle_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ensemblelora.prefix._can_resume", lambda prefix: False)
+    assert make_top().prefix is None
+    monkeypatch.undo()
+    monkeypatch.setattr("ensemblelora.prefix._count_outputs", lambda *_: 3)  # a tuple where a tensor is read
+    assert make_top().prefix is None
 
 
 def test_a_half_filled_file_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +204,13 @@ def test_dropout_below_the_adapted_layers_is_off_in_training() -> None:
     adapted.peft.train()
     torch.testing.assert_close(adapted.prefix.run(batch), adapted.prefix.run(batch))
     assert adapted.network.training
+
+
+def test_a_run_keeps_the_files_while_it_lasts_and_no_longer(tmp_path: Path) -> None:
+    changes = ("adapter.layers_to_transform=top_half", "training.num_train_epochs=1", "evaluation.baselines=[]")
+    config = load_config(make_inputs(tmp_path), changes)
+    run(config, until="train")
+    assert list((tmp_path / "run" / "cache").rglob("hidden.npy"))
+    run(config)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert not (tmp_path / "run" / "cache").exists()

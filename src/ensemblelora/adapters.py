@@ -49,6 +49,7 @@ __all__ = [
     "adapter_state",
     "add_adapter",
     "attach",
+    "keep_head_in_float32",
     "load_adapter",
     "measure_distance",
     "remove_adapter",
@@ -100,6 +101,11 @@ class AdaptedModel:
         """Whether an adapter comes with modules of its own beside LoRA, such as a classifier head."""
         return any(isinstance(module, ModulesToSaveWrapper) for module in self.peft.modules())
 
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether some layers see tokens sorted by expert, and no longer row by row."""
+        return any("expert" in name for name, _ in self.network.named_modules())
+
     @property
     def layout(self) -> Layout:
         """How options become rows where nothing needs a row for each choice."""
@@ -146,7 +152,7 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
         shares_context=shares_context,
         trains_a=config.train_A,
     )
-    _keep_head_in_float32(adapted, THETA0)
+    keep_head_in_float32(adapted, THETA0)
     _switch(adapted, THETA0, trainable=True)
     return adapted
 
@@ -166,7 +172,7 @@ def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | Non
         with activate(adapted, THETA0), forked_generators(adapted.device), _without_known_warnings():
             adapted.peft.add_adapter(name, settings)
         adapted.peft.eval()
-        _keep_head_in_float32(adapted, name)
+        keep_head_in_float32(adapted, name)
     set_adapter_state(adapted, name, start)
 
 
@@ -337,7 +343,7 @@ def _uses_conv1d(model: nn.Module, targets: Sequence[str]) -> bool:
     return any(isinstance(m, Conv1D) and name.endswith(tuple(targets)) for name, m in model.named_modules())
 
 
-def _keep_head_in_float32(adapted: AdaptedModel, name: str) -> None:
+def keep_head_in_float32(adapted: AdaptedModel, name: str) -> None:
     """Train an output layer in float32, as PEFT does with LoRA's own weights: bfloat16 swallows small steps."""
     for wrapper in adapted.peft.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapted.base.model.dtype != torch.float32:

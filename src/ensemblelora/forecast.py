@@ -4,7 +4,8 @@ In: the encoded rows and the adapted model. Out: one record per stage, by the le
 ``features`` and ``baselines`` count the very batches a run will take. Training in groups costs nearly the same for any
 partition: every task's rows pass once an epoch, and only the padding depends on who shares a batch. What depends on
 the plan or on the outcome (``boost``, ``combine``, ``evaluate``) is counted at its most.
-The oracle's fits take seconds and no model, and are left out.
+The oracle's fits take seconds and no model, and are left out. Blocks below the lowest adapted one count once a row, as
+if all rows fitted ``model.prefix_cache_gb``.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
                 proj_dim=dimension,
             )
     lower = _count_lower(probe, rows.learning)  # once for all stages that learn
-    return _Passes(meter.record, lower, feature_bytes(n_outputs, dimension), settings.max_tokens_per_batch)
+    disk = feature_bytes(n_outputs, dimension) + _measure_cache(config, probe, rows)
+    return _Passes(meter.record, lower, disk, settings.max_tokens_per_batch)
 
 
 def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
@@ -223,6 +225,16 @@ def _count(
 def _count_lower(probe: AdaptedModel, splits: Iterable[EncodedSplit]) -> StageRecord:
     """The blocks below the lowest adapted one, once a row."""
     return _count(probe, splits, FILL_TOKENS, count_lower) if probe.prefix else _NOTHING
+
+
+def _measure_cache(config: RunConfig, probe: AdaptedModel, rows: Rows) -> int:
+    """Bytes that the activations below the lowest adapted block take while the run lasts."""
+    if probe.prefix is None:
+        return 0
+    n_tokens = sum(int(split.input_lengths.sum()) for split in rows.learning)  # shared contexts take a little less
+    model = probe.base.model
+    needed = n_tokens * int(model.config.hidden_size) * model.dtype.itemsize
+    return min(needed, int(config.model.prefix_cache_gb * 1e9))
 
 
 def _prediction_tokens(config: RunConfig, probe: AdaptedModel) -> int:

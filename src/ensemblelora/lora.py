@@ -93,7 +93,8 @@ def can_fuse(adapted: AdaptedModel) -> bool:
 def can_mix(adapted: AdaptedModel) -> bool:
     """Whether one pass can serve several members."""
     # An adapted output layer reads scored positions, which are not the batch's rows.
-    return can_fuse(adapted) and not isinstance(adapted.base.model.get_output_embeddings(), BaseTunerLayer)
+    has_adapted_output = isinstance(adapted.base.model.get_output_embeddings(), BaseTunerLayer)
+    return can_fuse(adapted) and not adapted.has_experts and not has_adapted_output
 
 
 @contextmanager

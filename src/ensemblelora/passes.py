@@ -11,10 +11,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]  # ships no types
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ensemblelora import __version__
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate
 from ensemblelora.config import MaxTokens
@@ -25,7 +28,16 @@ from ensemblelora.lora import MemberSwitch, can_fuse, can_mix, fused
 from ensemblelora.prefix import HiddenCache
 from ensemblelora.scoring import Scores, score_batch
 
-__all__ = ["FILL_TOKENS", "MemberRunner", "choose_max_tokens", "members_in_turn", "run_lower", "score", "with_cache"]
+__all__ = [
+    "FILL_TOKENS",
+    "MemberRunner",
+    "choose_max_tokens",
+    "members_in_turn",
+    "run_lower",
+    "score",
+    "with_cache",
+    "without_cache",
+]
 
 _FEWEST_TOKENS, _MOST_TOKENS, _TYPICAL_WIDTH = 512, 8192, 512
 FILL_TOKENS = 4096
@@ -45,8 +57,8 @@ def with_cache(adapted: AdaptedModel, folder: Path, splits: Sequence[EncodedSpli
     if prefix is None or max_bytes == 0:
         return adapted
     model = adapted.base.model
-    identity = f"{adapted.base.fingerprint} {prefix.depth} {model.dtype}"
-    width = int(model.get_input_embeddings().weight.size(1))  # type: ignore[operator]
+    identity = f"{__version__} {adapted.base.fingerprint} {prefix.depth} {model.dtype}"
+    width = int(model.config.hidden_size)
     cache = HiddenCache(folder, identity, max_bytes, width, model.dtype)
     cache.enlist(splits)
     return replace(adapted, prefix=replace(prefix, cache=cache))
@@ -81,8 +93,12 @@ def run_lower(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None
 
             pad = adapted.base.pad_token_id
             cache.fill(split, run, layout=adapted.layout, max_tokens=FILL_TOKENS, pad_token_id=pad)
-        if (hidden := cache.read(batch, adapted.device)) is not None:
-            return hidden
+        hidden, is_kept = cache.read(batch, adapted.device)
+        if not is_kept.all():
+            others = _take_rows(batch, ~is_kept)
+            count_lower(meter, adapted.costs, others)
+            hidden[torch.from_numpy(~is_kept).to(hidden.device)] = prefix.run(others)
+        return hidden
     count_lower(meter, adapted.costs, batch)
     return prefix.run(batch)
 
@@ -102,6 +118,11 @@ def choose_max_tokens(adapted: AdaptedModel, asked: MaxTokens) -> int:
     else:
         free = psutil.virtual_memory().available
     return int(min(max(free // 4 // bytes_per_token, _FEWEST_TOKENS), _MOST_TOKENS))
+
+
+def without_cache(adapted: AdaptedModel) -> AdaptedModel:
+    """The same model with its lower blocks run each time, for a few rows that are to be looked at."""
+    return adapted if adapted.prefix is None else replace(adapted, prefix=replace(adapted.prefix, cache=None))
 
 
 @contextmanager
@@ -129,6 +150,13 @@ class MemberRunner:
         one_by_one = nullcontext() if self._switch is not None else activate(self._adapted, members[0])
         with one_by_one, torch.inference_mode(), _from(self._adapted, hidden):
             return score_batch(self._adapted.network, batch)
+
+
+def _take_rows(batch: Batch, rows: NDArray[np.bool_]) -> Batch:
+    """Some rows of a batch, as far as the lower blocks look at them."""
+    segments, positions = (None if a is None else a[rows] for a in (batch.segments, batch.position_ids))
+    ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+    return replace(batch, input_ids=ids, attention_mask=mask, segments=segments, position_ids=positions)
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
         shared = judging.train_baselines(work, probe, plan, rows)
         judging.evaluate_methods(work, probe, ensemble, shared, plan, rows)  # the test rows, for the first time
         judging.write_report(work)
-        stages.drop_lower_layers(work)
+    if until == "report":
+        stages.drop_lower_layers(Path(config.out))
     return read_result(Path(config.out))
 
 

@@ -69,7 +69,7 @@ def predict_members(
         try:
             values = _score_split(budget, adapted, encoded, members, meter)
         except torch.OutOfMemoryError:
-            if budget < int(encoded.example_lengths.max()):
+            if budget < int(encoded.measure(adapted.layout)[0].max()):
                 raise
             budget //= 2
             torch.cuda.empty_cache()
@@ -87,7 +87,7 @@ def _score_split(
     max_tokens: int, adapted: AdaptedModel, encoded: EncodedSplit, members: Sequence[str], meter: Meter | None
 ) -> np.ndarray:
     """Every member's scores of every row, ``(members, n_rows, K)``."""
-    shape = (len(members), _n_rows(encoded), max(int(encoded.n_choices.max()), 1))
+    shape = (len(members), _n_rows(encoded), max(int(encoded.n_choices.max(initial=1)), 1))
     values = np.full(shape, -np.inf, dtype=np.float32)
     starts = _row_starts(encoded)
     plan = plan_batches(*encoded.measure(adapted.layout), max_tokens)

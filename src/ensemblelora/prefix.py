@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.lora.layer import Embedding
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ensemblelora.artifacts import fingerprint
-from ensemblelora.data.batching import Batch, Span, iterate_batches
+from ensemblelora.data.batching import Batch, Span, collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.files import atomic_folder
 from ensemblelora.models import find_blocks
 from ensemblelora.progress import note, track
 from ensemblelora.scoring import model_inputs
+from ensemblelora.sharing import make_probe
 
 __all__ = ["FrozenPrefix", "HiddenCache", "find_prefix"]
 
@@ -52,12 +53,13 @@ class _Reached(Exception):
 class _Relay:
     """Stands in for the lower blocks; one object for all batches, so that a compiled model is compiled once."""
 
-    def __init__(self, *, returns_tuple: bool) -> None:
-        self.returns_tuple = returns_tuple
+    def __init__(self, n_outputs: int | None) -> None:
+        self.n_outputs = n_outputs
+        """how many values this family's blocks return; none: the hidden states themselves"""
         self.hidden: Tensor | None = None
 
     def pass_on(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.hidden,) if self.returns_tuple else self.hidden
+        return self.hidden if self.n_outputs is None else (self.hidden, *[None] * (self.n_outputs - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class FrozenPrefix:
         body: nn.Module = self.network.base_model  # type: ignore[assignment]  # a property that torch's types don't know
         try:
             self.network.eval()
-            with torch.no_grad():
+            with torch.no_grad(), _uncompiled(body):  # a forward pass that is left half-way is not worth compiling
                 body(**model_inputs(self.network, batch), use_cache=False)
         except _Reached as reached:
             return reached.hidden
@@ -118,7 +120,7 @@ class HiddenCache:
     A split that does not fit the limit is not kept, and computed anew each time.
 
     Attributes:
-        folder: Where the files go; files of other models or rows that lie there are left alone and not read.
+        folder: Where the files go; what lies there of other models or rows is removed.
         identity: Of the model and the depth; with a split's own, the name of its file.
         max_bytes: All files together.
         width: Numbers a token.
@@ -135,35 +137,41 @@ class HiddenCache:
     def enlist(self, splits: Sequence[EncodedSplit]) -> None:
         """Choose, in this order, the splits to keep; their rows are run when they are first asked for."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Writing to a mapped file on a full disk would kill the process.
-        free, left_out = min(self.max_bytes, int(_DISK_SHARE * shutil.disk_usage(self.folder).free)), 0
-        for split in splits:
-            place = _Place(split, self.folder / fingerprint(self.identity, fingerprint_split(split))[:32])
+        names = [fingerprint(self.identity, fingerprint_split(split))[:32] for split in splits]
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+        # Writing to a mapped file on a full disk would kill the process; what was written before is room, too.
+        on_disk = sum(file.stat().st_size for file in self.folder.rglob(_FILE))
+        disk, left_out = int(_DISK_SHARE * shutil.disk_usage(self.folder).free) + on_disk, 0
+        room = min(self.max_bytes, disk)
+        for split, name in zip(splits, names, strict=True):
+            place = _Place(split, self.folder / name, self.width)
             n_bytes = place.n_slots * self.width * self.dtype.itemsize
-            if n_bytes <= free:
-                free -= n_bytes
+            if n_bytes <= room:
+                room -= n_bytes
                 self._places[id(split)] = place
             else:
                 left_out += 1
         if left_out:
+            limit = "the free disk" if disk < self.max_bytes else f"model.prefix_cache_gb ({self.max_bytes / 1e9:.1f})"
             note(
-                f"activations below the adapted layers: {left_out} of {len(splits)} splits don't fit "
-                f"{self.max_bytes / 1e9:.1f} GB and are computed each time; model.prefix_cache_gb sets the limit"
+                f"activations below the adapted layers: {left_out} of {len(splits)} splits don't fit {limit} "
+                "and are computed each time"
             )
 
-    def read(self, batch: Batch, device: torch.device) -> Tensor | None:
-        """Gather a batch's hidden states; none if one of its splits is not kept, or not filled yet."""
-        places = [self._places.get(id(span.split)) for span in batch.spans]
-        if not all(place is not None and place.is_filled for place in places):
-            return None
-        bits = _BITS[self.dtype.itemsize][1]
-        hidden = np.zeros((*batch.input_ids.shape, self.width), dtype=bits)
-        for place, span in zip(places, batch.spans, strict=True):
-            if place is not None:
-                row, column = span.at
-                for at, slots in place.find_slots(span):
-                    hidden[row, column + at : column + at + len(slots)] = place.values[slots.start : slots.stop]
-        return torch.from_numpy(hidden).view(self.dtype).to(device)
+    def read(self, batch: Batch, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Gather a batch's hidden states ``(rows, width, h)``, and say which rows were kept ``(rows,)``."""
+        is_kept = np.ones(len(batch.input_ids), bool)
+        hidden = np.zeros((*batch.input_ids.shape, self.width), dtype=_BITS[self.dtype.itemsize][1])
+        for span in batch.spans:
+            place, (row, column) = self._places.get(id(span.split)), span.at
+            if place is None or not place.is_filled:
+                is_kept[row] = False
+                continue
+            for at, slots in place.find_slots(span):
+                hidden[row, column + at : column + at + len(slots)] = place.values[slots.start : slots.stop]
+        return torch.from_numpy(hidden).view(self.dtype).to(device), is_kept
 
     def missing(self, batch: Batch) -> list[EncodedSplit]:
         """Splits of the batch that are to be kept and are not filled yet."""
@@ -176,12 +184,13 @@ class HiddenCache:
         """Run every row of a split once and keep what comes out; the file appears when it is whole."""
         place = self._places[id(split)]
         bits_of, bits = _BITS[self.dtype.itemsize]
-        batches = list(iterate_batches(split, max_tokens, pad_token_id, layout=layout))
+        plan = plan_batches(*split.measure(layout), max_tokens)
         with atomic_folder(place.folder) as scratch:
             values = np.lib.format.open_memmap(
                 scratch / _FILE, mode="w+", dtype=bits, shape=(place.n_slots, self.width)
             )
-            for batch in track(batches, f"lower layers {split.task} ({split.split})"):
+            for indices in track(plan, f"lower layers {split.task} ({split.split})"):
+                batch = collate([(split, int(e)) for e in indices], pad_token_id, layout=layout)
                 hidden = run(batch).contiguous().view(bits_of).cpu().numpy()
                 for span in batch.spans:
                     row, column = span.at
@@ -194,8 +203,8 @@ class HiddenCache:
 class _Place:
     """One split's file, and where in it each row's tokens are: the common context of an example's rows once."""
 
-    def __init__(self, split: EncodedSplit, folder: Path) -> None:
-        self.split, self.folder = split, folder
+    def __init__(self, split: EncodedSplit, folder: Path, width: int) -> None:
+        self.split, self.folder, self._width = split, folder, width
         shared = split.shared_lengths
         per_row = np.repeat(shared, split.row_counts)
         own = split.input_lengths - per_row
@@ -210,12 +219,15 @@ class _Place:
 
     @property
     def is_filled(self) -> bool:
-        return self._values is not None or (self.folder / _FILE).exists()
+        if self._values is None and (self.folder / _FILE).exists():
+            found = np.load(self.folder / _FILE, mmap_mode="r", allow_pickle=False)
+            self._values = found if found.shape == (self.n_slots, self._width) else None
+        return self._values is not None
 
     @property
     def values(self) -> NDArray[Any]:
         if self._values is None:
-            self._values = np.load(self.folder / _FILE, mmap_mode="r", allow_pickle=False)
+            raise AssertionError("read before it was filled")
         return self._values
 
     def find_slots(self, span: Span) -> Iterator[tuple[int, range]]:
@@ -231,28 +243,71 @@ class _Place:
             yield start - span.start, range(first, first + end - start)
 
 
-def find_prefix(network: nn.Module) -> FrozenPrefix | None:
-    """Find the blocks below the lowest adapted one; none where the lowest block, or an embedding, is adapted."""
+def find_prefix(network: PreTrainedModel) -> FrozenPrefix | None:
+    """Find the blocks below the lowest adapted one.
+
+    Returns:
+        None where the lowest block or something before it is adapted, and for a family whose forward pass can't be
+        taken up in the middle, which is tried once: such a model is run whole each time.
+    """
     _, blocks = find_blocks(network)
     carries = [any(isinstance(module, BaseTunerLayer) for module in block.modules()) for block in blocks]
-    if not any(carries) or carries[0] or any(isinstance(module, Embedding) for module in network.modules()):
+    if not any(carries) or carries[0]:
         return None
     depth = carries.index(True)
-    relay = _Relay(returns_tuple=_returns_tuple(network, blocks[0]))
-    return FrozenPrefix(network, tuple(blocks[:depth]), blocks[depth], relay)
-
-
-def _returns_tuple(network: nn.Module, block: nn.Module) -> bool:
-    seen: list[bool] = []
-    handle = block.register_forward_hook(lambda module, inputs, output: seen.append(isinstance(output, tuple)))
-    device = next(network.parameters()).device
-    body: nn.Module = network.base_model  # type: ignore[assignment]
+    above = {id(module) for block in blocks[depth:] for module in block.modules()}
+    above.add(id(network.get_output_embeddings()))
+    if any(isinstance(module, BaseTunerLayer) and id(module) not in above for module in network.modules()):
+        return None
     try:
-        with torch.inference_mode():
-            body(input_ids=torch.ones(1, 2, dtype=torch.int64, device=device))
+        relay = _Relay(_count_outputs(network, blocks[0]))
+        prefix = FrozenPrefix(network, tuple(blocks[:depth]), blocks[depth], relay)
+        return prefix if _can_resume(prefix) else None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _count_outputs(network: nn.Module, block: nn.Module) -> int | None:
+    seen: list[int | None] = []
+
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(len(output) if isinstance(output, tuple) else None)
+
+    handle = block.register_forward_hook(look)
+    try:
+        _run_body(network, make_probe(_vocabulary(network)))
     finally:
         handle.remove()
     return seen[0]
+
+
+def _can_resume(prefix: FrozenPrefix) -> bool:
+    """Compare the last hidden states of a pass in two parts with those of a whole one."""
+    probe = make_probe(_vocabulary(prefix.network))
+    whole = _run_body(prefix.network, probe)
+    with prefix.resumed(prefix.run(probe)):
+        resumed = _run_body(prefix.network, probe)
+    return torch.allclose(whole.float(), resumed.float(), rtol=1e-3, atol=1e-3)
+
+
+def _run_body(network: nn.Module, batch: Batch) -> Tensor:
+    body: nn.Module = network.base_model  # type: ignore[assignment]
+    with torch.inference_mode():
+        hidden: Tensor = body(**model_inputs(network, batch), use_cache=False).last_hidden_state
+    return hidden
+
+
+def _vocabulary(network: nn.Module) -> int:
+    return int(network.config.vocab_size)  # type: ignore[union-attr, arg-type]
+
+
+@contextmanager
+def _uncompiled(body: nn.Module) -> Iterator[None]:
+    if body._compiled_call_impl is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ensemblelora.data.batching import collate
+from ensemblelora.data.batching import Batch, collate
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.scoring import model_inputs
 
-__all__ = ["can_share_context"]
+__all__ = ["can_share_context", "make_probe"]
 
 _CONTEXT, _ANSWERS = 12, (3, 5)
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -33,26 +33,29 @@ def can_share_context(model: PreTrainedModel) -> bool:
     config = model.config
     if config._attn_implementation not in _OWN_MASK or getattr(config, "sliding_window", None):
         return False
-    probe = _make_probe(int(config.vocab_size))
     try:
-        apart, together = (_find_hidden(model, probe, layout) for layout in ("rows", "shared"))
+        apart, together = (_find_hidden(model, layout) for layout in ("rows", "shared"))
     except (RuntimeError, ValueError, TypeError, IndexError):  # a family that takes no such mask or positions
         return False
     error = float((apart - together).abs().max() / apart.abs().max().clamp(min=1e-6))
     return error <= _TOLERANCE.get(model.dtype, _LOW_PRECISION_TOLERANCE)
 
 
-def _find_hidden(model: nn.Module, probe: EncodedSplit, layout: Layout) -> torch.Tensor:
-    batch = collate([(probe, 0)], pad_token_id=0, layout=layout)
-    body: nn.Module = model.base_model  # type: ignore[assignment]  # a property that torch's types don't know
+def make_probe(vocab_size: int, layout: Layout = "rows") -> Batch:
+    """One question with two answers of different length, its tokens spread over the vocabulary."""
+    return collate([(_make_split(vocab_size), 0)], pad_token_id=0, layout=layout)
+
+
+def _find_hidden(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    batch = make_probe(int(model.config.vocab_size), layout)
+    body: nn.Module = model.base_model
     with torch.inference_mode():
         hidden: torch.Tensor = body(**model_inputs(model, batch), use_cache=False).last_hidden_state
     rows, columns = torch.from_numpy(batch.positions).to(hidden.device).unbind(1)
     return hidden[rows, columns].float()
 
 
-def _make_probe(vocab_size: int) -> EncodedSplit:
-    """One question with two answers of different length, its tokens spread over the vocabulary."""
+def _make_split(vocab_size: int) -> EncodedSplit:
     sizes = [_CONTEXT + answer for answer in _ANSWERS]
     spread = (np.arange(1, sum(sizes) + 1) * 7919) % vocab_size
     context = spread[:_CONTEXT]

@@ -150,9 +150,12 @@ def _train_on_residual(setup: Setup, name: str, state: GroupState) -> dict[str, 
 def _plan_steps(setup: Setup, name: str, state: GroupState) -> list[list[tuple[int, int]]]:
     """``n_steps`` batches, going round the rows as often as it takes."""
     seed, n_steps = seed_for(setup.seed, "boosting", name), setup.config.n_steps
-    once = schedule_training(state.splits("train"), TrainingConfig(num_train_epochs=1), seed=seed)
+    layout = setup.adapted.layout
+    once = schedule_training(state.splits("train"), TrainingConfig(num_train_epochs=1), seed=seed, layout=layout)
     epochs = -(-n_steps // len(once))
-    return schedule_training(state.splits("train"), TrainingConfig(num_train_epochs=epochs), seed=seed)[:n_steps]
+    return schedule_training(state.splits("train"), TrainingConfig(num_train_epochs=epochs), seed=seed, layout=layout)[
+        :n_steps
+    ]
 
 
 def _stack(rows: Sequence[npt.NDArray[np.float32]], width: int) -> npt.NDArray[np.float32]:

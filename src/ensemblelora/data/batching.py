@@ -195,9 +195,7 @@ def repeat_batch(batch: Batch, times: int) -> Batch:
         label_tokens=tiled(batch.label_tokens),
         examples=tiled(batch.examples),
         kinds=batch.kinds * times,
-        spans=tuple(
-            span._replace(at=(span.at[0] + copy * n_rows, span.at[1])) for copy in range(times) for span in batch.spans
-        ),
+        spans=(),  # hidden states are gathered before a batch is stacked
     )
 
 

@@ -134,8 +134,9 @@ class EncodedSplit:
 
     @cached_property
     def is_shared(self) -> NDArray[np.bool_]:
-        """Which examples the layout ``shared`` puts into one row: bool (n_examples,)."""
-        return (self.row_counts > 1) & (self._joint_lengths <= _WORTH_SHARING * self.row_counts * self.example_lengths)
+        """Which examples the layout ``shared`` puts into one row, where tokens and their squares (attention) are fewer."""
+        counts, longest, joint = self.row_counts, self.example_lengths, self._joint_lengths
+        return (counts > 1) & (joint <= _WORTH_SHARING * counts * longest) & (joint**2 <= counts * longest**2)
 
     def answer_rows(self) -> NDArray[np.int64]:
         """The row of each example's right choice: int64 (n_examples,)."""
@@ -143,11 +144,11 @@ class EncodedSplit:
 
     def measure(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Length of each example's longest row and how many it has, in a layout: both int64 (n_examples,)."""
-        if layout == "answer":
-            return self.input_lengths[self.answer_rows()], np.ones(self.n_examples, np.int64)
-        if layout == "rows" or self.kind != "options":
-            return self.example_lengths, self.row_counts
         joint = self.is_shared
+        if layout == "answer":
+            return self.input_lengths[self.answer_rows()], np.ones_like(self.row_counts)
+        if layout == "rows" or not joint.any():
+            return self.example_lengths, self.row_counts
         return np.where(joint, self._joint_lengths, self.example_lengths), np.where(joint, 1, self.row_counts)
 
     @cached_property

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from peft import LoraConfig, set_peft_model_state_dict
 
-from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state
+from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, keep_head_in_float32
 from ensemblelora.config import AdapterConfig, MaxTokens
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.ensemble import Ensemble, needed_adapters, predict_ensemble
@@ -135,6 +135,7 @@ def add_fold(adapted: AdaptedModel, name: str, state: State) -> None:
         warnings.simplefilter("ignore")  # what PEFT has to say of these settings it said of theta0
         adapted.peft.add_adapter(name, settings)
     adapted.peft.eval()
+    keep_head_in_float32(adapted, name)
     set_peft_model_state_dict(adapted.peft, state, adapter_name=name)
 
 

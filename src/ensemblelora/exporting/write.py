@@ -83,7 +83,7 @@ def export_run(
         UsageError: If the arguments contradict each other or the run, the base model is not the run's or is
             quantised and to be merged into, or the fold hurts more than ``tolerance``.
         OutputError: If ``folder`` is no run, or ``out`` can't be written or holds something.
-        DataError: If the rows are no longer those of the run.
+        DataError: If the rows are no longer as many as the run had.
         StoreError: If a file of the run is damaged.
     """
     request = read_request(folder, out, format=format, task=task, rank=rank, tolerance=tolerance, device=device)

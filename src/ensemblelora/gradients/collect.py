@@ -16,7 +16,7 @@ Slow twin: autograd, one example at a time, in tests/test_collect.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -34,7 +34,7 @@ from ensemblelora.errors import ModelError
 from ensemblelora.gradients.output import choose_modes, compute_outputs, label_of_mode
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.tap import layer_parts, tapped
-from ensemblelora.passes import score
+from ensemblelora.passes import score, without_cache
 from ensemblelora.progress import track
 from ensemblelora.scoring import check_output_layer
 from ensemblelora.seeding import seed_for
@@ -151,7 +151,7 @@ def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -
     longest = np.argsort(splits[0].example_lengths, kind="stable")[-2:]
     batch = collate([(splits[0], int(e)) for e in longest], adapted.base.pad_token_id)
     with activate(adapted, THETA0, trainable=True), torch.enable_grad():
-        z = score(adapted, batch).z
+        z = score(without_cache(adapted), batch).z
         z.masked_fill(torch.isinf(z), 0.0).pow(2).sum().backward()
         active = {name: m for name, m in linears.items() if m.weight.grad is not None and bool(m.weight.grad.any())}
         adapted.peft.zero_grad(set_to_none=True)
@@ -286,7 +286,7 @@ def _check_health(
     if adapted.base.head == "lm":
         check_output_layer(adapted.network, collate([(splits[0][0], 0)], adapted.base.pad_token_id))
 
-    uncached = adapted if adapted.prefix is None else replace(adapted, prefix=replace(adapted.prefix, cache=None))
+    uncached = without_cache(adapted)
 
     def features_of(split: EncodedSplit, mode: OutputMode, examples: Sequence[int]) -> Features:
         layout = feature_layout(uncached, split)

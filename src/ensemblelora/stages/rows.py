@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 from ensemblelora import artifacts
 from ensemblelora.adapters import THETA0, AdaptedModel
@@ -106,6 +107,6 @@ def keep_lower_layers(work: Workspace, probe: AdaptedModel, rows: Rows) -> Adapt
     return with_cache(probe, work.path / _CACHE_FOLDER, rows.learning, max_bytes=max_bytes)
 
 
-def drop_lower_layers(work: Workspace) -> None:
-    """Free the disk that :func:`keep_lower_layers` took; a run that goes on fills it again as needed."""
-    shutil.rmtree(work.path / _CACHE_FOLDER, ignore_errors=True)
+def drop_lower_layers(folder: Path) -> None:
+    """Free the disk that :func:`keep_lower_layers` took, in a run folder that is finished."""
+    shutil.rmtree(folder / _CACHE_FOLDER, ignore_errors=True)
