@@ -134,7 +134,7 @@ class EncodedSplit:
 
     @cached_property
     def is_shared(self) -> NDArray[np.bool_]:
-        """Which examples the layout ``shared`` puts into one row, where tokens and their squares (attention) are fewer."""
+        """Which examples the layout ``shared`` puts into one row: where that takes fewer tokens, and pairs of them."""
         counts, longest, joint = self.row_counts, self.example_lengths, self._joint_lengths
         return (counts > 1) & (joint <= _WORTH_SHARING * counts * longest) & (joint**2 <= counts * longest**2)
 
