@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -24,6 +25,8 @@ from ensemblelora.stages import Rows, encode_tasks
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("boolq", "cb", "copa", "hellaswag", "multirc", "rte", "story_cloze", "wic", "winogrande", "wsc")
+GROUPS = ((0, 4, 5), (1, 8, 9), (2, 3, 6), (7,))
+"""reading, pronouns and entailment, completion, word senses; any four groups cost the same"""
 
 
 def load_rows(base: BaseModel, *, n_train: int, n_validation: int, n_test: int, max_length: int, seed: int) -> Rows:
@@ -54,6 +57,25 @@ def run_worker(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 def finish_worker(result: dict[str, Any]) -> None:
     """Hand a measurement to the process that asked for it."""
     print(json.dumps(result | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def make_parser(about: str | None, *, rows: int, repeats: str, n_repeats: int) -> argparse.ArgumentParser:
+    """Arguments that every comparison takes.
+
+    Args:
+        about: The script's docstring.
+        rows: Training rows of each dataset, unless others are asked for.
+        repeats: What is repeated: ``seeds`` or ``repeats``.
+        n_repeats: How many times, unless otherwise is asked for.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the record")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--rows", type=int, default=rows, help="training rows of each dataset")
+    parser.add_argument(f"--{repeats}", type=int, default=n_repeats, help="of each measurement")
+    parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
 
 
 class Journal:

@@ -16,7 +16,6 @@ validation rows. Then, each in a process of its own, the test rows are scored wi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
@@ -24,25 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Journal, finish_worker, keep_record, load_model, load_rows, spread
+from common import GROUPS, Journal, finish_worker, keep_record, load_model, load_rows, make_parser, spread
 
 MAX_LENGTH = 256
-GROUPS = ((0, 4, 5), (1, 8, 9), (2, 3, 6), (7,))
-"""reading, pronouns and entailment, completion, word senses; any four groups cost the same"""
 SYSTEMS = ("one", "exact", "booster", "routed", "folded")
 HERE = Path(__file__).parent
 
 
 def main() -> None:
     """Train the members once, then measure every system in turn."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", action="store_true", help="print the record")
-    parser.add_argument("--fresh", action="store_true", help="train and measure anew")
-    parser.add_argument("--rows", type=int, default=48, help="training rows of each dataset")
+    parser = make_parser(__doc__, rows=48, repeats="repeats", n_repeats=2)
     parser.add_argument("--test-rows", type=int, default=80, help="scored rows of each dataset")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--worker", metavar="SYSTEM")
-    parser.add_argument("--repeat", type=int, default=0)
     arguments = parser.parse_args()
     sizes = {"n_train": arguments.rows, "n_validation": 32, "n_test": arguments.test_rows}
     folder = HERE / ".journal" / "inference"
@@ -56,7 +47,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
     for repeat in range(arguments.repeats):
         for system in SYSTEMS:
-            found[system].append(journal.measure(__file__, [system, *where, "--repeat", str(repeat)]))
+            found[system].append(journal.measure(__file__, [system, *where, "--seed", str(repeat)]))
     config = sizes | {"max_length": MAX_LENGTH, "groups": GROUPS, "layers": "top_third", "repeats": arguments.repeats}
     keep_record("inference", config, compare(found), as_json=arguments.json)
 

@@ -10,6 +10,9 @@ with the paper's loss, the cross-entropy of the answer's tokens. The stock syste
   faster of the two.
 * ``all``: ensemblelora, every layer adapted. ``top-third``: the last third, activations below kept; its time
   includes filling the cache.
+* ``groups-in-turn``, ``groups-together``: four adapters, one for each of four groups of the datasets, one after the
+  other and in one pass over the base (``training.together``). ``all-compiled``: as ``all``, with ``training.compile``;
+  the time includes compiling.
 
 Throughput counts real tokens, not padding. Loss is that of the labels on held-out rows, measured alike for all.
 Measurements are kept in ``benchmarks/.journal/`` as they come; ``--fresh`` forgets them.
@@ -18,28 +21,25 @@ Measurements are kept in ``benchmarks/.journal/`` as they come; ``--fresh`` forg
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Journal, finish_worker, keep_record, load_model, load_rows, spread
+from common import GROUPS, TASKS, Journal, finish_worker, keep_record, load_model, load_rows, make_parser, spread
 
 MAX_LENGTH = 256
 RATE, EXAMPLES = 5e-4, 8
 STOCK = ("stock", "stock-bf16", "stock-bf16-weights")
+EVERY_TASK = tuple(range(len(TASKS)))
 
 
 def main() -> None:
     """Run the whole comparison, or one measurement of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", action="store_true", help="print the record")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--rows", type=int, default=24, help="training rows of each dataset")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--worker", metavar="SYSTEM")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser = make_parser(__doc__, rows=24, repeats="seeds", n_repeats=3)
+    parser.add_argument("--epochs", type=int, default=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         measure = train_stock if arguments.worker in STOCK else train_ours
@@ -52,12 +52,13 @@ def main() -> None:
         return journal.measure(__file__, [system, *where])
 
     # Side by side: every system once before any is measured again. Which of the stock systems with bf16 is the faster
-    # is settled with the first seed; float32 is the slowest by far, and no target hangs on its spread.
-    plan = [("all", 3), ("top-third", 3), *((name, 3) for name in STOCK[1:]), ("top-third", 10), ("stock", 1)]
+    # is settled with the first seed; no target hangs on the spread of float32 or of compiled steps.
+    repeated = [("all", 3), ("top-third", 3), ("groups-in-turn", 3), ("groups-together", 3), ("top-third", 10)]
+    plan = [*repeated, *((name, 3) for name in STOCK[1:]), ("stock", 1), ("all-compiled", 3)]
     found = {entry: [measured(*entry, 0)] for entry in plan}
     rival = max(STOCK[1:], key=lambda name: found[name, 3][0]["tokens_per_second"])
     for seed in range(1, arguments.seeds):
-        for entry in [("all", 3), ("top-third", 3), (rival, 3), ("top-third", 10)]:
+        for entry in [*repeated, (rival, 3)]:
             found[entry].append(measured(*entry, seed))
     config = {"rows_per_task": arguments.rows, "max_length": MAX_LENGTH, "learning_rate": RATE, "examples": EXAMPLES}
     config |= {"seeds": arguments.seeds}
@@ -67,27 +68,28 @@ def main() -> None:
 def compare(found: dict[tuple[str, int], list[dict[str, Any]]], rival: str) -> dict[str, Any]:
     """Ratios of throughput, seed by seed, and what every system gave."""
 
-    def rate(system: str, epochs: int) -> list[float]:
-        return [entry["tokens_per_second"] for entry in found[system, epochs]]
+    def ratios(system: str, epochs: int, other: str = rival) -> list[float]:
+        both = zip(found[system, epochs], found[other, 3], strict=True)
+        return [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in both]
 
-    def ratios(system: str, epochs: int) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(rate(system, epochs), rate(rival, 3), strict=True)]
-
+    several = {
+        "speedup_all_layers": ratios("all", 3),
+        "speedup_top_third": ratios("top-third", 3),
+        "speedup_top_third_10_epochs": ratios("top-third", 10),
+        "speedup_together": ratios("groups-together", 3, "groups-in-turn"),
+    }
+    once = (("all", 3), ("stock", 1), ("all-compiled", 3))
+    plain, defaults, compiled = (found[entry][0]["tokens_per_second"] for entry in once)
     systems = {
         f"{system}, {epochs} epochs": {key: spread([entry[key] for entry in entries]) for key in entries[0]}
         for (system, epochs), entries in found.items()
     }
     return {
         "against": rival,
-        "speedup_all_layers": spread(ratios("all", 3))["mean"],
-        "speedup_all_layers_over_defaults": rate("all", 3)[0] / rate("stock", 1)[0],
-        "speedup_top_third": spread(ratios("top-third", 3))["mean"],
-        "speedup_top_third_10_epochs": spread(ratios("top-third", 10))["mean"],
-        "spread": {
-            "speedup_all_layers": spread(ratios("all", 3)),
-            "speedup_top_third": spread(ratios("top-third", 3)),
-            "speedup_top_third_10_epochs": spread(ratios("top-third", 10)),
-        },
+        **{name: spread(values)["mean"] for name, values in several.items()},
+        "speedup_all_layers_over_defaults": plain / defaults,
+        "speedup_compiled": compiled / plain,
+        "spread": {name: spread(values) for name, values in several.items()},
         "systems": systems,
     }
 
@@ -130,8 +132,8 @@ def train_stock(system: str, n_rows: int, n_epochs: int, seed: int) -> dict[str,
         seconds = time.perf_counter() - started
         trainer.model.save_pretrained(folder + "/adapter")
         adapted = attach(base, AdapterConfig(), seed=0)
-        load_adapter(adapted, "stock", Path(folder) / "adapter")
-    return _describe(adapted, "stock", rows, n_epochs, seconds)
+        load_adapter(adapted, "group-0", Path(folder) / "adapter")
+    return _describe(adapted, (EVERY_TASK,), rows, n_epochs, seconds)
 
 
 def train_ours(system: str, n_rows: int, n_epochs: int, seed: int) -> dict[str, Any]:
@@ -140,34 +142,33 @@ def train_ours(system: str, n_rows: int, n_epochs: int, seed: int) -> dict[str, 
     from ensemblelora.adapters import attach
     from ensemblelora.config import AdapterConfig, TrainingConfig
     from ensemblelora.passes import with_cache
-    from ensemblelora.training import fine_tune
+    from ensemblelora.training import TrainingJob, fine_tune_together
 
     base = load_model(MAX_LENGTH)
     rows = load_rows(base, n_train=n_rows, n_validation=12, n_test=1, max_length=MAX_LENGTH, seed=0)
-    layers = {"all": None, "top-third": "top_third", "top-half": "top_half"}[system]
-    adapted = attach(base, AdapterConfig(layers_to_transform=layers), seed=0)
+    adapted = attach(base, AdapterConfig(layers_to_transform="top_third" if system == "top-third" else None), seed=0)
     config = TrainingConfig(
         loss="vocab_softmax",
         learning_rate=RATE,
         num_train_epochs=n_epochs,
         max_examples_per_batch=EXAMPLES,
         warmup_ratio=0.0,
+        compile=system == "all-compiled",
     )
+    groups = GROUPS if "groups" in system else (EVERY_TASK,)
+    jobs = [
+        # One row of each task to choose a checkpoint by.
+        TrainingJob(f"group-{g}", *([splits[i] for i in group] for splits in (rows.train, rows.test)))
+        for g, group in enumerate(groups)
+    ]
     with tempfile.TemporaryDirectory() as folder:
+        scratch, meter = Path(folder) / "checkpoints", Meter("train")
         started = time.perf_counter()
         adapted = with_cache(adapted, Path(folder) / "cache", rows.train, max_bytes=4 * 10**9)
-        fine_tune(
-            adapted,
-            "ours",
-            rows.train,
-            rows.test,  # one row of each: a checkpoint has to be chosen by something
-            config,
-            seed=seed,
-            checkpoints=Path(folder) / "checkpoints",
-            meter=Meter("train"),
-        )
+        for some in [jobs] if system == "groups-together" else [[job] for job in jobs]:
+            fine_tune_together(adapted, some, config, seed=seed, checkpoints=scratch, meter=meter)
         seconds = time.perf_counter() - started
-    return _describe(adapted, "ours", rows, n_epochs, seconds)
+    return _describe(adapted, groups, rows, n_epochs, seconds)
 
 
 def _as_examples(split: Any) -> list[dict[str, list[int]]]:
@@ -183,14 +184,22 @@ def _as_examples(split: Any) -> list[dict[str, list[int]]]:
     return examples
 
 
-def _describe(adapted: Any, name: str, rows: Any, n_epochs: int, seconds: float) -> dict[str, Any]:
-    from ensemblelora.training import measure_validation_nll
+def _describe(
+    adapted: Any, groups: Sequence[Sequence[int]], rows: Any, n_epochs: int, seconds: float
+) -> dict[str, Any]:
+    """Rate, and the held-out loss, each task's with the adapter that was trained on it."""
+    from ensemblelora.prediction import member_nll, predict_members
 
+    losses = []
+    for g, group in enumerate(groups):
+        for split in (rows.validation[i] for i in group):
+            scores = predict_members(adapted, split, [f"group-{g}"], max_tokens=4096)
+            losses.append(float(member_nll(scores, split.labels).mean()))
     n_tokens = n_epochs * sum(int(split.measure("answer")[0].sum()) for split in rows.train)
     return {
         "seconds": seconds,
         "tokens_per_second": n_tokens / seconds,
-        "validation_nll": measure_validation_nll(adapted, name, rows.validation, max_tokens=4096),
+        "validation_nll": statistics.fmean(losses),
     }
 
 

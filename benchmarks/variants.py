@@ -11,7 +11,6 @@ order of rows). Test rows are scored once, with the checkpoint that validation c
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Journal, finish_worker, keep_record, load_model, load_rows, spread
+from common import Journal, finish_worker, keep_record, load_model, load_rows, make_parser, spread
 
 MAX_LENGTH = 256
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,13 +32,7 @@ LINEARITY_ROWS = 12
 
 def main() -> None:
     """Measure every variant once before any is measured again."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", action="store_true", help="print the record")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--rows", type=int, default=24, help="training rows of each dataset")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--worker", metavar="VARIANT", choices=[*VARIANTS])
-    parser.add_argument("--seed", type=int, default=0)
+    parser = make_parser(__doc__, rows=24, repeats="seeds", n_repeats=3)
     arguments = parser.parse_args()
     if arguments.worker:
         finish_worker(measure(arguments.worker, arguments.rows, arguments.seed))

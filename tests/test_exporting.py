@@ -25,6 +25,7 @@ from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, add_adapt
 from ensemblelora.api import load_run
 from ensemblelora.cli import main
 from ensemblelora.data.encoding import encode_split
+from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.ensemble import Ensemble, Member, load_ensemble, predict_ensemble, save_ensemble
 from ensemblelora.errors import DataError, OutputError, StoreError, UsageError
@@ -84,6 +85,9 @@ def make_run(
             "card": task.card.model_dump(mode="json"),
             "kind": encode_split(task, "train", base.tokenizer, max_length=512).kind,
             "n_examples": {name: len(rows) for name, rows in task.splits.items()},
+            "validation_fingerprint": fingerprint_split(
+                encode_split(task, "validation", base.tokenizer, max_length=config.data.max_length)
+            ),
         }
         for task in tasks.tasks
     ]
@@ -280,6 +284,10 @@ def agree_with_the_ensemble(run: Path, tasks) -> None:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         answers = [prediction.label for prediction in load_run(run).predict(task, rows)]
         edit_rows(file, lambda number, row, answers=answers: row | {"label": answers[number]})
+    record = artifacts.read_json(run / "tasks.json")
+    for entry in record["tasks"]:  # as if the run had learnt from these
+        entry["validation_fingerprint"] = fingerprint_split(split_of(run, entry["card"]["task"]))
+    artifacts.write_json(run / "tasks.json", record)
 
 
 def test_a_fold_that_hurts_is_refused_in_one_line_and_leaves_nothing(make, export, tmp_path):
@@ -463,6 +471,16 @@ def test_what_can_not_be_exported_is_refused_before_the_model_is_loaded(
     with pytest.raises(error, match=message):
         export_run(run, tmp_path / "out", **{"format": "folded"} | options)
     assert files_in(tmp_path) == before
+
+
+def test_other_rows_in_place_of_the_runs_are_refused(make, tmp_path):
+    run = copy_run(make(), tmp_path)
+    file = tmp_path / "tasks" / f"{TASKS[0]}.validation.jsonl"
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join([*rows[1:], rows[0]]), encoding="utf-8")
+    with pytest.raises(DataError, match=f"rows of task '{TASKS[0]}' are not those it was made with"):
+        export_run(run, tmp_path / "out", format="folded")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_is_at_work_is_not_written_into(make, tmp_path):

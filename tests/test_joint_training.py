@@ -363,6 +363,23 @@ def test_a_run_that_can_not_trains_one_by_one_and_says_so(
 
 
 @pytest.mark.slow
+def test_compiled_steps_begin_above_the_frozen_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: make(self, backend="eager", **options))
+    torch.compiler.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    settings = AdapterConfig(r=2, lora_alpha=4, layers_to_transform="top_half")
+    compiled, plain = (attach(make_base("llama"), settings, seed=0) for _ in range(2))
+    assert compiled.prefix is not None
+    jobs = make_jobs()[2:]
+    train_together(compiled, tmp_path, CONFIG.model_copy(update={"compile": True}), jobs=jobs)
+    assert 0 < graphs["unique_graphs"] <= 2, "the stand-in for the lower blocks is compiled once"
+    train_together(plain, tmp_path, jobs=jobs)
+    assert_alike(compiled, plain, "text")
+
+
+@pytest.mark.slow
 def test_compiled_steps_are_made_once_for_each_way_the_model_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

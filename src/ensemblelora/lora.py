@@ -10,7 +10,7 @@ own forward back, which is the slow twin in the tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ensemblelora.adapters import AdaptedModel
+from ensemblelora.forwards import replaced_forwards
 
 __all__ = ["MemberSwitch", "can_fuse", "can_mix", "fused"]
 
@@ -104,19 +105,5 @@ def fused(adapted: AdaptedModel, members: Sequence[str]) -> Iterator[MemberSwitc
     The members' weights must not change inside unless gradients are on.
     """
     switch = MemberSwitch(members)
-    layers = adapted.lora_layers
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(switch.forward, layer)
-    try:
+    with replaced_forwards(adapted.lora_layers, lambda layer: partial(switch.forward, layer)):
         yield switch
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            _put_back(layer, forward)
-
-
-def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
-    if forward is None:
-        del layer.forward
-    else:
-        layer.forward = forward

@@ -30,6 +30,7 @@ from ensemblelora.data.batching import Batch, Span, collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.files import atomic_folder
+from ensemblelora.forwards import replaced_forwards
 from ensemblelora.models import find_blocks
 from ensemblelora.progress import note, track
 from ensemblelora.scoring import model_inputs
@@ -98,19 +99,12 @@ class FrozenPrefix:
     @contextmanager
     def resumed(self, hidden: Tensor) -> Iterator[None]:
         """Inside, the model's forward pass starts at the first adapted block, from these hidden states."""
-        before = [vars(block).get("forward") for block in self.blocks]
         self.relay.hidden = hidden
-        for block in self.blocks:
-            block.forward = self.relay.pass_on
         try:
-            yield
+            with replaced_forwards(self.blocks, lambda block: self.relay.pass_on):
+                yield
         finally:
             self.relay.hidden = None
-            for block, forward in zip(self.blocks, before, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
 
 
 @dataclass(eq=False)

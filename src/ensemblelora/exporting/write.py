@@ -7,12 +7,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ensemblelora import __version__, artifacts, progress
 from ensemblelora.adapters import THETA0, AdaptedModel, attach, save_adapter
-from ensemblelora.data.encoding import encode_split
+from ensemblelora.data.encoding import EncodedSplit, encode_split
+from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import DataError, UsageError
@@ -83,7 +85,7 @@ def export_run(
         UsageError: If the arguments contradict each other or the run, the base model is not the run's or is
             quantised and to be merged into, or the fold hurts more than ``tolerance``.
         OutputError: If ``folder`` is no run, or ``out`` can't be written or holds something.
-        DataError: If the rows are no longer as many as the run had.
+        DataError: If the rows are no longer those the run had.
         StoreError: If a file of the run is damaged.
     """
     request = read_request(folder, out, format=format, task=task, rank=rank, tolerance=tolerance, device=device)
@@ -113,10 +115,7 @@ def _export_fold(request: Request) -> Export:
     if request.format == "merged":
         _check_mergeable(adapted.base)
     config, ensemble = request.config, request.ensemble
-    splits = {
-        i: encode_split(tasks.tasks[i], "validation", adapted.base.tokenizer, max_length=config.data.max_length)
-        for i in request.indices
-    }
+    splits = _encode_rows(request, tasks, adapted.base)
     weights = weigh_adapters(ensemble, splits)
     usual = None if request.format == "merged" else config.adapter.r
     fold = fold_members(adapted, weights, config.adapter, request.rank or usual)
@@ -165,8 +164,7 @@ def _load_rows(request: Request) -> TaskSet:
     """Load the run's tasks; they must have as many validation rows as they had."""
     tasks = load_tasks(request.config.data, seed=request.config.seed)
     now = {task.name: len(task.splits["validation"]) for task in tasks.tasks}
-    entries = artifacts.read_json(request.run.path / artifacts.TASKS_FILE)["tasks"]
-    before = {entry["card"]["task"]: entry["n_examples"]["validation"] for entry in entries}
+    before = {entry["card"]["task"]: entry["n_examples"]["validation"] for entry in _read_tasks(request)}
     if list(now.items()) != list(before.items()):
         raise DataError(
             f"{request.run.path}: made with the validation rows {before}, and now there are {now}; "
@@ -175,9 +173,27 @@ def _load_rows(request: Request) -> TaskSet:
     return tasks
 
 
+def _encode_rows(request: Request, tasks: TaskSet, base: BaseModel) -> dict[int, EncodedSplit]:
+    """Encode the rows that judge a fold, by their tasks' index; they must be those that the run learnt from."""
+    entries, splits = _read_tasks(request), {}
+    for i in request.indices:
+        split = encode_split(tasks.tasks[i], "validation", base.tokenizer, max_length=request.config.data.max_length)
+        if fingerprint_split(split) != entries[i].get("validation_fingerprint"):
+            raise DataError(
+                f"{request.run.path}: the validation rows of task {split.task!r} are not those it was made with; "
+                "give it its data back, or run again"
+            )
+        splits[i] = split
+    return splits
+
+
+def _read_tasks(request: Request) -> list[dict[str, Any]]:
+    return list(artifacts.read_json(request.run.path / artifacts.TASKS_FILE)["tasks"])
+
+
 def _describe_base(request: Request) -> BaseNote:
     path = request.run.path
-    cards = [entry["card"] for entry in artifacts.read_json(path / artifacts.TASKS_FILE)["tasks"]]
+    cards = [entry["card"] for entry in _read_tasks(request)]
     head: Head = cards[0]["head"]
     settings = artifacts.read_json(request.run.adapter(request.ensemble.members[0].name) / PEFT_FILES[0])
     return BaseNote(

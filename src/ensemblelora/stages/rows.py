@@ -94,8 +94,9 @@ def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedMode
             "card": task.card.model_dump(mode="json"),
             "kind": split.kind,
             "n_examples": {name: len(task.splits[name]) for name in SPLITS},
+            "validation_fingerprint": fingerprint_split(split),
         }
-        for task, split in zip(tasks.tasks, rows.train, strict=True)
+        for task, split in zip(tasks.tasks, rows.validation, strict=True)
     ]
     overlaps = [asdict(overlap) for overlap in tasks.overlaps]
     artifacts.write_json(work.path / artifacts.TASKS_FILE, {"tasks": cards, "overlaps": overlaps})
