@@ -109,7 +109,7 @@ def test_what_is_timed_stays_within_a_step(n_choices, n_timed):
 
 def test_a_family_without_a_formula_still_gets_seconds():
     config = read_config(finished_run() / "recipe.yaml", gradients={"proj_type": "none"})
-    _, rows, probe = pipeline._prepare(config)
+    _, rows, probe = stages.prepare(config)
     exact = forecast_run(config, probe, rows)
     blind = forecast_run(config, dataclasses.replace(probe, costs=None), rows)
     assert blind["train"].flops == 0 and blind["train"].seconds > 0

@@ -108,8 +108,8 @@ class GradientsConfig(_Stage):
     output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = Field(
         "auto", description="auto: margin for 2 classes, contrast to 8, logodds above, sequence for free text."
     )
-    proj_type: Literal["rademacher", "gaussian", "none"] = Field(
-        "rademacher", description="none keeps every coordinate, for small models."
+    proj_type: Literal["rademacher", "gaussian", "sjlt", "kronecker", "none"] = Field(
+        "rademacher", description="sjlt: sparse; kronecker: by factors; none keeps every coordinate, for small models."
     )
     proj_dim: int = Field(400, ge=1, le=MAX_PROJ_DIM, description="Paper, Table 3: error is flat from 400 on.")
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ensemblelora import artifacts, judging, stages
-from ensemblelora.adapters import AdaptedModel, attach
 from ensemblelora.config import RunConfig
-from ensemblelora.data.loading import load_tasks
-from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError
 from ensemblelora.forecast import forecast_run
-from ensemblelora.models import load_base
 from ensemblelora.workspace import check_place, open_workspace
 
 __all__ = ["STAGES", "RunResult", "estimate", "read_result", "run"]
@@ -53,8 +49,8 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
     if until not in STAGES:
         raise ConfigError(f"stage {until!r}: expected one of {', '.join(STAGES)}")
     check_place(Path(config.out))
-    tasks, rows, probe = _prepare(config)
-    start = artifacts.fingerprint(probe.base.fingerprint, config.adapter, config.seed)
+    tasks, rows, probe = stages.prepare(config)
+    start = stages.identify_start(config, probe)
     with open_workspace(config, until=until, start_fingerprint=start) as work:
         stages.describe_run(work, tasks, rows, probe)
         probe = stages.keep_lower_layers(work, probe, rows)  # activations that no adapter changes, once a row
@@ -81,7 +77,7 @@ def estimate(config: RunConfig) -> dict[str, dict[str, float]]:
     Raises:
         UsageError: If config, data or model are wrong, as :func:`run` would say.
     """
-    _, rows, probe = _prepare(config)
+    _, rows, probe = stages.prepare(config)
     return {name: asdict(stage) for name, stage in forecast_run(config, probe, rows).items()}
 
 
@@ -105,19 +101,3 @@ def read_result(folder: Path) -> RunResult:
         costs=read(artifacts.COSTS_FILE),
         report=html if html.exists() else None,
     )
-
-
-def _prepare(config: RunConfig) -> tuple[TaskSet, stages.Rows, AdaptedModel]:
-    """Load and check everything a run needs; nothing is written."""
-    tasks = load_tasks(config.data, seed=config.seed)
-    stages.check_request(config, tasks)
-    base = load_base(
-        config.model,
-        head=stages.choose_head(tasks),
-        n_labels=stages.count_labels(tasks),
-        max_length=config.data.max_length,
-    )
-    rows = stages.encode_tasks(tasks, base, max_length=config.data.max_length)
-    probe = attach(base, config.adapter, seed=config.seed)  # theta0, where gradients are taken
-    stages.check_fit(config, rows, probe)
-    return tasks, rows, probe

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ensemblelora.stages.choosing import choose_plan, estimate_affinity, read_oracle, take_features
 from ensemblelora.stages.learning import boost_groups, combine_members, train_adapter, train_groups
-from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels
+from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels, identify_start, prepare
 from ensemblelora.stages.rows import Rows, describe_run, drop_lower_layers, encode_tasks, keep_lower_layers
 
 __all__ = [
@@ -28,7 +28,9 @@ __all__ = [
     "drop_lower_layers",
     "encode_tasks",
     "estimate_affinity",
+    "identify_start",
     "keep_lower_layers",
+    "prepare",
     "read_oracle",
     "take_features",
     "train_adapter",

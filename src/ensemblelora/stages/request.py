@@ -7,18 +7,45 @@ from collections.abc import Iterator
 import numpy as np
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ensemblelora.adapters import AdaptedModel, adapter_bytes
+from ensemblelora import artifacts
+from ensemblelora.adapters import AdaptedModel, adapter_bytes, attach
 from ensemblelora.affinity import sample_subsets
 from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, RunConfig
+from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, DataError
 from ensemblelora.gradients.collect import count_coordinates, find_active_linears
 from ensemblelora.gradients.output import choose_modes
-from ensemblelora.models import Head
+from ensemblelora.models import Head, load_base
 from ensemblelora.planning.budget import Budget
-from ensemblelora.stages.rows import Rows
+from ensemblelora.stages.rows import Rows, encode_tasks
 
-__all__ = ["check_fit", "check_request", "choose_head", "count_labels"]
+__all__ = ["check_fit", "check_request", "choose_head", "count_labels", "identify_start", "prepare"]
+
+
+def prepare(config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
+    """Load and check everything a run needs; nothing is written.
+
+    Returns:
+        The tasks, their encoded rows, and the model with theta0, where gradients are taken.
+
+    Raises:
+        UsageError: If config, data or model are wrong.
+    """
+    tasks = load_tasks(config.data, seed=config.seed)
+    check_request(config, tasks)
+    base = load_base(
+        config.model, head=choose_head(tasks), n_labels=count_labels(tasks), max_length=config.data.max_length
+    )
+    rows = encode_tasks(tasks, base, max_length=config.data.max_length)
+    probe = attach(base, config.adapter, seed=config.seed)
+    check_fit(config, rows, probe)
+    return tasks, rows, probe
+
+
+def identify_start(config: RunConfig, probe: AdaptedModel) -> str:
+    """Identity of theta0: model, adapter settings and seed."""
+    return artifacts.fingerprint(probe.base.fingerprint, config.adapter, config.seed)
 
 
 def check_request(config: RunConfig, tasks: TaskSet) -> None:

@@ -1,0 +1,82 @@
+"""Measured fine-tunings, one line of JSON each, appended as they come.
+
+In: :class:`TrueRun`. Out: the same, read back. A line that a killed process left unfinished is cut off and its
+fine-tuning measured again; lines of other rows, settings or seeds are kept and not returned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ensemblelora.errors import OutputError, StoreError
+
+__all__ = ["TrueRun", "append_run", "read_runs"]
+
+
+@dataclass(frozen=True)
+class TrueRun:
+    """One subset of tasks, truly fine-tuned and scored on its own tasks' validation rows."""
+
+    identity: str
+    """fingerprint of rows, start point, training settings and seed"""
+    tasks: tuple[str, ...]
+    """none: the base model"""
+    seed: int
+    """0, 1, ...: of the order of its rows"""
+    nll: Mapping[str, Sequence[float]]
+    """of every validation row of each task, nats"""
+    correct: Mapping[str, Sequence[float]]
+    """1 where a row is answered right; empty for free text"""
+    n_steps: int
+    best_step: int
+    """whose weights were scored"""
+    distance: float
+    """Euclidean, of the trained weights from theta0"""
+    relative_distance: float
+    """over the norm of all base weights"""
+    flops: int
+    seconds: float
+
+
+def append_run(path: Path, run: TrueRun) -> None:
+    """Add one line, and see to it that it is on disk.
+
+    Raises:
+        OutputError: If the file can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(run), allow_nan=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written ({error.strerror}); what was measured before is kept") from None
+
+
+def read_runs(path: Path, identities: Collection[str]) -> dict[str, TrueRun]:
+    """Read the runs with these identities, by identity; cuts off an unfinished last line.
+
+    Raises:
+        StoreError: If another line is damaged.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    found = {}
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            run = TrueRun(**entry | {"tasks": tuple(entry["tasks"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{path} line {number}: no measured run ({error!r}); delete that line") from None
+        if run.identity in identities:
+            found[run.identity] = run
+    return found

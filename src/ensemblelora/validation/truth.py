@@ -1,0 +1,165 @@
+"""What the oracle predicts, measured: subsets of tasks are fine-tuned as a run would, and scored.
+
+In: a run's rows and model, subsets, seeds. Out: :class:`~ensemblelora.validation.records.TrueRun` in ``truth.jsonl``.
+Scored are the validation rows of the subset's own tasks, those that the oracle predicts on, so that which rows were
+drawn is no part of the difference. A seed changes the order of the training rows; theta0 is the run's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ensemblelora import __version__, artifacts, training
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import THETA0, AdaptedModel, measure_distance, remove_adapter
+from ensemblelora.config import RunConfig
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.prediction import member_nll, predict_members
+from ensemblelora.progress import note, track
+from ensemblelora.seeding import generator_for, seed_for
+from ensemblelora.stages import Rows
+from ensemblelora.validation.records import TrueRun, append_run, read_runs
+
+__all__ = ["choose_subsets", "measure_base", "measure_subsets", "plan_measurements"]
+
+Subset = tuple[int, ...]
+_NAME = "validated"
+
+
+def choose_subsets(n_tasks: int, n_subsets: int, size: int, *, seed: int) -> tuple[Subset, ...]:
+    """Every single task, all tasks together, and for the rest subsets of one size, each task about equally often.
+
+    Args:
+        n_tasks: Number of tasks, n.
+        n_subsets: How many in all; at least n + 1 are returned.
+        size: Of those in between.
+        seed: Root of the choice.
+
+    Returns:
+        Distinct sorted subsets; the full set first, then singles, then the others. More asked for only adds to them.
+
+    Example:
+        >>> choose_subsets(3, 5, 2, seed=0)[:4]
+        ((0, 1, 2), (0,), (1,), (2,))
+    """
+    chosen: dict[Subset, None] = {tuple(range(n_tasks)): None} | {(i,): None for i in range(n_tasks)}
+    generator = generator_for(seed, "validation", "subsets")
+    n_left = 50 * n_subsets  # tries; small n has few subsets
+    while len(chosen) < n_subsets and n_left:
+        for block in _deal(n_tasks, size, generator):  # every task once
+            n_left -= 1
+            if len(chosen) < n_subsets:
+                chosen.setdefault(block)
+    return tuple(chosen)
+
+
+def plan_measurements(
+    subsets: Sequence[Subset], n_seeds: int, rows: Rows, start_fingerprint: str, config: RunConfig
+) -> dict[str, tuple[Subset, int]]:
+    """List the fine-tunings by identity: every subset with the first seed before any with the second."""
+    return {
+        artifacts.fingerprint(
+            __version__, "truth", subset, rows.learning_fingerprint(subset), start_fingerprint, config.training, seed
+        ): (subset, seed)
+        for seed in range(n_seeds)
+        for subset in subsets
+    }
+
+
+def measure_subsets(
+    path: Path, wanted: dict[str, tuple[Subset, int]], adapted: AdaptedModel, rows: Rows, config: RunConfig
+) -> dict[str, TrueRun]:
+    """Fine-tune and score what is not in the file yet; stopped at any moment, it goes on from there.
+
+    Args:
+        path: ``truth.jsonl``.
+        wanted: From :func:`plan_measurements`.
+        adapted: The model; it is left as it was.
+        rows: Of all tasks.
+        config: The run's.
+
+    Returns:
+        All that was wanted, by identity.
+
+    Raises:
+        TrainingError: If a loss is not finite.
+        OutputError: If the file can't be written.
+        StoreError: If the file is damaged.
+    """
+    found = read_runs(path, wanted)
+    missing = [identity for identity in wanted if identity not in found]
+    if found and missing:
+        note(f"{len(found)} of {len(wanted)} fine-tunings were measured before")
+    for identity in track(missing, "true fine-tunings"):
+        subset, seed = wanted[identity]
+        found[identity] = _measure(identity, subset, seed, path.parent, adapted, rows, config)
+        append_run(path, found[identity])
+    return {identity: found[identity] for identity in wanted}
+
+
+def measure_base(adapted: AdaptedModel, rows: Rows, config: RunConfig) -> TrueRun:
+    """Score the base model, which predicts what no training at all would give."""
+    started, meter = time.perf_counter(), Meter("truth")
+    nll, correct = _score(adapted, THETA0, rows.validation, config, meter)
+    seconds = time.perf_counter() - started
+    return TrueRun("base", (), 0, nll, correct, 0, 0, 0.0, 0.0, meter.record.flops, seconds)
+
+
+def _measure(
+    identity: str, subset: Subset, seed: int, folder: Path, adapted: AdaptedModel, rows: Rows, config: RunConfig
+) -> TrueRun:
+    started, meter = time.perf_counter(), Meter("truth")
+    train, validation = ([splits[i] for i in subset] for splits in (rows.train, rows.validation))
+    try:
+        trained = training.fine_tune(
+            adapted,
+            _NAME,
+            train,
+            validation,
+            config.training,
+            seed=seed_for(config.seed, "validation", str(seed), *(str(i) for i in subset)),
+            checkpoints=folder / "checkpoints" / identity[:12],
+            meter=meter,
+        )
+        flops = meter.record.flops  # what scoring costs is no part of the training
+        nll, correct = _score(adapted, _NAME, validation, config, meter)
+        moved = measure_distance(adapted, _NAME)
+    finally:
+        remove_adapter(adapted, _NAME)
+    return TrueRun(
+        identity=identity,
+        tasks=tuple(split.task for split in train),
+        seed=seed,
+        nll=nll,
+        correct=correct,
+        n_steps=trained.n_steps,
+        best_step=trained.best_step,
+        distance=moved["absolute"],
+        relative_distance=moved["relative_to_model"],
+        flops=flops,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _score(
+    adapted: AdaptedModel, name: str, splits: Iterable[EncodedSplit], config: RunConfig, meter: Meter
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Every row's loss, and whether it is answered right."""
+    nll, correct = {}, {}
+    for split in splits:
+        scores = predict_members(adapted, split, [name], max_tokens=config.evaluation.max_tokens_per_batch, meter=meter)
+        nll[split.task] = [round(float(value), 7) for value in member_nll(scores, split.labels)[0]]
+        is_text = split.kind == "sequence"
+        correct[split.task] = [] if is_text else (scores.values[0].argmax(axis=1) == split.labels).astype(int).tolist()
+    return nll, correct
+
+
+def _deal(n_tasks: int, size: int, generator: np.random.Generator) -> Iterator[Subset]:
+    """Cut a shuffled list of all tasks into subsets; what is left over at its end is dropped."""
+    order = generator.permutation(n_tasks).tolist()
+    for first in range(0, n_tasks - size + 1, size):
+        yield tuple(sorted(order[first : first + size]))
