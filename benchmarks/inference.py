@@ -9,9 +9,15 @@ validation rows. Then, each in a process of its own, the test rows are scored wi
 * ``exact``: all four members for every row, lower layers once.
 * ``booster``: three members and a booster, which is measured from the base and so takes a fifth pass.
 * ``routed``: each task's best single member.
-* ``folded``: the members of a task folded into one adapter of the same rank.
+* ``folded``: one adapter of the same rank for all tasks, as ``ensemblelora export --format folded`` makes it, from the
+  tasks' mean weights.
+* ``folded-per-task``: one such adapter for each task, from its own weights (``--task NAME``): ten adapters.
+* ``one-all-layers``, ``exact-all-layers``: the default layout, every layer adapted, so that nothing is shared by the
+  members; the second is against the first. Their adapters are untrained copies of theta0, since the cost does not
+  depend on the values, and no accuracy is taken.
 
-``batch`` scores whole tasks, ``single`` one question at a time. Processes alternate, several repeats each.
+``batch`` scores whole tasks, ``single`` one question at a time. Processes alternate, several repeats each. Accuracy and
+loss are against ``exact`` on the same test rows, with 95 % intervals over these rows, not over trainings.
 """
 
 from __future__ import annotations
@@ -26,7 +32,18 @@ import numpy as np
 from common import GROUPS, Journal, finish_worker, keep_record, load_model, load_rows, make_parser, spread
 
 MAX_LENGTH = 256
-SYSTEMS = ("one", "exact", "booster", "routed", "folded")
+AGAINST = {
+    "exact": "one",
+    "booster": "one",
+    "routed": "one",
+    "folded": "one",
+    "folded-per-task": "one",
+    "exact-all-layers": "one-all-layers",
+}
+"""whose latency each system's is divided by"""
+SYSTEMS = tuple(dict.fromkeys(system for pair in AGAINST.items() for system in reversed(pair)))
+CHEAPER = ("routed", "folded", "folded-per-task")
+"""what stands in for the exact ensemble, so that its accuracy is of interest"""
 HERE = Path(__file__).parent
 
 
@@ -41,7 +58,7 @@ def main() -> None:
         measure = train_members if arguments.worker == "train" else score
         finish_worker(measure(folder, sizes, arguments.worker))
         return
-    journal = Journal(HERE / ".journal" / "inference.jsonl", fresh=arguments.fresh)
+    journal = Journal(folder / "journal.jsonl", fresh=arguments.fresh)  # beside the adapters it measures
     where = ["--rows", str(arguments.rows), "--test-rows", str(arguments.test_rows)]
     journal.measure(__file__, ["train", *where])
     found: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
@@ -53,29 +70,44 @@ def main() -> None:
 
 
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Ratios against one adapter, of medians over repeats; accuracy in points."""
-
-    def middle(system: str, key: str) -> float:
-        return statistics.median(entry[key] for entry in found[system])
+    """Ratios of medians over repeats; accuracy in points and loss in nats, against the exact ensemble."""
 
     def ratio(system: str, key: str) -> float:
-        return middle(system, key) / middle("one", key)
+        over, under = (statistics.median(entry[key] for entry in found[name]) for name in (system, AGAINST[system]))
+        return over / under
 
-    def lost(system: str) -> float:
-        return 100 * (middle("exact", "accuracy") - middle(system, "accuracy"))
-
-    return {
-        "latency_ratio_exact": ratio("exact", "batch_seconds"),
-        "latency_ratio_booster": ratio("booster", "batch_seconds"),
-        "latency_ratio_routed": ratio("routed", "batch_seconds"),
-        "latency_ratio_folded": ratio("folded", "batch_seconds"),
-        "single_latency_ratio_exact": ratio("exact", "single_seconds"),
-        "single_latency_ratio_routed": ratio("routed", "single_seconds"),
-        "memory_ratio_exact": ratio("exact", "peak_memory_bytes"),
-        "accuracy_points_lost_routed": lost("routed"),
-        "accuracy_points_lost_folded": lost("folded"),
-        "systems": {s: {key: spread([e[key] for e in entries]) for key in entries[0]} for s, entries in found.items()},
+    measured = {
+        f"{name}_ratio_{_as_key(system)}": ratio(system, key)
+        for name, key in (("latency", "batch_seconds"), ("single_latency", "single_seconds"))
+        for system in AGAINST
     }
+    memory = {f"memory_ratio_{_as_key(s)}": ratio(s, "peak_memory_bytes") for s in ("exact", "exact-all-layers")}
+    prices = {key: value for system in CHEAPER for key, value in _compare_rows(found, system).items()}
+    spreads = {
+        system: {key: spread([entry[key] for entry in entries]) for key in entries[0] if key != "rows"}
+        for system, entries in found.items()
+    }
+    return {**measured, **memory, **prices, "systems": spreads}
+
+
+def _compare_rows(found: dict[str, list[dict[str, Any]]], system: str) -> dict[str, Any]:
+    """What a system loses against the exact ensemble on the same rows; all repeats score them alike."""
+    from ensemblelora.evaluation.metrics import compare_paired_tasks
+
+    exact, ours = found["exact"][0]["rows"], found[system][0]["rows"]
+    right = compare_paired_tasks(exact["right"], ours["right"], exact["groups"])
+    loss = compare_paired_tasks(ours["nll"], exact["nll"], exact["groups"])
+    name = _as_key(system)
+    return {
+        f"accuracy_points_lost_{name}": 100 * right.difference,
+        f"accuracy_points_lost_{name}_interval": [100 * right.low, 100 * right.high],
+        f"nll_rise_{name}": loss.difference,
+        f"nll_rise_{name}_interval": [loss.low, loss.high],
+    }
+
+
+def _as_key(system: str) -> str:
+    return system.replace("-", "_")
 
 
 def train_members(folder: Path, sizes: dict[str, int], _: str) -> dict[str, Any]:
@@ -126,10 +158,12 @@ def score(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
     from ensemblelora.ensemble import load_ensemble, predict_ensemble
     from ensemblelora.files import read_json
 
-    adapted, rows = _load(sizes)
+    if _has_all_layers(system):  # four times the price a row, and compared with each other alone
+        sizes = sizes | {"n_test": sizes["n_test"] // 4}
+    adapted, rows = _load(sizes, layers=None if _has_all_layers(system) else "top_third")
     ensemble = load_ensemble(folder / "ensemble.json")
     routes = read_json(folder / "ensemble.json")["routes"]
-    _load_members(adapted, folder, ensemble, system)
+    _load_members(adapted, folder, ensemble, rows, system)
     systems = [_serve(ensemble, task, system, routes[task]) for task in range(len(rows.names))]
 
     def answer(task: int, split: Any) -> np.ndarray:
@@ -139,37 +173,63 @@ def score(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
     started = time.perf_counter()
     scores = [answer(task, split) for task, split in enumerate(rows.test)]
     batch_seconds = time.perf_counter() - started
-    right = [float((z.argmax(1) == s.labels).mean()) for z, s in zip(scores, rows.test, strict=True)]
     questions = [(task, _pick(split, e)) for task, split in enumerate(rows.test) for e in range(3)]
     started = time.perf_counter()
     for task, question in questions:
         answer(task, question)
     single_seconds = (time.perf_counter() - started) / len(questions)
-    return {"batch_seconds": batch_seconds, "single_seconds": single_seconds, "accuracy": float(np.mean(right))}
+    judged = {} if _has_all_layers(system) else _judge(scores, rows.test)
+    return {"batch_seconds": batch_seconds, "single_seconds": single_seconds, **judged}
 
 
-def _load(sizes: dict[str, int]) -> tuple[Any, Any]:
+def _judge(scores: list[np.ndarray], splits: Any) -> dict[str, Any]:
+    """Accuracy, loss, and both for every row."""
+    from ensemblelora.evaluation.metrics import compute_row_correct, compute_row_nll
+
+    pairs = list(zip(scores, splits, strict=True))
+    right = [compute_row_correct(z, split.labels, split.n_choices).astype(int).tolist() for z, split in pairs]
+    nll = [compute_row_nll(z, split.labels, split.n_choices).tolist() for z, split in pairs]
+    return {
+        "accuracy": statistics.fmean(map(statistics.fmean, right)),
+        "test_nll": statistics.fmean(map(statistics.fmean, nll)),
+        "rows": {"right": right, "nll": nll, "groups": [split.groups.tolist() for split in splits]},
+    }
+
+
+def _has_all_layers(system: str) -> bool:
+    return system.endswith("-all-layers")
+
+
+def _load(sizes: dict[str, int], *, layers: str | None = "top_third") -> tuple[Any, Any]:
     from ensemblelora.adapters import attach
     from ensemblelora.config import AdapterConfig
 
     base = load_model(MAX_LENGTH)
     rows = load_rows(base, **sizes, max_length=MAX_LENGTH, seed=0)
-    return attach(base, AdapterConfig(layers_to_transform="top_third"), seed=0), rows
+    return attach(base, AdapterConfig.model_validate({"layers_to_transform": layers}), seed=0), rows
 
 
-def _load_members(adapted: Any, folder: Path, ensemble: Any, system: str) -> None:
+def _load_members(adapted: Any, folder: Path, ensemble: Any, rows: Any, system: str) -> None:
     """Only the adapters that the system serves, so that its memory is its own."""
-    from ensemblelora.adapters import load_adapter
+    from ensemblelora.adapters import add_adapter, load_adapter
     from ensemblelora.config import AdapterConfig
-    from ensemblelora.exporting.fold import add_fold, fold_members
+    from ensemblelora.exporting.fold import add_fold, fold_members, weigh_adapters
 
     names = {"one": ["group-0"], "booster": ["group-0", "group-1", "group-2", "booster"]}
-    for name in names.get(system, [member.name for member in ensemble.members]):
-        load_adapter(adapted, name, folder / name)
-    if system == "folded":
-        for task, weights in enumerate(ensemble.weights):
-            shares = {member.name: weight for member, weight in zip(ensemble.members, weights, strict=True)}
-            add_fold(adapted, f"folded-{task}", fold_members(adapted, shares, AdapterConfig(), 8).cut.state)
+    for name in names.get(system.removesuffix("-all-layers"), [member.name for member in ensemble.members]):
+        if _has_all_layers(system):
+            add_adapter(adapted, name)
+        else:
+            load_adapter(adapted, name, folder / name)
+    splits, config = dict(enumerate(rows.validation)), AdapterConfig()
+    parts = {"folded": [splits], "folded-per-task": [{task: split} for task, split in splits.items()]}
+    for part in parts.get(system, []):
+        weights = weigh_adapters(ensemble, part)  # the mean of these tasks'
+        add_fold(adapted, _name_fold(system, min(part)), fold_members(adapted, weights, config, config.r).cut.state)
+
+
+def _name_fold(system: str, task: int) -> str:
+    return "folded" if system == "folded" else f"folded-{task}"
 
 
 def _serve(ensemble: Any, task: int, system: str, route: int) -> Any:
@@ -181,18 +241,22 @@ def _serve(ensemble: Any, task: int, system: str, route: int) -> Any:
         every = tuple(range(len(ensemble.task_names)))
         return replace(ensemble, groups=(every,), members=(Member(name, 0, "group", 1.0),), weights=weights)
 
+    system = system.removesuffix("-all-layers")
     if system == "one":
         return alone("group-0")
     if system == "routed":
         return alone(f"group-{route}")
-    if system == "folded":
-        return alone(f"folded-{task}")
+    if system in ("folded", "folded-per-task"):
+        return alone(_name_fold(system, task))
     if system == "booster":
         members = (*ensemble.members[:3], Member("booster", 2, "booster", 0.3))
         merged = (*GROUPS[:2], (*GROUPS[2], *GROUPS[3]))
         weights = tuple((1 / 3, 1 / 3, 1 / 3) for _ in ensemble.task_names)
         return replace(ensemble, groups=merged, members=members, weights=weights)
-    return ensemble
+    # A weight of zero would spare its member's pass; a millionth is no score's concern.
+    weights = np.maximum(ensemble.weights, 1e-6)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return replace(ensemble, weights=tuple(map(tuple, weights.tolist())))
 
 
 def _pick(split: Any, e: int) -> Any:

@@ -58,6 +58,7 @@ def make_plan(names: tuple[str, ...] = TASKS) -> Plan:
             adapter_bytes=1_900_000 * (m + 1),
             latency_ratio=float(m + 1),
             allowed=m < 6,
+            predicted_nll_se=0.011,
         )
         for m, nll in means.items()
     )
@@ -68,10 +69,10 @@ def make_plan(names: tuple[str, ...] = TASKS) -> Plan:
         return Prediction(nll, (0.02,) * 10, accuracy, (0.03,) * 10, sum(nll) / 10, 0.011, sum(accuracy) / 10, 0.012)
 
     comparisons = (
-        Comparison("one adapter", 1, (tuple(range(10)),), 0.751, None, 0.0, 0.0),
-        Comparison("one per task", 10, tuple((task,) for task in range(10)), 0.762, None, -0.011, 0.012),
-        Comparison("random groups", 3, None, 0.756, 0.008, -0.005, 0.004),
-        Comparison("gradient cosine", 3, GROUPS, 0.729, None, 0.022, 0.006),
+        Comparison("one adapter", 1, (tuple(range(10)),), 0.751, None, 0.0, 0.0, 0.012, -0.028, 0.006),
+        Comparison("one per task", 10, tuple((task,) for task in range(10)), 0.762, None, -0.011, 0.012, 0.013),
+        Comparison("random groups", 3, None, 0.756, 0.008, -0.005, 0.004, 0.014),
+        Comparison("gradient cosine", 3, GROUPS, 0.729, None, 0.022, 0.006, 0.015, -0.006, 0.003),
     )
     reason = (
         "Three groups are the fewest whose predicted loss is within one standard error of the best, and they beat one "
@@ -95,7 +96,12 @@ def make_affinity(n: int = 10) -> dict[str, np.ndarray]:
     noise = generator.normal(0, 0.006, (n, n))
     matrix = levels[:, None] + levels[None, :] + 0.03 * (group_of[:, None] == group_of[None, :]) + (noise + noise.T) / 2
     counts = generator.integers(7, 10, (n, n))
-    return {"matrix": matrix, "counts": np.triu(counts, 1) + np.triu(counts, 1).T + 36 * np.eye(n, dtype=int)}
+    errors = 0.004 + 0.001 * (group_of[:, None] == group_of[None, :])
+    return {
+        "matrix": matrix,
+        "matrix_se": errors,
+        "counts": np.triu(counts, 1) + np.triu(counts, 1).T + 36 * np.eye(n, dtype=int),
+    }
 
 
 def make_scores(accuracy: float, task: int) -> dict[str, Any]:
@@ -162,6 +168,7 @@ def make_results(names: tuple[str, ...] = TASKS) -> dict[str, Any]:
                 "task": name,
                 "group": group_of[task],
                 "predicted_nll": PREDICTED[task],
+                "predicted_nll_se": 0.02,
                 "measured_nll": measured[task],
                 "base_nll": methods["base"]["per_task"][name]["nll"],
             }

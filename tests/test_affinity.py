@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import Ridge
 
 from ensemblelora.affinity import (
     SubsetDesign,
-    _fit_ridge,
     affinity_from_scores,
-    average_over_subsets,
-    fit_surrogate,
+    compare_surrogates,
     reference_subsets,
     relative_affinity,
     sample_subsets,
     select_values,
     symmetrize,
+    weigh_scores,
 )
 from ensemblelora.config import AffinityConfig
 from ensemblelora.errors import ConfigError, DataError
@@ -37,6 +35,15 @@ def linear_scores(design: SubsetDesign, seed: int = 0) -> np.ndarray:
     beta = rng.normal(size=(design.n_tasks, design.n_tasks))
     np.fill_diagonal(beta, 0)
     return rng.normal(size=design.n_tasks) + design.membership @ beta.T
+
+
+def average_over_subsets(design: SubsetDesign, values: np.ndarray) -> np.ndarray:
+    """Equation 1 as it is written; NaN for a pair that no subset holds."""
+    directed = np.full((design.n_tasks, design.n_tasks), np.nan)
+    for i, j in itertools.product(range(design.n_tasks), repeat=2):
+        held = [values[s, i] for s, subset in enumerate(design.subsets) if i in subset and j in subset]
+        directed[i, j] = np.mean(held) if held else np.nan
+    return directed
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,14 +93,17 @@ def test_topped_up_means_stay_unbiased() -> None:
     n_tasks, size, n_seeds = 7, 3, 1500
     everything = every_subset(n_tasks, size)
     values = np.exp(linear_scores(everything))
-    truth, _ = average_over_subsets(everything, values)
+    truth = average_over_subsets(everything, values)
     row = {subset: s for s, subset in enumerate(everything.subsets)}
     config = AffinityConfig(subset_size=size, n_subsets=8, min_pair_count=2)
     estimates = np.empty((n_seeds, n_tasks, n_tasks))
     for seed in range(n_seeds):
         design = sample_subsets(n_tasks, config, seed=seed)
         assert len(design.subsets) > 10
-        estimates[seed], _ = average_over_subsets(design, values[[row[s] for s in design.subsets]])
+        members, scores = design.membership, values[[row[s] for s in design.subsets]]
+        counts = members.T @ members
+        sums = (members * scores).T @ members
+        estimates[seed] = np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
     seen = np.isfinite(estimates).sum(axis=0)
     bias = np.nanmean(estimates, axis=0) - truth
     assert seen.min() > 1000
@@ -103,11 +113,24 @@ def test_topped_up_means_stay_unbiased() -> None:
 def test_equation_one_is_a_plain_mean() -> None:
     design = sample_subsets(7, AffinityConfig(subset_size=3, n_subsets=20), seed=1)
     values = np.random.default_rng(1).normal(size=(len(design.subsets), 7))
-    directed, counts = average_over_subsets(design, values)
+    affinity = affinity_from_scores(design, values)
+    assert not affinity.surrogate.any()
+    np.testing.assert_allclose(affinity.directed, average_over_subsets(design, values), atol=1e-12)
     for i, j in itertools.product(range(7), repeat=2):
-        held = [s for s, subset in enumerate(design.subsets) if i in subset and j in subset]
-        assert counts[i, j] == len(held)
-        assert directed[i, j] == pytest.approx(values[held, i].mean())
+        assert affinity.counts[i, j] == sum(i in subset and j in subset for subset in design.subsets)
+
+
+@pytest.mark.parametrize("surrogate_above", [0, 40])
+@pytest.mark.parametrize("kind", ["linear", "kernel"])
+def test_every_entry_is_a_weighted_mean_of_its_tasks_scores(kind: str, surrogate_above: int) -> None:
+    design = sample_subsets(8, AffinityConfig(n_subsets=15, min_pair_count=0), seed=4)
+    values = linear_scores(design)
+    affinity = affinity_from_scores(design, values, surrogate=kind, surrogate_above=surrogate_above)
+    for i, row in enumerate(weigh_scores(design, values, surrogate=kind, surrogate_above=surrogate_above)):
+        np.testing.assert_array_equal(row.subsets, [s for s, subset in enumerate(design.subsets) if i in subset])
+        np.testing.assert_allclose(row.weights.sum(axis=1), 1.0)
+        np.testing.assert_allclose(row.weights @ values[row.subsets, i], affinity.directed[i])
+        np.testing.assert_array_equal(row.surrogate, affinity.surrogate[i])
 
 
 def test_scores_of_tasks_outside_a_subset_are_never_read() -> None:
@@ -118,34 +141,37 @@ def test_scores_of_tasks_outside_a_subset_are_never_read() -> None:
     np.testing.assert_array_equal(affinity_from_scores(design, poisoned).matrix, clean.matrix)
 
 
+@pytest.mark.parametrize("kind", ["linear", "kernel"])
 @pytest.mark.parametrize(("n_tasks", "size"), [(6, 3), (7, 4), (5, 3), (5, 2), (3, 2)])
-def test_the_surrogate_lies_on_equation_ones_level(n_tasks: int, size: int) -> None:
+def test_the_surrogate_lies_on_equation_ones_level(n_tasks: int, size: int, kind: str) -> None:
     design = every_subset(n_tasks, size)
     values = linear_scores(design)
-    exact, _ = average_over_subsets(design, values)
-    surrogate = fit_surrogate(design, values)
+    exact = average_over_subsets(design, values)
+    surrogate = affinity_from_scores(design, values, surrogate=kind, surrogate_above=0).directed
     np.testing.assert_allclose(np.diag(surrogate), np.diag(exact))
     np.testing.assert_allclose(surrogate.mean(axis=1), exact.mean(axis=1))
     if size > 2:  # with pairs, every coefficient rests on one score, and leaving that out nothing predicts it
         np.testing.assert_allclose(surrogate, exact, atol=0.01 * exact.std())
 
 
-def test_pairs_never_seen_are_filled_on_the_level_of_their_row() -> None:
+@pytest.mark.parametrize("kind", ["linear", "kernel"])
+def test_pairs_never_seen_are_filled_on_the_level_of_their_row(kind: str) -> None:
     full = every_subset(8, 3)
     values = linear_scores(full)
     kept = [s for s, subset in enumerate(full.subsets) if not {0, 1} <= set(subset) and not {4, 6} <= set(subset)]
     design = SubsetDesign(8, tuple(full.subsets[s] for s in kept))
-    affinity = affinity_from_scores(design, values[kept])
+    affinity = affinity_from_scores(design, values[kept], surrogate=kind)
     assert set(zip(*np.nonzero(affinity.surrogate), strict=True)) == {(0, 1), (1, 0), (4, 6), (6, 4)}
     assert affinity.counts[0, 1] == 0 and np.isfinite(affinity.matrix).all()
-    # Ridge has no evidence on the unseen coefficient and leaves it at 0: the entry is the row's average companion.
-    own = average_over_subsets(design, values[kept])[0]
+    # Ridge has no evidence on the unseen companion and leaves it at 0: the entry is the row's average one.
+    own = average_over_subsets(design, values[kept])
     for i, j in [(0, 1), (4, 6)]:
         assert np.nanmin(own[i]) < affinity.directed[i, j] < np.nanmax(own[i])
-    np.testing.assert_array_equal(affinity.directed[~affinity.surrogate], own[~affinity.surrogate])
+    np.testing.assert_allclose(affinity.directed[~affinity.surrogate], own[~affinity.surrogate])
 
 
-def test_many_tasks_use_the_surrogate_throughout_and_it_is_closer() -> None:
+@pytest.mark.parametrize("kind", ["linear", "kernel"])
+def test_many_tasks_use_the_surrogate_throughout_and_it_is_closer(kind: str) -> None:
     rng = np.random.default_rng(3)
     n_tasks, size = 30, 4
     family = np.arange(n_tasks) % 3
@@ -154,47 +180,50 @@ def test_many_tasks_use_the_surrogate_throughout_and_it_is_closer() -> None:
     values = design.membership @ beta.T + 0.02 * rng.normal(size=(len(design.subsets), n_tasks))
     truth = beta + (size - 2) / (n_tasks - 2) * (beta.sum(axis=1, keepdims=True) - beta)
     off = ~np.eye(n_tasks, dtype=bool)
-    whole = affinity_from_scores(design, values, surrogate_above=20)
+    whole = affinity_from_scores(design, values, surrogate=kind, surrogate_above=20)
     plain = affinity_from_scores(design, values)
     assert whole.surrogate.all() and not plain.surrogate.all()
     errors = [np.abs(a.directed - truth)[off].mean() for a in (whole, plain)]
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_ridge_equals_scikit_learn_at_the_ridge_of_least_leave_one_out_error() -> None:
+def test_surrogates_are_compared_by_what_they_leave_unexplained() -> None:
+    design = sample_subsets(9, AffinityConfig(subset_size=4, n_subsets=60), seed=0)
     rng = np.random.default_rng(4)
-    x = rng.normal(size=(15, 4))
-    y = x @ rng.normal(size=4) + rng.normal(size=15)
-    intercept, beta = _fit_ridge(x, y)
-    scale = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)[0] ** 2
+    noise = 0.01 * rng.normal(size=(len(design.subsets), 9))
+    linear = compare_surrogates(design, linear_scores(design) + noise)
+    assert linear["linear"] < 0.05 * linear["mean"]
+    assert linear["kernel"] < 1.5 * linear["linear"]
+    # A task does well exactly where two companions meet: only interactions can say so.
+    members = design.membership
+    pairs = rng.permuted(np.tile(np.arange(9), (9, 1)), axis=1)[:, :4]
+    meetings = np.stack([members[:, a] * members[:, b] + members[:, c] * members[:, d] for a, b, c, d in pairs], axis=1)
+    met = compare_surrogates(design, meetings + noise)
+    assert met["kernel"] < met["linear"] < met["mean"]
+    assert compare_surrogates(SubsetDesign(2, ((0, 1),)), np.zeros((1, 2))) == dict.fromkeys(met)
 
-    def leave_one_out(alpha: float) -> float:
-        parts = [(Ridge(alpha=alpha).fit(np.delete(x, e, 0), np.delete(y, e)), e) for e in range(15)]
-        return sum((y[e] - model.predict(x[[e]])[0]) ** 2 for model, e in parts)
 
-    twin = Ridge(alpha=min(np.logspace(3, -3, 25) * scale, key=leave_one_out)).fit(x, y)
-    np.testing.assert_allclose(beta, twin.coef_, rtol=1e-8)
-    assert intercept == pytest.approx(twin.intercept_)
-
-
-def test_adding_to_a_row_adds_to_its_affinities_and_nothing_else() -> None:
+@pytest.mark.parametrize("kind", ["linear", "kernel"])
+def test_adding_to_a_row_adds_to_its_affinities_and_nothing_else(kind: str) -> None:
     design = sample_subsets(9, AffinityConfig(n_subsets=15, min_pair_count=0), seed=2)
     values = linear_scores(design)
     shift = np.random.default_rng(5).normal(size=9)
-    before, after = affinity_from_scores(design, values), affinity_from_scores(design, values + shift)
+    before, after = (affinity_from_scores(design, v, surrogate=kind) for v in (values, values + shift))
     assert before.surrogate.any()
     np.testing.assert_allclose(after.directed, before.directed + shift[:, None], atol=1e-9)
     np.testing.assert_allclose(after.matrix, before.matrix + (shift[:, None] + shift) / 2, atol=1e-9)
 
 
-def test_relabelling_tasks_relabels_the_matrix() -> None:
+@pytest.mark.parametrize("kind", ["linear", "kernel"])
+def test_relabelling_tasks_relabels_the_matrix(kind: str) -> None:
     design = sample_subsets(7, AffinityConfig(n_subsets=12, min_pair_count=0), seed=3)
     values = linear_scores(design)
     order = np.random.default_rng(6).permutation(7)
     place = np.argsort(order)
     moved = SubsetDesign(7, tuple(tuple(sorted(int(place[i]) for i in subset)) for subset in design.subsets))
-    expected = affinity_from_scores(design, values).matrix[np.ix_(order, order)]
-    np.testing.assert_allclose(affinity_from_scores(moved, values[:, order]).matrix, expected, atol=1e-9)
+    expected = affinity_from_scores(design, values, surrogate=kind).matrix[np.ix_(order, order)]
+    found = affinity_from_scores(moved, values[:, order], surrogate=kind).matrix
+    np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
 def test_rows_are_scaled_by_the_spread_of_their_affinities() -> None:

@@ -50,6 +50,21 @@ def test_predictions_give_the_table_back(task):
         assert sum(prediction.groups.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("a text", r"got one text, expected a list of rows; put it in brackets: \[row\]"),
+        ({"text": "a text"}, "got one mapping, expected a list of rows"),
+        ([""], "text 1 of 1 is empty; give the text to answer"),
+        (["a text", " \n"], "text 2 of 2 is empty"),
+    ],
+)
+@pytest.mark.parametrize("task", [TASKS[0], "written"])
+def test_what_is_no_list_of_texts_is_refused_and_not_answered_letter_by_letter(task, rows, told):
+    with pytest.raises(UsageError, match=f"task '{task}': {told}"):
+        loaded().predict(task, rows)
+
+
 def test_free_text_is_generated():
     rows = read_rows("written")
     found = loaded().predict("written", [{"text": row["text"]} for row in rows])

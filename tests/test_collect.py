@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,25 @@ from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
 from ensemblelora.estimation import TaskFeatures, build_oracle
-from ensemblelora.gradients.collect import collect_features, compute_features, find_active_linears, make_projector
+from ensemblelora.gradients.collect import (
+    _measure_distortion,
+    _pair_up,
+    collect_features,
+    compute_features,
+    find_active_linears,
+    make_projector,
+)
 from ensemblelora.gradients.output import choose_mode, compute_outputs
+from ensemblelora.gradients.projection import Projector
+from ensemblelora.gradients.tap import layer_parts
 from ensemblelora.models import prepare_base
 from ensemblelora.scoring import score_batch
 from ensemblelora.store import FeatureStore
 from tests.tiny import CLASSIFIERS, DECODERS, PadOnly, disturb, make_adapted, make_base, make_network, make_split
 
 EXACT = GradientsConfig(proj_type="none")
+KINDS = ("rademacher", "gaussian", "sjlt", "kronecker")
+CLASSIFICATION = {"lm": "verbalizer", "sequence_classification": "classification"}
 
 
 def autograd_features(adapted, split: EncodedSplit, mode: str) -> tuple[np.ndarray, np.ndarray]:
@@ -122,26 +135,50 @@ def test_a_has_no_gradient_at_the_start_and_has_one_after_a_warm_up() -> None:
     np.testing.assert_allclose(fast.outputs, outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_features_do_not_depend_on_the_batch_or_its_padding() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_do_not_depend_on_the_batch_or_its_padding(kind: str) -> None:
     adapted, split = make_adapted(), make_split("options", n=5)
-    config = GradientsConfig(proj_dim=64)
+    config = GradientsConfig(proj_type=kind, proj_dim=24)
     together = hook_features(adapted, split, "contrast", config)
     for example in range(split.n_examples):
         alone = hook_features(adapted, split, "contrast", config, examples=[example])
         np.testing.assert_allclose(alone.features[0], together.features[example], rtol=1e-4, atol=1e-4)
 
 
-def test_projected_features_are_the_exact_ones_projected() -> None:
-    adapted, split = make_adapted(), make_split("verbalizer", n_choices=3)
-    config = GradientsConfig(proj_dim=48)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "head"), [("llama", "lm"), ("bert", "sequence_classification")])
+def test_projected_features_are_the_exact_ones_projected(kind: str, family: str, head: str) -> None:
+    adapted, split = make_adapted(family, head=head), make_split(CLASSIFICATION[head], n_choices=3)
+    if head == "lm":
+        disturb(adapted)  # A gets a gradient too: wide matrices beside tall ones
+    config = GradientsConfig(proj_type=kind, proj_dim=16)
     exact = hook_features(adapted, split, "contrast").features
     fast = hook_features(adapted, split, "contrast", config).features
     projector, expected, start = make_projector(config, seed=0), 0.0, 0
     for name, module in find_active_linears(adapted, [split]).items():
-        for part, size in ((f"{name}.weight", module.weight.numel()),):
-            expected = expected + exact[:, :, start : start + size] @ projector.matrix(part, 0, size)
+        for part, shape in layer_parts(name, module):
+            size = int(np.prod(shape))
+            expected = expected + exact[:, :, start : start + size] @ projector.matrix(part, shape)
             start += size
+    assert start == exact.shape[2]
     np.testing.assert_allclose(fast, expected, rtol=1e-3, atol=1e-5 * np.abs(fast).max() + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["verbalizer", "options"])
+def test_every_output_is_projected_once_however_many_passes_there_are(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, split = make_adapted(), make_split(kind, n=6, n_choices=4)
+    projected: Counter[str] = Counter()
+    project = Projector.project
+
+    def count(self: Projector, part: str, gradients: torch.Tensor) -> torch.Tensor:
+        projected[part] += len(gradients)
+        return project(self, part, gradients)
+
+    monkeypatch.setattr(Projector, "project", count)
+    hook_features(adapted, split, "contrast", GradientsConfig(proj_dim=8))
+    assert projected and set(projected.values()) == {6 * 3}, "6 examples of 3 contrasts, in 3 passes or in one"
 
 
 def test_store_holds_every_example_in_order_and_is_not_computed_twice(tmp_path: Path) -> None:
@@ -245,19 +282,65 @@ def test_precision_of_a_bfloat16_model_is_measured_and_its_weights_are_left_alon
     assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
 
 
+def health_of(splits: list[EncodedSplit], folder: Path, **config):
+    names = {(split.task, split.split): "x" for split in splits}
+    settings = GradientsConfig(**config)
+    return collect_features(make_adapted(), splits, FeatureStore(folder), settings, seed=0, fingerprints=names)
+
+
 def test_health_of_a_float32_model(tmp_path: Path) -> None:
-    adapted, split = make_adapted(), make_split("verbalizer", n=12)
-    config = GradientsConfig(proj_dim=400)
-    health = collect_features(
-        adapted, [split], FeatureStore(tmp_path), config, seed=0, fingerprints={("t", "train"): "x"}
-    )
+    health = health_of([make_split("verbalizer", n=12)], tmp_path)
     assert health.precision_cosine is None
-    assert health.n_coordinates == sum(m.weight.numel() for m in find_active_linears(adapted, [split]).values())
-    assert health.projection_error < 3 / 400**0.5
+    linears = find_active_linears(make_adapted(), [make_split("verbalizer")])
+    assert health.n_coordinates == sum(m.weight.numel() for m in linears.values())
+    assert health.proj_dim == 400
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_measured_distortion_is_that_of_the_kind_and_dimension(kind: str, tmp_path: Path) -> None:
+    """The median of a normal error's size is 0.67 of its standard deviation, 1/sqrt(d) or a little more."""
+    splits = [make_split("verbalizer", n=12, task=f"t{i}", seed=i) for i in range(5)]
+    for proj_dim in (16, 256):
+        found = health_of(splits, tmp_path / str(proj_dim), proj_type=kind, proj_dim=proj_dim).projection_error
+        assert 0.4 < found * proj_dim**0.5 < 1.3
+
+
+def test_without_a_projection_nothing_is_distorted(tmp_path: Path) -> None:
+    assert health_of([make_split("options")], tmp_path, proj_type="none").projection_error < 1e-6
+
+
+def test_distortion_is_the_median_error_over_all_pairs_of_some_batches() -> None:
+    adapted, split = make_adapted(), make_split("verbalizer", n=7)
+    exact = hook_features(adapted, split, "contrast").features.astype(np.float64)
+    fast = hook_features(adapted, split, "contrast", GradientsConfig(proj_dim=8))
+    errors = [
+        abs(float(fast.features[i, k] @ fast.features[j, k]) - float(exact[i, k] @ exact[j, k]))
+        / float(np.linalg.norm(exact[i, k]) * np.linalg.norm(exact[j, k]))
+        for i, j in itertools.combinations(range(7), 2)
+        for k in range(2)
+    ]
+    assert _measure_distortion([fast, fast]) == pytest.approx(np.median(errors), rel=1e-3)
+    assert _measure_distortion([]) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "max_tokens", "n_pairs"), [(40, 2048, 55), (40, 30, 5), (40, 1, 5), (3, 2048, 3), (1, 9, 0)]
+)
+def test_pairs_come_from_batches_within_the_limit_on_tokens(n: int, max_tokens: int, n_pairs: int) -> None:
+    split = make_split("verbalizer", n=n)
+    batches = _pair_up(split, "rows", max_tokens)
+    assert sum(len(batch) * (len(batch) - 1) // 2 for batch in batches) >= n_pairs
+    assert (n_pairs > 0) == bool(batches)
+    longest = int(split.example_lengths.max())
+    for batch in batches:
+        assert len(set(batch.tolist())) == len(batch) > 1
+        assert len(batch) * split.example_lengths[batch].max() <= max(max_tokens, 2 * longest)
 
 
 def test_a_split_of_one_example_has_features(tmp_path: Path) -> None:
     adapted, split = make_adapted(), make_split("options", n=1)
     store = FeatureStore(tmp_path)
-    collect_features(adapted, [split], store, GradientsConfig(proj_dim=8), seed=0, fingerprints={("t", "train"): "x"})
+    config, identity = GradientsConfig(proj_dim=8), {("t", "train"): "x"}
+    health = collect_features(adapted, [split], store, config, seed=0, fingerprints=identity)
     assert store.read("t", "train").features.shape == (1, 2, 8)
+    assert health.projection_error is None, "one example makes no pair"

@@ -178,6 +178,41 @@ def test_what_was_set_is_blamed_on_the_setting_and_the_rest_on_the_file(tmp_path
     assert str(caught.value).startswith(f"{bad}: sed: unknown key; did you mean seed? ") and told in str(caught.value)
 
 
+LAYERS = "expected top_half, top_third, a list of one or more layer numbers, or null"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("adapter.layers_to_transform", "top_quarter", f"got 'top_quarter': {LAYERS}"),
+        ("adapter.layers_to_transform", 29, f"got 29: {LAYERS}"),
+        ("adapter.layers_to_transform", [], f"got []: {LAYERS}"),
+        ("adapter.layers_to_transform", [1, "x", -3], f"got [1, 'x', -3]: {LAYERS}"),
+        ("adapter.target_modules", ["q", 3], "got ['q', 3]: expected auto, or a list of texts"),
+        ("grouping.n_groups", 2.5, "got 2.5: expected auto, or a whole number"),
+        ("estimation.l2_penalty", -1, "got -1: expected auto, or a number from 0 on"),
+        ("evaluation.max_tokens_per_batch", 0, "got 0: expected auto, or a whole number from 1 on"),
+    ],
+)
+def test_a_key_of_several_kinds_has_one_fault_that_names_them_all(key, value, told):
+    section, name = key.split(".")
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, section: {name: value}, "seed": -1})
+    assert str(caught.value).startswith("config: seed: got -1: ")
+    assert str(caught.value).partition("; ")[2] == f"{key}: {told}"
+
+
+@pytest.mark.parametrize("layers", ["top_half", None, [0], (3, 1)])
+def test_layers_are_named_or_listed_or_all(layers):
+    found = parse_config({**MINIMAL, "adapter": {"layers_to_transform": layers}}).adapter.layers_to_transform
+    assert found == (tuple(layers) if isinstance(layers, list) else layers)
+
+
+def test_a_fault_speaks_of_lists_as_yaml_does():
+    with pytest.raises(ConfigError, match=r"training\.report_to: got 'all': input should be a valid list$"):
+        parse_config({**MINIMAL, "training": {"report_to": "all"}})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(value):
     with pytest.raises(ConfigError, match=r"training\.learning_rate"):

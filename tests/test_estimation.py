@@ -30,8 +30,8 @@ from ensemblelora.estimation import (
     mean_loss_gradients,
     predict_outcomes,
     predict_rows,
+    problem,
     score_subsets,
-    solver,
 )
 from ensemblelora.estimation.loss import LinearRows, compute_curvature_trace, compute_hessian, sum_losses
 from ensemblelora.store import FeatureBlock, helmert
@@ -373,7 +373,7 @@ def evaluated(monkeypatch) -> list[int]:
         counts.append(rows.outputs.size * len(weights))
         return sum_losses(rows, weights)
 
-    monkeypatch.setattr(solver, "sum_losses", spy)
+    monkeypatch.setattr(problem, "sum_losses", spy)
     return counts
 
 

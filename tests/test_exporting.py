@@ -312,6 +312,17 @@ def test_a_fold_that_hurts_is_refused_in_one_line_and_leaves_nothing(make, expor
     assert export_run(run, out, format="folded", tolerance=float(advice)).nll_rise == cut
 
 
+@pytest.mark.parametrize(("dtype", "is_told"), [("bfloat16", True), ("float32", False)])
+def test_a_tiny_rise_without_a_cut_is_told_from_rounding(make, tmp_path, monkeypatch, dtype, is_told):
+    run = make(dtype=dtype, weights=(0.0, 1.0), used=(TASKS[0],))  # the fold of one adapter is that adapter
+    for rise, is_small in ((0.009, True), (0.02, False)):
+        monkeypatch.setattr("ensemblelora.exporting.write.mean_rise", lambda changes, rise=rise: rise)
+        with pytest.raises(UsageError) as refusal:
+            export_run(run, tmp_path / "out", format="folded", tolerance=0.0)
+        told = "nothing was cut away, and up to about 0.01 may be rounding in bfloat16"
+        assert (told in str(refusal.value)) == (is_told and is_small)
+
+
 def test_a_merged_model_in_low_precision_is_measured_as_it_is_written(make, export, tmp_path, monkeypatch):
     run = make(dtype="bfloat16", scale=1.0)
     made = export(run, format="merged", task=TASKS[0])
@@ -528,3 +539,6 @@ def test_the_note_loads_the_base_by_a_name_that_others_have_too(name, location, 
     note = describe_fold(BaseNote(name, location, "bfloat16", "lm", 2), {"group-0": 1.0}, [["task"], ["a"]], 0)
     assert code in note
     assert ("not rounded to 4 bits" in note) == is_original
+    assert "comes out again to about 0.01 nats" in note
+    exact = describe_fold(BaseNote(name, location, "float32", "lm", 2), {"group-0": 1.0}, [["task"], ["a"]], 0)
+    assert "comes out again" not in exact

@@ -362,6 +362,17 @@ def test_a_run_that_can_not_trains_one_by_one_and_says_so(
     assert tensors_of(tmp_path, ["group-0"]) == tensors_of(finished_run(), ["group-0"])
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compiling_on_a_processor_is_announced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    said = StringIO()
+    with announcing(Console(file=said, width=200)):
+        train_together(make_adapted("llama"), tmp_path, CONFIG.model_copy(update={"compile": compiles}))
+    assert said.getvalue().count("compiling takes minutes on a processor; it pays in long runs on a GPU") == compiles
+
+
 @pytest.mark.slow
 def test_compiled_steps_begin_above_the_frozen_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = torch.nn.Module.compile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -420,6 +421,20 @@ def test_random_partitions_have_the_sizes_and_are_uniform() -> None:
     assert max(abs(count - 200) for count in counts.values()) < 5 * np.sqrt(200)
 
 
+def test_every_predicted_loss_has_its_error_and_rivals_are_paired_with_the_plan(opposed_plan: Plan) -> None:
+    chosen = next(c for c in opposed_plan.curve if c.n_groups == len(opposed_plan.groups))
+    assert chosen.predicted_nll_se == opposed_plan.predicted.plan.mean_nll_se
+    assert opposed_plan.curve[0].predicted_nll_se == opposed_plan.predicted.shared.mean_nll_se
+    for other in opposed_plan.comparisons:
+        assert other.predicted_nll_se is not None and other.predicted_nll_se > 0
+        assert other.gain_over_plan == pytest.approx(other.gain - chosen.gain)
+        if other.name == "one adapter":
+            assert other.gain_over_plan_se == pytest.approx(chosen.gain_se), "the same pair, the other way round"
+        if other.groups == chosen.groups:
+            assert other.gain_over_plan_se < chosen.gain_se
+    assert f"{chosen.predicted_nll:.4f} ± {chosen.predicted_nll_se:.4f} nats" in opposed_plan.reason
+
+
 def test_warnings_say_what_speaks_against_the_plan() -> None:
     assert any("training seeds" in warning for warning in plan_for(make_oracle(make_features((0, 1)))).warnings)
     useless = make_features(OPPOSED)
@@ -429,7 +444,7 @@ def test_warnings_say_what_speaks_against_the_plan() -> None:
     capped = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), max_groups=2)
     better = "One adapter per task (4 adapters) is predicted to do better than the plan by "
     (told,) = (warning for warning in capped.warnings if warning.startswith(better))
-    assert told.endswith("raise grouping.max_groups or the budget to allow it.")
+    assert re.search(r"by 0\.\d{4} ± 0\.\d{4} nats; raise grouping.max_groups or the budget to allow it\.$", told)
     set_to_2 = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), n_groups=2, max_groups=3)
     (told,) = (warning for warning in set_to_2.warnings if warning.startswith(better))
     assert told.endswith("; set grouping.n_groups to auto and grouping.max_groups to 4 or more to allow it.")
@@ -459,7 +474,9 @@ def test_other_groups_that_do_as_well_are_named(
     opposed_plan: Plan, name: str, groups: Partition | None, told: list[str]
 ) -> None:
     chosen = opposed_plan.curve[1]
-    other = replace(opposed_plan.comparisons[-1], name=name, n_groups=2, groups=groups, gain=chosen.gain + 1e-6)
+    other = replace(
+        opposed_plan.comparisons[-1], name=name, n_groups=2, groups=groups, gain_over_plan=1e-6, gain_over_plan_se=0.1
+    )
     predicted = opposed_plan.predicted
     warnings = list_plan_warnings(
         chosen, predicted.plan, predicted.base, [other], (chosen.groups, chosen.groups), Budget(), GroupingConfig()

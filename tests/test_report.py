@@ -135,8 +135,8 @@ class TestFinishedRun:
 
     def test_says_what_was_gained_and_how_sure_that_is(self, page):
         assert page.texts["h1"] == [
-            "Training 10 tasks in 3 groups raised mean test accuracy by 2.3 points against one adapter for all "
-            "(95% interval 0.4 to 4.2)."
+            "Training 10 tasks in 3 groups with 1 booster raised mean test accuracy by 2.3 points against one adapter "
+            "for all (95% interval 0.4 to 4.2)."
         ]
 
     def test_same_run_gives_same_bytes(self, finished, tmp_path):
@@ -469,6 +469,20 @@ class TestHeadline:
             "One adapter for all 10 tasks raised mean test accuracy by 12.7 points against the base"
         )
 
+    @pytest.mark.parametrize(("n_boosters", "said"), [(0, ""), (1, " with 1 booster"), (2, " with 2 boosters")])
+    def test_boosters_are_named_since_they_are_measured_too(self, tmp_path, n_boosters, said):
+        make_run(tmp_path)
+        edit(tmp_path, "plan.json", groups=[list(range(10))], decision="one adapter")
+        members = [{"name": "group-0", "group": 0, "kind": "group", "rate": 1.0}]
+        members += [{"name": f"b{i}", "group": 0, "kind": "booster", "rate": 0.3} for i in range(n_boosters)]
+        edit(tmp_path, "ensemble.json", weights=[[1.0]] * 10, members=members, boosting=[])
+        headline = write_headline(load_record(tmp_path))
+        assert headline.startswith(f"One adapter for all 10 tasks{said} raised mean test accuracy by 12.7 points")
+        edit(tmp_path, "results.json", differences=[])
+        assert write_headline(load_record(tmp_path)).startswith(f"One adapter for all 10 tasks{said}: mean test")
+        page = write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+        assert "The frame shows 1 group." in page and not re.search(r"\b1 groups", page)
+
     @pytest.mark.parametrize(
         ("n_tasks", "groups", "curve", "expected"),
         [
@@ -490,7 +504,8 @@ class TestHeadline:
     def test_without_an_interval_only_the_means_are_told(self, tmp_path):
         edit(make_run(tmp_path), "results.json", differences=[])
         assert write_headline(load_record(tmp_path)) == (
-            "Training 10 tasks in 3 groups: mean test accuracy 62.0% against 59.7% for one adapter for all."
+            "Training 10 tasks in 3 groups with 1 booster: mean test accuracy 62.0% against 59.7% for one adapter for "
+            "all."
         )
 
 

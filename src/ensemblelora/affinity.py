@@ -5,8 +5,9 @@ mean score of task i over the subsets that hold both i and j (paper, equation 1)
 clustering. Adding a constant to a row changes no clustering, so a task's difficulty drops out; its scale does not.
 
 Invariants: subsets are distinct and of one size; every pair of tasks has an entry, from equation 1 where a subset holds
-the pair, otherwise from a linear surrogate on equation 1's own level. Cost: 2 k n^2 flops, and for a surrogate
-``min(k_i, n)^2 max(k_i, n)`` per task, k_i the number of subsets that hold it. No torch.
+the pair, otherwise from a surrogate on equation 1's own level (:mod:`ensemblelora.surrogate`). Either way a task's row
+is linear in its scores, with weights that :func:`weigh_scores` gives. Cost: 2 k_i n flops per task, k_i the number of
+subsets that hold it, and where it is needed a surrogate's. No torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,18 +25,21 @@ import numpy.typing as npt
 from ensemblelora.config import AffinityConfig
 from ensemblelora.errors import ConfigError, DataError
 from ensemblelora.seeding import generator_for
+from ensemblelora.surrogate import SurrogateKind, fit_row
 
 __all__ = [
     "Affinity",
+    "RowWeights",
     "SubsetDesign",
     "affinity_from_scores",
-    "average_over_subsets",
-    "fit_surrogate",
+    "compare_surrogates",
+    "measure_spreads",
     "reference_subsets",
     "relative_affinity",
     "sample_subsets",
     "select_values",
     "symmetrize",
+    "weigh_scores",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -43,7 +48,7 @@ Subset = tuple[int, ...]
 _logger = logging.getLogger(__name__)
 
 _MAX_TASKS_FOR_PAIRS = 40
-_RIDGES = np.logspace(3, -3, 25)  # of equal errors the largest wins
+_MAX_TASKS_FOR_MEANS = 40
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,21 @@ class Affinity:
     directed: FloatArray
     matrix: FloatArray
     counts: npt.NDArray[np.int64]
+    surrogate: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class RowWeights:
+    """How one task's row of T is made of its scores: ``directed[i] = weights @ scores of subsets``.
+
+    Attributes:
+        subsets: Indices of the subsets that hold the task, shape ``(k_i,)``.
+        weights: Shape ``(n_tasks, k_i)``; every row sums to 1.
+        surrogate: Which entries come from the surrogate, bool ``(n_tasks,)``.
+    """
+
+    subsets: npt.NDArray[np.intp]
+    weights: FloatArray
     surrogate: npt.NDArray[np.bool_]
 
 
@@ -144,72 +164,107 @@ def affinity_from_scores(
     values: FloatArray,
     *,
     row_scale: Literal["none", "sd"] = "none",
-    surrogate_above: int = 40,
+    surrogate: SurrogateKind = "linear",
+    surrogate_above: int = _MAX_TASKS_FOR_MEANS,
 ) -> Affinity:
     """Turn scores of subsets into the affinity matrix (paper, equation 1).
-
-    Entries of pairs that no subset holds are filled by :func:`fit_surrogate`. With many tasks, where a pair's mean
-    rests on a few subsets, the surrogate gives the whole matrix: on planted affinities of 60 to 200 tasks its error was
-    half of equation 1's, which was as large as the affinities' own spread.
 
     Args:
         design: The subsets, from :func:`sample_subsets`.
         values: Scores of every subset on every task, higher is better, shape ``(n_subsets, n_tasks)``; only scores of
             tasks in the subset are read.
         row_scale: ``sd`` divides each row by the spread of its entries, for losses of different magnitude.
+        surrogate: What fills the entries that equation 1 can't, or should not; see :func:`weigh_scores`.
         surrogate_above: Number of tasks above which the surrogate gives the whole matrix.
 
     Raises:
         DataError: If the values don't fit the design or are not finite, or a task is in no subset.
     """
-    scores = np.asarray(values, dtype=np.float64)
-    _check_values(design.membership, scores)
-    directed, counts = average_over_subsets(design, scores)
-    surrogate = (counts == 0) | (design.n_tasks > surrogate_above)
-    if surrogate.any():
-        directed = np.where(surrogate, fit_surrogate(design, scores), directed)
-        _logger.info("%d of %d affinities come from the linear surrogate", int(surrogate.sum()), surrogate.size)
-    return Affinity(directed, symmetrize(directed, row_scale=row_scale), counts, surrogate)
+    scores, members = np.asarray(values, dtype=np.float64), design.membership
+    directed, is_filled = np.empty((design.n_tasks,) * 2), np.zeros((design.n_tasks,) * 2, dtype=bool)
+    for i, row in enumerate(weigh_scores(design, scores, surrogate=surrogate, surrogate_above=surrogate_above)):
+        directed[i], is_filled[i] = row.weights @ scores[row.subsets, i], row.surrogate
+    if is_filled.any():
+        _logger.info("%d of %d affinities come from the %s surrogate", is_filled.sum(), is_filled.size, surrogate)
+    counts = (members.T @ members).astype(np.int64)
+    return Affinity(directed, symmetrize(directed, row_scale=row_scale), counts, is_filled)
 
 
-def average_over_subsets(design: SubsetDesign, values: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-    """Return T of equation 1, NaN for pairs never seen, and how many subsets hold each pair, both ``(n, n)``."""
-    members = design.membership  # (k, n)
-    sums = (members * np.where(members > 0, values, 0.0)).T @ members
-    counts = members.T @ members
-    directed = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    return directed, counts.astype(np.int64)
+def weigh_scores(
+    design: SubsetDesign,
+    values: FloatArray,
+    *,
+    surrogate: SurrogateKind = "linear",
+    surrogate_above: int = _MAX_TASKS_FOR_MEANS,
+) -> Iterator[RowWeights]:
+    """Yield, task by task, what each score counts for in the task's row of T.
 
+    Equation 1 weighs the subsets that hold a pair alike. Pairs that no subset holds are left to the surrogate. With
+    many tasks, where a pair's mean rests on a few subsets, the surrogate gives the whole matrix: on planted affinities
+    of 60 to 200 tasks its error was half of equation 1's, which was as large as the affinities' own spread.
 
-def fit_surrogate(design: SubsetDesign, values: FloatArray) -> FloatArray:
-    """Return T from a linear model of the scores, on the level of equation 1, shape ``(n, n)``.
+    Args:
+        design: The subsets.
+        values: Scores, as for :func:`affinity_from_scores`; they choose the surrogate's ridge.
+        surrogate: Which surrogate.
+        surrogate_above: Number of tasks above which it gives the whole matrix.
 
-    Per task i, ``f_i(S) ~ mu_i + sum_{j in S, j != i} beta_ij`` by ridge over the subsets that hold i (a linear
-    datamodel), the ridge by leave-one-out error. The mean of that model over all subsets of size c that hold i and j is
-    ``mu_i + beta_ij + (c - 2) / (n - 2) sum_{l != i, j} beta_il``, and over all that hold i
-    ``mu_i + (c - 1) / (n - 1) sum_{l != i} beta_il``.
+    Raises:
+        DataError: If the values don't fit the design or are not finite, or a task is in no subset.
     """
-    n, c = design.n_tasks, len(design.subsets[0])
     members = design.membership
-    directed = np.empty((n, n))
-    for i in range(n):
-        rows = members[:, i] > 0
-        others = members[rows]
-        others[:, i] = 0.0
-        mu, beta = _fit_ridge(others, values[rows, i])
-        total = beta.sum()
-        directed[i] = mu + beta + (c - 2) / max(n - 2, 1) * (total - beta)
-        directed[i, i] = mu + (c - 1) / max(n - 1, 1) * total
-    return directed
+    _check_values(members, values)
+    for i in range(design.n_tasks):
+        subsets = np.flatnonzero(members[:, i])
+        held = members[subsets]  # (k_i, n)
+        counts = held.sum(axis=0)
+        weights = held.T / np.maximum(counts, 1.0)[:, None]
+        is_filled = (counts == 0) | (design.n_tasks > surrogate_above)
+        if is_filled.any():
+            model = fit_row(held, values[subsets, i], i, surrogate)
+            weights[is_filled] = model.weights[is_filled]
+        yield RowWeights(subsets, weights, is_filled)
+
+
+def compare_surrogates(design: SubsetDesign, values: FloatArray) -> dict[str, float | None]:
+    """Return how well each surrogate predicts a subset's scores from the others, root mean square over all scores.
+
+    Args:
+        design: The subsets.
+        values: Scores, as for :func:`affinity_from_scores`.
+
+    Returns:
+        Errors of ``linear``, ``kernel``, and of saying the ``mean`` of the task's other scores; none where every task
+        is in a single subset.
+    """
+    members = design.membership
+    totals, n_scores = {"mean": 0.0, "linear": 0.0, "kernel": 0.0}, 0
+    for i in range(design.n_tasks):
+        subsets = np.flatnonzero(members[:, i])
+        k, scores = len(subsets), values[subsets, i]
+        if k < 2:
+            continue
+        n_scores += k
+        totals["mean"] += k * scores.var() * (k / (k - 1)) ** 2
+        totals["linear"] += k * fit_row(members[subsets], scores, i, "linear").loo_error ** 2
+        totals["kernel"] += k * fit_row(members[subsets], scores, i, "kernel").loo_error ** 2
+    return {name: math.sqrt(total / n_scores) if n_scores else None for name, total in totals.items()}
 
 
 def symmetrize(directed: FloatArray, *, row_scale: Literal["none", "sd"] = "none") -> FloatArray:
     """Return ``(T + T^T) / 2``, after dividing rows by the spread of their off-diagonal entries if asked."""
-    n = len(directed)
-    if row_scale == "sd" and n > 2:
-        spread = directed[~np.eye(n, dtype=bool)].reshape(n, n - 1).std(axis=1)
-        directed = directed / np.where(spread > 0, spread, 1.0)[:, None]
+    if row_scale == "sd":
+        directed = directed / measure_spreads(directed)[:, None]
     return np.asarray((directed + directed.T) / 2)
+
+
+def measure_spreads(directed: FloatArray) -> FloatArray:
+    """Return the standard deviation of each row off the diagonal, shape ``(n,)``; 1 where there is none."""
+    n = len(directed)
+    if n < 3:
+        return np.ones(n)
+    spread = directed[~np.eye(n, dtype=bool)].reshape(n, n - 1).std(axis=1)
+    return np.where(spread > 0, spread, 1.0)
 
 
 def relative_affinity(directed: FloatArray, single_scores: FloatArray) -> FloatArray:
@@ -267,30 +322,3 @@ def _top_up(
             subsets[subset] = None
             counts[np.ix_(subset, subset)] += ~np.eye(size, dtype=bool)
     return list(subsets)
-
-
-def _fit_ridge(design: FloatArray, target: FloatArray) -> tuple[float, FloatArray]:
-    """Ridge with a free intercept; of a grid of penalties the one with the least leave-one-out error.
-
-    Args:
-        design: Shape ``(k, n)``.
-        target: Shape ``(k,)``.
-
-    Returns:
-        The intercept and the coefficients ``(n,)``.
-    """
-    centre, level = design.mean(axis=0), float(target.mean())
-    left, singular, right = np.linalg.svd(design - centre, full_matrices=False)
-    residual = target - level
-    projected, energy = left.T @ residual, singular**2
-    if energy.max(initial=0.0) <= 1e-12:  # all rows alike: nothing to learn
-        return level, np.zeros(design.shape[1])
-    ridges = _RIDGES * energy.max()
-    errors = []
-    for ridge in ridges:
-        shrink = energy / (energy + ridge)
-        leverage = 1 / len(target) + (left**2) @ shrink
-        errors.append((((residual - left @ (shrink * projected)) / np.maximum(1.0 - leverage, 1e-9)) ** 2).sum())
-    ridge = float(ridges[np.argmin(errors)])
-    beta = right.T @ (singular / (energy + ridge) * projected)
-    return level - float(centre @ beta), beta

@@ -87,16 +87,18 @@ class Run:
 
         Args:
             task: Its name.
-            rows: Column values as the task's card reads them; a plain text stands for the card's one column.
+            rows: A list of column values as the task's card reads them; a plain text stands for the card's one column.
 
         Returns:
             One answer a question, in order (a row that the card explodes asks several).
 
         Raises:
-            UsageError: If the task is unknown or the run has no ensemble yet.
+            UsageError: If the task is unknown, ``rows`` is one text or mapping instead of a list of them, a text is
+                empty, or the run has no ensemble yet.
             DataError: If a row lacks a column.
         """
         card = self._card(task)
+        _check_rows(task, rows)
         if not rows:
             return []
         examples = render_inputs(card, [_as_row(card, row) for row in rows])
@@ -220,6 +222,16 @@ def load_run(folder: Path | str) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{tasks}: not the cards of a run ({error!r}); delete it and run again") from None
     return Run(path, load_config(path / artifacts.CONFIG_FILE), {card.task: card for card in cards}, kinds)
+
+
+def _check_rows(task: str, rows: Sequence[Mapping[str, Any] | str]) -> None:
+    """Refuse one row in place of a list, which would be answered letter by letter, and texts without a word."""
+    if isinstance(rows, str | Mapping):
+        what = "one text" if isinstance(rows, str) else "one mapping"
+        raise UsageError(f"task {task!r}: got {what}, expected a list of rows; put it in brackets: [row]")
+    for place, row in enumerate(rows, start=1):
+        if isinstance(row, str) and not row.strip():
+            raise UsageError(f"task {task!r}: text {place} of {len(rows)} is empty; give the text to answer")
 
 
 def _as_row(card: TaskCard, row: Mapping[str, Any] | str) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ensemblelora.errors import StoreError
 
-__all__ = ["DTYPES", "FeatureBlock", "OutputMode", "find_fault", "helmert"]
+__all__ = ["DTYPES", "FeatureBlock", "OutputMode", "find_fault", "helmert", "slice_projections"]
 
 OutputMode = Literal["margin", "contrast", "logodds", "sequence"]
 
@@ -131,6 +131,39 @@ class FeatureBlock:
         index = np.asarray(rows, dtype=np.intp)
         arrays = {name: getattr(self, name)[index] for name in DTYPES}
         return FeatureBlock(self.task, self.split, self.mode, **arrays, ids=tuple(self.ids[i] for i in index))
+
+
+def slice_projections(block: FeatureBlock, proj_dim: int, which: int = 0) -> FeatureBlock:
+    """Return the block under one of the narrower projections that lie side by side in a wide one.
+
+    Columns of a ``rademacher`` or ``gaussian`` matrix, whose entries are independent and of variance 1/D, make a
+    projection to d of their own once they are multiplied by ``sqrt(D / d)``. So a store of width R d holds R
+    projections of the same gradients, and one of width D every smaller dimension. Other kinds' columns are dependent.
+
+    Args:
+        block: Features of width D.
+        proj_dim: d, at most D.
+        which: Columns ``which d`` to ``(which + 1) d`` are taken.
+
+    Raises:
+        StoreError: If the block is too narrow.
+
+    Example:
+        >>> wide = FeatureBlock("t", "train", "margin", np.ones((1, 1), np.float32), np.ones((1, 1, 8), np.float32),
+        ...     np.zeros(1, np.int64), np.full(1, 2), np.ones(1, np.float32), np.zeros(1, np.int64), ("a",))
+        >>> slice_projections(wide, 2, which=3).features.tolist()
+        [[[2.0, 2.0]]]
+    """
+    width = block.proj_dim
+    if not 0 <= which * proj_dim < (which + 1) * proj_dim <= width:
+        raise StoreError(
+            f"features of task {block.task!r}, {block.split}: {width} columns hold no projection {which} to "
+            f"{proj_dim}; run the features stage again"
+        )
+    if proj_dim == width:
+        return block
+    columns = block.features[:, :, which * proj_dim : (which + 1) * proj_dim]
+    return replace(block, features=columns * np.float32((width / proj_dim) ** 0.5))
 
 
 def find_fault(mode: OutputMode, arrays: Mapping[str, Any], ids: Sequence[str]) -> str | None:

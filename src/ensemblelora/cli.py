@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, config or data, 130 interrupted. ``
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from ensemblelora.config import RunConfig
 from ensemblelora.console import describe_failure, say, show_json, show_rows, show_table, talking
 from ensemblelora.errors import DataError, UsageError
 from ensemblelora.options import AsJson, Debug, Device, DryRun, Request, RunPath, Source, Talk, spread
+from ensemblelora.questions import read_questions
 from ensemblelora.recipe import describe_config, read_demo, read_request
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def predict(
     """Predict with a run's ensemble."""
     if (file is None) == (not text):
         raise UsageError("predict: give the input as --text or as --file, one of the two")
-    rows: list[Any] = list(text or ()) if file is None else _read_rows(file)
+    rows: list[Any] = list(text or ()) if file is None else read_questions(file)
     with talking(**asdict(talk)):
         from ensemblelora.api import load_run
 
@@ -167,6 +167,59 @@ def ask(
     if len(names) < len(given):
         say("note: a task named twice counts once")
     show_json(answer) if as_json else _show_answer(answer, names, confidence)
+
+
+@app.command(rich_help_panel=_USE)
+@spread
+def validate(
+    run: RunPath,
+    *,
+    subsets: Annotated[
+        int, typer.Option("--subsets", metavar="N", help="Distinct subsets: all tasks, each alone, and others.")
+    ] = 50,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="N", help="Fine-tunings of each; two or more measure the noise.")
+    ] = 1,
+    device: Device = None,
+    as_json: AsJson = False,
+    talk: Talk,
+) -> None:
+    """Fine-tune subsets of a run's tasks for hours, and compare with what its oracle predicts."""
+    with talking(**asdict(talk)):
+        from ensemblelora.validation.validate import validate_run
+
+        try:
+            found = validate_run(run, n_subsets=subsets, n_seeds=seeds, device=device)
+        except KeyboardInterrupt:
+            say("interrupted; what was fine-tuned is kept: give the same command again")
+            raise
+    if as_json:
+        return show_json(found.to_dict())
+    from ensemblelora.verdict import render_validation
+
+    show_table(*render_validation(found))
+
+
+@app.command(rich_help_panel=_USE)
+@spread
+def reproduce(
+    exhibit: Annotated[str, typer.Argument(metavar="EXHIBIT", help="table2, table3, table5 or figure2.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Validated run folders.")],
+    as_json: AsJson = False,
+    *,
+    talk: Talk,
+) -> None:
+    """Make a table of the paper from validated runs, its own numbers beside ours."""
+    with talking(**asdict(talk)):
+        from ensemblelora.reproduction.tables import reproduce as make
+
+        made = make(exhibit, runs)
+    if as_json:
+        return show_json(made)
+    for row in made.rows:
+        show_rows(dict(row), title=f"{made.exhibit}: {made.title}")
+    for line in made.notes:
+        typer.echo(line)
 
 
 @app.command(rich_help_panel=_USE)
@@ -325,24 +378,3 @@ def _say_how_to_continue(folder: Path) -> str:
     if file.exists():
         return f"continue with: ensemblelora run {shlex.quote(str(file))}"
     return "nothing was begun: give the same command again"
-
-
-def _read_rows(file: Path) -> list[Any]:
-    """Read a JSON value a line, or plain text lines where they are no JSON."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: can't be read ({error}); give a JSONL or text file") from None
-    rows = [_read_row(line, f"{file} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{file}: no rows; give a JSON object or a text a line")
-    return rows
-
-
-def _read_row(line: str, where: str) -> Any:
-    if not line.lstrip().startswith(("{", '"')):
-        return line
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); give a JSON object or a text a line") from None

@@ -6,14 +6,14 @@ Values follow the method's decisions (docs/paper.md); field comments say where a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
+from ensemblelora.config_errors import list_faults
 from ensemblelora.errors import ConfigError
 
 __all__ = [
@@ -39,11 +39,10 @@ __all__ = [
 MAX_PROJ_DIM = 20_000
 """Numbers of a projected gradient: one Hessian of the subset oracle takes 8 bytes times its square, 3.2 GB."""
 
-_LIKENESS = 0.5  # low, so that epochs finds num_train_epochs
-
-
 MaxTokens = Literal["auto"] | Annotated[int, Field(ge=1)]
 """padded tokens of a pass that keeps no activations; auto: by the memory that is free"""
+
+_Layers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, title="a list of one or more layer numbers")]
 
 
 class _Stage(BaseModel):
@@ -84,7 +83,10 @@ class ModelConfig(_Stage):
         "auto", description="auto: on a processor eager, which is faster there for rows of up to 1,024 tokens."
     )
     prefix_cache_gb: float = Field(
-        4.0, ge=0, description="Disk for activations below the lowest adapted layer, while the run lasts; 0: none."
+        4.0,
+        ge=0,
+        description="Disk for activations below the lowest adapted layer; 0: none. A whole run frees it at its end; "
+        "after plan or a single stage it stays for the next one.",
     )
 
 
@@ -96,7 +98,7 @@ class AdapterConfig(_Stage):
     lora_alpha: float = Field(16.0, gt=0, description="Scale of the adapter is lora_alpha / r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="In training only; features are taken without.")
     target_modules: Literal["auto"] | tuple[str, ...] = Field("auto", description="auto: the attention projections.")
-    layers_to_transform: Literal["top_half", "top_third"] | tuple[int, ...] | None = Field(
+    layers_to_transform: Literal["top_half", "top_third"] | _Layers | None = Field(
         None, description="Adapt only these layers; none: all. What lies below is then computed once a row."
     )
     train_A: bool = Field(True, description="False: every adapter keeps theta0's A and trains B alone.")
@@ -112,12 +114,18 @@ class GradientsConfig(_Stage):
         "rademacher", description="sjlt: sparse; kronecker: by factors; none keeps every coordinate, for small models."
     )
     proj_dim: int = Field(400, ge=1, le=MAX_PROJ_DIM, description="Paper, Table 3: error is flat from 400 on.")
+    n_projections: int = Field(
+        1, ge=1, le=16, description="Independent ones; predictions are averaged, and their spread enters each interval."
+    )
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")
 
 
 class EstimationConfig(_Stage):
-    """The subset oracle's convex fit."""
+    """The subset oracle's fit of the linear model."""
 
+    method: Literal["ridge", "steps"] = Field(
+        "ridge", description="ridge: the convex fit, paper; steps: as many optimiser steps as the training would take."
+    )
     l2_penalty: Literal["auto"] | NonNegativeFloat = Field(
         "auto", description="In curvature units, scaled with 1/N_S; auto: by validation."
     )
@@ -135,6 +143,9 @@ class AffinityConfig(_Stage):
     min_pair_count: int = Field(3, ge=0, description="Every pair of tasks meets at least so often.")
     score: Literal["nll", "accuracy"] = Field("nll", description="nll enters with its sign turned: higher is better.")
     row_scale: Literal["none", "sd"] = Field("none", description="sd: divide each task's row by its spread.")
+    surrogate: Literal["linear", "kernel"] = Field(
+        "linear", description="What fills pairs that no subset holds, and smooths the matrix of more than 40 tasks."
+    )
 
 
 class GroupingConfig(_Stage):
@@ -170,7 +181,9 @@ class TrainingConfig(_Stage):
     )
     evaluations_per_epoch: int = Field(1, ge=1, description="Each may become the checkpoint that is kept.")
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
-    compile: bool = Field(False, description="torch.compile the model; pays in long runs on a GPU.")
+    compile: bool = Field(
+        False, description="torch.compile the model; pays in long runs on a GPU, takes minutes first on a processor."
+    )
     together: bool = Field(
         False, description="Train all groups' adapters in one pass over the base; pays where one group leaves it idle."
     )
@@ -311,7 +324,7 @@ def _parse(values: dict[str, Any], source: str, changed: Sequence[str]) -> RunCo
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        faults = [(_locate_fault(fault), _describe_fault(fault)) for fault in error.errors()]
+        faults = list_faults(error, RunConfig)
     by_set = [f"--set {told}" for where, told in faults if _is_among(where, changed)]
     others = [told for where, told in faults if not _is_among(where, changed)]
     raise ConfigError("; ".join([*([f"{source}: {'; '.join(others)}"] if others else []), *by_set]))
@@ -336,30 +349,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
-
-
-def _locate_fault(fault: Any) -> str:
-    return ".".join(str(part) for part in fault["loc"] if part not in ("int", "float", "literal['auto']"))
-
-
-def _describe_fault(fault: Any) -> str:
-    where = _locate_fault(fault)
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {_suggest_key(where)}"
-    if fault["type"] == "missing":
-        return f"{where}: missing"
-    return f"{where}: got {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
-
-
-def _suggest_key(unknown: str) -> str:
-    """Name the key that was probably meant: the same in another section, or one spelt much alike in this one."""
-    parent, _, name = unknown.rpartition(".")
-    sections: dict[str, list[str]] = {"": list(RunConfig.model_fields)}
-    for key, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            sections[key] = list(field.annotation.model_fields)
-    same = [f"{section}.{name}".lstrip(".") for section, keys in sections.items() if name in keys]
-    close = difflib.get_close_matches(name, sections.get(parent, ()), n=1, cutoff=_LIKENESS)
-    found = same or close
-    hint = f"did you mean {' or '.join(found)}? " if found else ""
-    return f"{hint}`ensemblelora config` lists the known ones"

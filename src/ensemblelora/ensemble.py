@@ -62,7 +62,8 @@ class Ensemble:
     weights: tuple[tuple[float, ...], ...]
     """(n_tasks, n_groups); each row is non-negative and sums to one"""
     routed: tuple[bool, ...]
-    """tasks whose weights are within one standard error of a single group's"""
+    """tasks that could be routed: their weights are within one standard error of a single group's. What is run is what
+    ``weights`` says, which ``ensemble.route`` changes for these tasks"""
     combine: Combination
 
     @property

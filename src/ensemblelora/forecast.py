@@ -145,7 +145,7 @@ def _count_training(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple
 def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
     settings, meter = config.gradients, Meter("features")
     exact = probe.costs.adapter.n_output_parameters if probe.costs else settings.proj_dim
-    dimension = exact if settings.proj_type == "none" else settings.proj_dim
+    dimension = exact if settings.proj_type == "none" else settings.n_projections * settings.proj_dim
     n_outputs, modes = 0, choose_modes(rows.learning, settings.output)
     for split in rows.learning:
         width = int(split.n_choices.max()) - 1 if modes[split.task] == "contrast" else 1

@@ -213,6 +213,7 @@ def _compare_with_plan(
             "task": name,
             "group": ensemble.group_of[task],
             "predicted_nll": plan.predicted.plan.nll[task],
+            "predicted_nll_se": plan.predicted.plan.nll_se[task],
             "measured_nll": table["methods"]["own group"]["per_task"][name]["nll"],
             "measured_validation_nll": measured[task],
             "base_nll": plan.predicted.base.nll[task],

@@ -53,10 +53,12 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
     start = stages.identify_start(config, probe)
     with open_workspace(config, until=until, start_fingerprint=start) as work:
         stages.describe_run(work, tasks, rows, probe)
-        probe = stages.keep_lower_layers(work, probe, rows)  # activations that no adapter changes, once a row
+        probe = stages.keep_lower_layers(
+            config, work.path, probe, rows
+        )  # activations that no adapter changes, once a row
 
         store = stages.take_features(work, probe, rows)  # projected gradients, section 2.2
-        oracle, affinity = stages.estimate_affinity(work, store, rows)  # f-hat of many subsets; equation 1
+        oracle, affinity = stages.estimate_affinity(work, store, rows, probe)  # f-hat of many subsets; equation 1
         plan = stages.choose_plan(work, oracle, affinity, rows, probe)  # groups, m, or "do not group"
         members = stages.train_groups(work, probe, plan, rows)  # one adapter per group, section 2.3
         rounds = stages.boost_groups(work, probe, plan, members, store, rows)  # adapters where a group still errs

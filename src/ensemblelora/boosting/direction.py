@@ -7,6 +7,7 @@ every gradient. ``steps`` takes a few real optimiser steps on the residual loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -109,12 +110,13 @@ def _expand(adapted: AdaptedModel, projector: Projector, state: GroupState, w: n
     steps: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for name, module in linears.items():
         parts: list[Tensor | None] = []
-        for part, size in layer_parts(name, module):
+        for part, shape in layer_parts(name, module):
+            size = math.prod(shape)
             own = weights[start : start + size] if projector.proj_type == "none" else weights
-            parts.append(projector.expand(part, size, own))
+            parts.append(projector.expand(part, shape, own))
             start += size
         weight, bias = (*parts, None)[:2]
-        steps[name] = (None if weight is None else weight.reshape(module.weight.shape), bias)
+        steps[name] = (weight, bias)
     return steps
 
 

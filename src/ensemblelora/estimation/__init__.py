@@ -17,6 +17,7 @@ from ensemblelora.estimation.oracle import (
 from ensemblelora.estimation.scoring import (
     RowOutcomes,
     SubsetScores,
+    average_outcomes,
     compute_clustered_se,
     compute_wilson_interval,
     mean_loss_gradients,
@@ -24,6 +25,7 @@ from ensemblelora.estimation.scoring import (
     predict_rows,
 )
 from ensemblelora.estimation.solver import Fit, compute_penalties, fit_subsets
+from ensemblelora.estimation.steps import TrainingBudget, simulate_training
 
 __all__ = [
     "Fit",
@@ -32,6 +34,8 @@ __all__ = [
     "RowOutcomes",
     "SubsetScores",
     "TaskFeatures",
+    "TrainingBudget",
+    "average_outcomes",
     "build_oracle",
     "choose_l2_penalty",
     "compute_clustered_se",
@@ -42,4 +46,5 @@ __all__ = [
     "predict_outcomes",
     "predict_rows",
     "score_subsets",
+    "simulate_training",
 ]

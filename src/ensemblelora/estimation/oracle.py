@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from ensemblelora.config import EstimationConfig
 from ensemblelora.errors import DataError
 from ensemblelora.estimation.scoring import RowOutcomes, SubsetScores, predict_outcomes, score_outcomes
 from ensemblelora.estimation.solver import Subset, SubsetProblem, check_subsets, prepare_problem, solve_subsets
+from ensemblelora.estimation.steps import TrainingBudget, simulate_training
 from ensemblelora.store import FeatureBlock
 
 __all__ = ["Oracle", "PenaltyTrial", "TaskFeatures", "build_oracle", "choose_l2_penalty", "score_subsets"]
@@ -96,15 +98,17 @@ class Oracle:
 
     Attributes:
         replicates: Features under each projection seed; rows must be the same.
-        l2_penalty: Relative ridge, shared by subsets of every size.
+        l2_penalty: Relative ridge, shared by subsets of every size; not used by method ``steps``.
         config: Settings of the fits.
         penalty_table: What the penalty was chosen from; empty if it was given.
+        budget: What method ``steps`` simulates.
     """
 
     replicates: tuple[TaskFeatures, ...]
     l2_penalty: float
     config: EstimationConfig
     penalty_table: tuple[PenaltyTrial, ...] = ()
+    budget: TrainingBudget | None = None
     # Not part of the value: equal questions give equal answers with or without it.
     _memories: tuple[_Memory, ...] = field(default=(), repr=False)
 
@@ -115,6 +119,8 @@ class Oracle:
         ids = [[block.ids for block in replicate.validation] for replicate in self.replicates]
         if any(other != ids[0] for other in ids[1:]):
             raise DataError("projection seeds hold different validation rows; collect them from the same data")
+        if self.config.method == "steps" and self.budget is None:
+            raise DataError("estimation.method steps: needs the training budget that it simulates")
         if not self._memories:
             object.__setattr__(self, "_memories", tuple(_Memory() for _ in self.replicates))
 
@@ -162,6 +168,7 @@ class Oracle:
             self.l2_penalty,
             self.config,
             self.penalty_table,
+            self.budget,
             tuple(self._memories[r] for r in which),
         )
 
@@ -220,6 +227,10 @@ class Oracle:
         return stacks
 
     def _remember(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> None:
+        fit = self._fit_ridge if self.config.method == "ridge" else self._fit_steps
+        memory.fits.update(zip(subsets, fit(replicate, memory, subsets), strict=True))
+
+    def _fit_ridge(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> list[_KnownFit]:
         if memory.problem is None:
             memory.problem = prepare_problem(
                 replicate.train,
@@ -229,12 +240,21 @@ class Oracle:
                 tolerance=self.config.tolerance,
             )
         fit = solve_subsets(memory.problem, subsets)
-        solved = zip(subsets, fit.weights, fit.converged, fit.iterations, strict=True)
-        memory.fits.update({s: _KnownFit(weights, bool(done), int(count)) for s, weights, done, count in solved})
+        solved = zip(fit.weights, fit.converged, fit.iterations, strict=True)
+        return [_KnownFit(weights, bool(done), int(count)) for weights, done, count in solved]
+
+    def _fit_steps(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> list[_KnownFit]:
+        budget = cast("TrainingBudget", self.budget)
+        found = simulate_training(replicate.train, replicate.validation, check_subsets(subsets, self.n_tasks), budget)
+        return [_KnownFit(weights, True, budget.num_train_epochs) for weights in found]
 
 
 def build_oracle(
-    replicates: Sequence[TaskFeatures], config: EstimationConfig, *, subsets: Sequence[Subset] = ()
+    replicates: Sequence[TaskFeatures],
+    config: EstimationConfig,
+    *,
+    subsets: Sequence[Subset] = (),
+    budget: TrainingBudget | None = None,
 ) -> Oracle:
     """Make an oracle, choosing the relative ridge if the config says ``auto``.
 
@@ -242,12 +262,14 @@ def build_oracle(
         replicates: Features under each projection seed; the ridge is chosen with the first.
         config: Settings of the fits.
         subsets: What the ridge is chosen on; none: every single task and all tasks together.
+        budget: What method ``steps`` simulates.
 
     Raises:
         DataError: If the features of tasks or seeds don't match.
     """
-    if config.l2_penalty != "auto":
-        return Oracle(tuple(replicates), config.l2_penalty, config)
+    if config.method == "steps" or config.l2_penalty != "auto":
+        penalty = 0.0 if config.l2_penalty == "auto" else config.l2_penalty
+        return Oracle(tuple(replicates), penalty, config, budget=budget)
     first = replicates[0]
     penalty, table = choose_l2_penalty(first.train, first.validation, subsets, config)
     return Oracle(tuple(replicates), penalty, config, table)

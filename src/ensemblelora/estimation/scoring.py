@@ -21,6 +21,7 @@ from ensemblelora.store import FeatureBlock
 __all__ = [
     "RowOutcomes",
     "SubsetScores",
+    "average_outcomes",
     "compute_clustered_se",
     "compute_macro_f1",
     "compute_wilson_interval",
@@ -121,7 +122,25 @@ def score_outcomes(
     nll = np.stack([outcome.nll for outcome in outcomes])  # (seeds, k, n)
     correct = np.stack([outcome.correct for outcome in outcomes])
     macro_f1 = np.mean([outcome.macro_f1 for outcome in outcomes], axis=0)
-    return *_average(nll, groups), *_average(correct, groups), macro_f1
+    return *average_outcomes(nll, groups), *average_outcomes(correct, groups), macro_f1
+
+
+def average_outcomes(values: FloatArray, groups: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
+    """Average over projection seeds and rows; the seeds add their share to the rows' standard error.
+
+    Args:
+        values: Shape ``(n_seeds, k, n)``.
+        groups: Codes of rows that belong together, shape ``(n,)``.
+
+    Returns:
+        Means and standard errors, both ``(k,)``; errors are NaN where all rows are of one group.
+    """
+    by_seed = values.mean(axis=2)  # (seeds, k)
+    se = compute_clustered_se(values.mean(axis=0), groups)
+    n_seeds = len(values)
+    if n_seeds > 1:
+        se = np.sqrt(se**2 + by_seed.var(axis=0, ddof=1) / n_seeds)
+    return np.asarray(by_seed.mean(axis=0)), np.asarray(se)
 
 
 def compute_clustered_se(values: FloatArray, groups: npt.NDArray[np.int64]) -> FloatArray:
@@ -206,13 +225,3 @@ def _judge(block: FeatureBlock, rows: LinearRows, weights: FloatArray) -> RowOut
         return RowOutcomes(nll, (logits[:, 0] > logits[:, 1]).T.astype(np.float64), unknown)
     correct = (predicted == rows.labels).astype(np.float64)
     return RowOutcomes(nll, correct, compute_macro_f1(predicted, rows.labels, rows.decoder.shape[0]))
-
-
-def _average(values: FloatArray, groups: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
-    """Average ``(seeds, k, n)`` over seeds and rows; add the seeds' share to the rows' standard error."""
-    by_seed = values.mean(axis=2)  # (seeds, k)
-    se = compute_clustered_se(values.mean(axis=0), groups)
-    n_seeds = len(values)
-    if n_seeds > 1:
-        se = np.sqrt(se**2 + by_seed.var(axis=0, ddof=1) / n_seeds)
-    return np.asarray(by_seed.mean(axis=0)), np.asarray(se)

@@ -51,7 +51,7 @@ class _Steps:
     proj_type: str = "steps"
 
     def project(self, module: str, gradients: Tensor) -> Tensor:
-        return gradients @ self.steps[module].to(gradients.device)
+        return gradients.flatten(1) @ self.steps[module].to(gradients.device)
 
 
 def measure_linearity(

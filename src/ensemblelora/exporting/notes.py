@@ -11,7 +11,10 @@ from ensemblelora.adapters import THETA0
 from ensemblelora.ensemble import Ensemble
 from ensemblelora.models import EMBEDDED_MODEL, EMBEDDED_ORIGIN, Head
 
-__all__ = ["BaseNote", "describe_fold", "describe_members", "describe_merged"]
+__all__ = ["ROUNDING", "BaseNote", "describe_fold", "describe_members", "describe_merged"]
+
+ROUNDING = 0.01
+"""nats by which a mean loss over few rows may move with the batches they are scored in, in 16 bits"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def describe_fold(base: BaseNote, weights: Mapping[str, float], rows: Sequence[S
     """
     load = ['model = PeftModel.from_pretrained(base, ".")  # this folder']
     lines = ["# An ensemble folded into one LoRA adapter", "", _say_base(base), "", *_load_code(base, load)]
-    return "\n".join([*lines, "", *_say_origin(weights, rows, averaged)]) + "\n"
+    return "\n".join([*lines, "", *_say_origin(base, weights, rows, averaged)]) + "\n"
 
 
 def describe_merged(base: BaseNote, weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int) -> str:
@@ -77,7 +80,7 @@ def describe_merged(base: BaseNote, weights: Mapping[str, float], rows: Sequence
     lines += [f"from transformers import AutoTokenizer, {loader}", ""]
     lines += [f'model = {loader}.from_pretrained(".", dtype="{base.dtype}")  # this folder']
     lines += ['tokenizer = AutoTokenizer.from_pretrained(".")', "```"]
-    return "\n".join([*lines, "", *_say_origin(weights, rows, averaged)]) + "\n"
+    return "\n".join([*lines, "", *_say_origin(base, weights, rows, averaged)]) + "\n"
 
 
 def _say_base(base: BaseNote) -> str:
@@ -124,7 +127,9 @@ def _name_source(base: BaseNote) -> str:
     return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
 
 
-def _say_origin(weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int) -> list[str]:
+def _say_origin(
+    base: BaseNote, weights: Mapping[str, float], rows: Sequence[Sequence[str]], averaged: int
+) -> list[str]:
     lines = ["Its change of the base is the sum of these adapters' changes, each times its weight:", ""]
     lines += _table(["adapter", "weight"], ([name, _write(weight)] for name, weight in weights.items()))
     if THETA0 in weights:
@@ -132,7 +137,18 @@ def _say_origin(weights: Mapping[str, float], rows: Sequence[Sequence[str]], ave
     if averaged:
         lines += ["", f"The classifier head ({averaged} tensors) is the mean of theirs with the same weights."]
     header, *body = rows
-    return [*lines, "", "Measured on validation rows, losses in nats:", "", *_table(header, body)]
+    return [*lines, "", "Measured on validation rows, losses in nats:", "", *_table(header, body), *_say_rounding(base)]
+
+
+def _say_rounding(base: BaseNote) -> list[str]:
+    """How near one gets to the measured losses with other batches."""
+    if base.dtype == "float32":
+        return []
+    return [
+        "",
+        f"In {base.dtype} a row alone and the same row in a batch differ by rounding, so a loss over few rows comes "
+        f"out again to about {ROUNDING:g} nats.",
+    ]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -19,7 +19,7 @@ from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import DataError, UsageError
 from ensemblelora.exporting.fold import Fold, Judge, TaskChange, add_fold, fold_members, mean_rise, weigh_adapters
-from ensemblelora.exporting.notes import BaseNote, describe_fold, describe_members, describe_merged
+from ensemblelora.exporting.notes import ROUNDING, BaseNote, describe_fold, describe_members, describe_merged
 from ensemblelora.exporting.request import PEFT_FILES, TOLERANCE, Format, Request, holding, read_request
 from ensemblelora.members import load_members
 from ensemblelora.models import BaseModel, Head, prepare_base
@@ -27,6 +27,7 @@ from ensemblelora.models import BaseModel, Head, prepare_base
 __all__ = ["Export", "export_run"]
 
 _FOLDED, _EXACT = "folded", "exact-stack"
+_NO_RESIDUAL = 1e-6  # what float32 leaves of nothing
 _RECORD_FILE, _NOTE_FILE = "export.json", "README.md"
 
 
@@ -126,7 +127,7 @@ def _export_fold(request: Request) -> Export:
         if fold.rank < fold.exact_rank:
             add_fold(adapted, _EXACT, fold_members(adapted, weights, config.adapter, None).cut.state)
             uncut = mean_rise(judge.measure(adapted, _EXACT))
-        raise UsageError(_explain_refusal(request, changes, fold, uncut))
+        raise UsageError(_explain_refusal(request, changes, fold, uncut) + _explain_rounding(changes, fold, base))
     if request.format == "merged":
         return _write_merged(request, base, adapted, judge, fold)
     with artifacts.atomic_folder(request.out) as scratch:
@@ -233,6 +234,16 @@ def _explain_refusal(request: Request, changes: Sequence[TaskChange], fold: Fold
         f"export refused: one adapter of rank {fold.rank} for {scope} raises the mean validation loss by {rise:.3g} "
         f"nats{most}, more than the tolerance of {request.tolerance:g}; {said}; give {', '.join(ways[:-1])}"
         f"{', or ' if len(ways) > 1 else ''}{ways[-1]}; format peft loses nothing"
+    )
+
+
+def _explain_rounding(changes: Sequence[TaskChange], fold: Fold, base: BaseNote) -> str:
+    """Say that a small rise without a cut may be no change of the model at all."""
+    if fold.cut.residual > _NO_RESIDUAL or mean_rise(changes) >= ROUNDING or base.dtype == "float32":
+        return ""
+    return (
+        f"; nothing was cut away, and up to about {ROUNDING:g} may be rounding in {base.dtype}, "
+        "whose scores depend on which rows share a batch"
     )
 
 

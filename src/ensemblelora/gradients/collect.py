@@ -15,7 +15,8 @@ Slow twin: autograd, one example at a time, in tests/test_collect.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +53,7 @@ __all__ = [
 
 _CHUNK = 4096  # examples sorted by length at a time; also what a writer holds before it appends
 _PRECISION_BYTES = 2**31  # larger models are not copied to float32 for the precision check
+_DISTORTION_SPLITS, _DISTORTION_EXAMPLES = 4, 11  # 55 pairs each, 220 in all: the distortion of a projection
 _BATCH_TOLERANCE = 0.02  # 1 - cosine; bf16 rounding stays well below, a wrong attention mask does not
 
 
@@ -80,13 +82,14 @@ class FeatureHealth:
     """largest 1 - cosine between features taken in one batch and one at a time"""
     precision_cosine: float | None
     """smallest cosine between the features and their float32 twins; none: not measured, or already float32"""
-    projection_error: float
-    """median relative error of inner products of random pairs, against the product of their norms"""
+    projection_error: float | None
+    """median error of inner products of some 200 pairs of gradients, over the product of their norms; expected
+    about 0.67/sqrt(proj_dim); none: no pair in the data"""
 
 
 def make_projector(config: GradientsConfig, *, seed: int) -> Projector:
-    """Return the run's projector; its seed is the run's, by name."""
-    return Projector(config.proj_type, config.proj_dim, seed_for(seed, "gradients"))
+    """Return the run's projector, all of its projections side by side; its seed is the run's, by name."""
+    return Projector(config.proj_type, config.n_projections * config.proj_dim, seed_for(seed, "gradients"))
 
 
 def collect_features(
@@ -118,7 +121,8 @@ def collect_features(
     modes = choose_modes(splits, config.output)
     with activate(adapted, THETA0):
         linears = find_active_linears(adapted, splits)
-        health = _check_health(adapted, linears, projector, [(split, modes[split.task]) for split in splits])
+        kinds = [(split, modes[split.task]) for split in splits]
+        health = _check_health(adapted, linears, projector, kinds, config.max_tokens_per_batch)
         for split in splits:
             mode, identity = modes[split.task], fingerprints[split.task, split.split]
             if store.has(split.task, split.split, identity):
@@ -162,7 +166,7 @@ def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -
 
 def count_coordinates(linears: Mapping[str, nn.Linear]) -> int:
     """p': how many numbers the layers of :func:`find_active_linears` hold, an example's gradient unprojected."""
-    return sum(size for name, module in linears.items() for _, size in layer_parts(name, module))
+    return sum(math.prod(shape) for name, module in linears.items() for _, shape in layer_parts(name, module))
 
 
 def compute_features(
@@ -196,7 +200,7 @@ def compute_features(
         n, c = outputs.shape
         tap.start(n, c, torch.from_numpy(batch.positions[:, 0]).to(z.device), with_gram=with_gram)
         for objective, combine, is_last in _backward_passes(z, outputs, batch, mode, labels, n_choices):
-            tap.combine = combine
+            tap.start_pass(combine)
             objective.backward(retain_graph=not is_last)
     return Features(
         outputs=outputs.detach().float().cpu().numpy(),
@@ -281,8 +285,9 @@ def _check_health(
     linears: Mapping[str, nn.Linear],
     projector: Projector,
     splits: Sequence[tuple[EncodedSplit, OutputMode]],
+    max_tokens: int,
 ) -> FeatureHealth:
-    """Try a few rows of every kind of task: batch and padding invariance; of the first, precision and projection."""
+    """Try a few rows: batch and padding invariance of every kind of task; precision of one, projection of some."""
     if adapted.base.head == "lm":
         check_output_layer(adapted.network, collate([(splits[0][0], 0)], adapted.base.pad_token_id))
 
@@ -311,7 +316,11 @@ def _check_health(
         proj_dim=low.features.shape[2],
         batch_error=worst,
         precision_cosine=_measure_precision(adapted, low, partial(features_of, *splits[0], few)),
-        projection_error=_measure_distortion(low),
+        projection_error=_measure_distortion(
+            features_of(split, mode, examples)
+            for split, mode in splits[:: -(-len(splits) // _DISTORTION_SPLITS)]
+            for examples in _pair_up(split, feature_layout(uncached, split), max_tokens)
+        ),
     )
 
 
@@ -348,13 +357,25 @@ def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable
     return float(_cosines(low.features, high.features).min())
 
 
-def _measure_distortion(features: Features) -> float:
-    projected = features.features.astype(np.float64).transpose(1, 0, 2)  # (c, n, proj_dim)
-    norms = np.sqrt(np.einsum("cnn->cn", features.gram))
-    scale = np.maximum(norms[:, :, None] * norms[:, None, :], 1e-30)
-    error = np.abs(projected @ projected.transpose(0, 2, 1) - features.gram) / scale
-    upper = np.triu_indices(error.shape[1], k=1)
-    return float(np.median(error[:, upper[0], upper[1]])) if len(upper[0]) else 0.0
+def _pair_up(split: EncodedSplit, layout: Layout, max_tokens: int) -> list[np.ndarray]:
+    """Batches of two or more of a split's examples, within the limit on tokens where pairs are."""
+    few = np.array(_spread(split, _DISTORTION_EXAMPLES))
+    lengths, counts = (sizes[few] for sizes in split.measure(layout))
+    at_least = 2 * int((lengths.max() * counts.max()))
+    return [few[batch] for batch in plan_batches(lengths, counts, max(max_tokens, at_least)) if len(batch) > 1]
+
+
+def _measure_distortion(batches: Iterable[Features]) -> float | None:
+    """Median over all pairs within a batch, output by output."""
+    errors = []
+    for batch in batches:
+        projected = batch.features.astype(np.float64).transpose(1, 0, 2)  # (c, n, proj_dim)
+        norms = np.sqrt(np.einsum("cnn->cn", batch.gram))
+        scale = np.maximum(norms[:, :, None] * norms[:, None, :], 1e-30)
+        error = np.abs(projected @ projected.transpose(0, 2, 1) - batch.gram) / scale
+        upper = np.triu_indices(error.shape[1], k=1)
+        errors.append(error[:, upper[0], upper[1]].ravel())
+    return float(np.median(np.concatenate(errors))) if errors else None
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

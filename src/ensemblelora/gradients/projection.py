@@ -1,107 +1,154 @@
-"""Random projections that are never stored: every entry is a pure function of (seed, module, row, column).
+"""Random projections of gradients that are never stored: every entry is a function of (seed, part, row, column).
 
-``project`` estimates inner products, ``E[P P^T] = I``; their relative error is about ``1/sqrt(proj_dim)``
-(Johnson-Lindenstrauss). Random bits come from Philox, a counter-based generator: row r of a module's matrix
-starts at a counter that depends on r alone, so any block of rows, in any order, on any device, has the same bits.
+``project`` keeps inner products on average, ``E[P P^T] = I``. With d = ``proj_dim``, p' coordinates, and errors taken
+relative to the product of the two norms:
 
-Cost: 2 rows proj_dim multiply-adds per gradient; memory: one block of at most 2**22 entries.
+============  =======================================  ======================  ============================
+kind          P                                        multiply-adds a         root mean square error of an
+                                                       gradient                inner product
+============  =======================================  ======================  ============================
+rademacher    +-1/sqrt(d) everywhere                   p' d                    1/sqrt(d), up to sqrt(2/d) for
+                                                                               parallel gradients
+gaussian      N(0, 1/d) everywhere                     p' d, dear draws        the same
+sjlt          s = 4 entries +-1/sqrt(s) in each row    p' s                    the same
+kronecker     each part's gradient matrix is shrunk    see below               1/sqrt(d) to about 3/sqrt(d)
+              by a factor on each side, then dense
+none          identity, all parts side by side         none                    0
+============  =======================================  ======================  ============================
+
+``kronecker`` takes a part's ``(n_out, n_in)`` gradient G to ``P_out^T G P_in``, of ``k_out k_in``, about 2 d, numbers
+(both factors of signs), and those to d by signs. A side that is small already, such as a LoRA's rank, is left alone.
+That costs ``n_out n_in k_out + k_out k_in d`` multiply-adds where ``n_in`` is left alone: 2.4 times fewer than
+``rademacher`` for 576 x 8 and d = 400, 7 times for 4096 x 16, and 60 times fewer entries to draw. Its error's square
+is at most ``(1 + 2/k_out) (1 + 2/k_in) (1 + 2/d) - 1`` of a lone part's parallel gradients of rank one (a side left
+alone counts 1), and near 1/d where the energy is spread over many parts, whose factors are independent.
+
+The factors are always applied to the finished gradient. Applying them to a layer's input and output gradients before
+their outer product costs ``T n_out k_out`` for T tokens instead, and saves work only where ``n_in > k_out``
+for both sides: no adapter layer is that wide on both.
+
+Source: paper, section 2.2; Johnson and Lindenstrauss (1984), Achlioptas (2003), Kane and Nelson (2014).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from scipy.special import ndtri
 from torch import Tensor
 
+from ensemblelora.gradients.sketch import AbstractSketch, DenseSketch, KroneckerSketch, SparseSketch
 from ensemblelora.seeding import seed_for
 
-__all__ = ["Projector"]
+__all__ = ["Projector", "choose_factors"]
 
-_BLOCK_ENTRIES = 2**22
-_WORDS_PER_COUNTER = 4  # Philox4x64 gives four 64-bit words a step
+_SKETCH_FACTOR = 2  # numbers between the factors and the mix of kronecker, in units of proj_dim
 
 
 @dataclass(frozen=True)
 class Projector:
-    """P for every module of a model, made anew, block by block, whenever it is used.
+    """P for every part of a model, made anew, block by block, whenever it is used.
 
-    ``none`` keeps every coordinate: exact, for small models and as the twin that measures the bias.
+    A part is a weight or a bias; its name keys its matrix. ``none`` keeps every coordinate: exact, for small models
+    and as the twin that measures the bias.
     """
 
-    proj_type: Literal["rademacher", "gaussian", "none"]
+    proj_type: Literal["rademacher", "gaussian", "sjlt", "kronecker", "none"]
     proj_dim: int
     seed: int
 
-    def project(self, module: str, gradients: Tensor) -> Tensor:
-        """Return ``gradients @ P_module``.
+    def project(self, part: str, gradients: Tensor) -> Tensor:
+        """Return ``gradients @ P_part``.
 
         Args:
-            module: Name that keys the module's matrix.
-            gradients: ``(n, rows)`` float32, flattened gradients of the module's weight.
+            part: Name that keys the part's matrix.
+            gradients: ``(n, *shape)`` float32, gradients of the part, in its own shape.
 
         Returns:
-            ``(n, proj_dim)`` float32; for ``none`` the gradients themselves, ``(n, rows)``.
+            ``(n, proj_dim)`` float32; for ``none`` the gradients themselves, ``(n, size)``.
         """
-        if self.proj_type == "none":
-            return gradients
-        total: Tensor = gradients.new_zeros(len(gradients), self.proj_dim)
-        for start, block in self._blocks(module, gradients.shape[1], gradients.device):
-            piece = gradients[:, start : start + len(block)]
-            if self.proj_type == "rademacher":  # signs are 2 bits - 1: one product with the bits does it
-                total += 2.0 * (piece @ block) - piece.sum(dim=1, keepdim=True)
-            else:
-                total += piece @ block
-        total /= self.proj_dim**0.5
-        return total
+        flat = gradients.flatten(1)
+        return flat if self.proj_type == "none" else self._sketch(part, gradients.shape[1:]).apply(flat)
 
-    def expand(self, module: str, rows: int, weights: Tensor) -> Tensor:
-        """Return ``P_module @ weights``, the parameter step that ``weights`` stands for.
+    def expand(self, part: str, shape: Sequence[int], weights: Tensor) -> Tensor:
+        """Return ``P_part @ weights``, the parameter step that ``weights`` stands for.
 
         Args:
-            module: Name that keys the module's matrix.
-            rows: Number of the module's weights.
-            weights: ``(proj_dim,)``; for ``none`` the module's own ``(rows,)``.
+            part: Name that keys the part's matrix.
+            shape: The part's own shape.
+            weights: ``(proj_dim,)``; for ``none`` the part's own ``(size,)``.
 
         Returns:
-            ``(rows,)``.
+            A step of the part's shape.
         """
+        step = weights if self.proj_type == "none" else self._sketch(part, shape).expand(weights)
+        return step.reshape(tuple(shape))
+
+    def matrix(
+        self, part: str, shape: Sequence[int], start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return rows ``start:stop`` of P_part; for tests and inspection.
+
+        Args:
+            part: Name that keys the part's matrix.
+            shape: The part's own shape; a row belongs to each coordinate, in row-major order.
+            start: First row.
+            stop: End of the rows; none: all.
+
+        Returns:
+            ``(stop - start, proj_dim)``; for ``none`` of the identity, ``(stop - start, size)``.
+        """
+        size = math.prod(shape)
+        stop = size if stop is None else stop
         if self.proj_type == "none":
-            return weights
-        pieces: list[Tensor] = []
-        for _, block in self._blocks(module, rows, weights.device):
-            signed = 2.0 * block - 1.0 if self.proj_type == "rademacher" else block
-            pieces.append(signed @ weights)
-        step: Tensor = torch.cat(pieces) / self.proj_dim**0.5
-        return step
+            return np.eye(stop - start, size, start, dtype=np.float32)
+        return self._sketch(part, shape).rows(start, stop)
 
-    def matrix(self, module: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Return rows ``start:stop`` of P_module, ``(stop - start, proj_dim)``; for tests and inspection."""
-        block = self._draw(module, start, stop).astype(np.float32)
-        signed = 2.0 * block - 1.0 if self.proj_type == "rademacher" else block
-        return (signed / np.float32(self.proj_dim**0.5)).astype(np.float32)
+    def _sketch(self, part: str, shape: Sequence[int]) -> AbstractSketch:
+        size, width = math.prod(shape), self.proj_dim
+        if self.proj_type == "sjlt":
+            return SparseSketch(self._key(part), size, width)
+        if self.proj_type == "kronecker":
+            return self._kronecker_sketch(part, shape)
+        return DenseSketch(self._key(part), size, width, "signs" if self.proj_type == "rademacher" else "normals")
 
-    def _blocks(self, module: str, rows: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        step = max(1, _BLOCK_ENTRIES // self.proj_dim)
-        for start in range(0, rows, step):
-            drawn = self._draw(module, start, min(rows, start + step))
-            yield start, torch.from_numpy(drawn).to(device).float()
+    def _kronecker_sketch(self, part: str, shape: Sequence[int]) -> KroneckerSketch:
+        n_out, n_in = shape[0], math.prod(shape[1:])
+        k_out, k_in = choose_factors(n_out, n_in, self.proj_dim)
+        return KroneckerSketch(
+            (n_out, n_in),
+            DenseSketch(self._key(part, "out"), n_out, k_out) if k_out < n_out else None,
+            DenseSketch(self._key(part, "in"), n_in, k_in) if k_in < n_in else None,
+            DenseSketch(self._key(part, "mix"), k_out * k_in, self.proj_dim),
+        )
 
-    def _draw(self, module: str, start: int, stop: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
-        """Bits (0 or 1) or standard normals, ``(stop - start, proj_dim)``."""
-        per_word = 64 if self.proj_type == "rademacher" else 2
-        words_per_row = -(-self.proj_dim // per_word)
-        counters_per_row = -(-words_per_row // _WORDS_PER_COUNTER)
-        key = seed_for(self.seed, "projection", self.proj_type, module)
-        generator = np.random.Philox(key=key, counter=start * counters_per_row)
-        words = generator.random_raw((stop - start) * counters_per_row * _WORDS_PER_COUNTER)
-        words = words.astype("<u8", copy=False).reshape(stop - start, -1)
-        if self.proj_type == "rademacher":
-            return np.unpackbits(words.view(np.uint8), axis=1, count=self.proj_dim, bitorder="little")
-        uniform = (words.view("<u4")[:, : self.proj_dim].astype(np.float64) + 0.5) / 2.0**32
-        return ndtri(uniform).astype(np.float32)
+    def _key(self, *names: str) -> int:
+        return seed_for(self.seed, "projection", self.proj_type, *names)
+
+
+def choose_factors(n_out: int, n_in: int, proj_dim: int) -> tuple[int, int]:
+    """Return the sides ``(k_out, k_in)`` to which ``kronecker`` shrinks a gradient matrix; an equal side stays as it is.
+
+    Of the ways to get to about ``2 proj_dim`` numbers (one side left alone, or both shrunk alike), the one whose
+    factors add least variance to an inner product in the worst case.
+
+    Example:
+        >>> choose_factors(576, 8, 400), choose_factors(192, 4, 400), choose_factors(4096, 4096, 400)
+        ((100, 8), (192, 4), (29, 29))
+    """
+    target = _SKETCH_FACTOR * proj_dim
+    side = math.isqrt(target - 1) + 1
+    ways = [(min(n_out, side), min(n_in, side))]
+    if n_in <= target:
+        ways.append((min(n_out, -(-target // n_in)), n_in))
+    if n_out <= target:
+        ways.append((n_out, min(n_in, -(-target // n_out))))
+
+    def worst_variance(way: tuple[int, int]) -> float:
+        return math.prod(1.0 if k == n else 1.0 + 2.0 / k for k, n in zip(way, (n_out, n_in), strict=True))
+
+    return min(ways, key=worst_variance)

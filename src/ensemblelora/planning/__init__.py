@@ -9,6 +9,16 @@ that what is asked for breaks. No torch.
 from __future__ import annotations
 
 from ensemblelora.planning.choose import choose_groups
+from ensemblelora.planning.precision import estimate_affinity_errors
 from ensemblelora.planning.record import Candidate, Comparison, Plan, Prediction, Predictions, read_plan
 
-__all__ = ["Candidate", "Comparison", "Plan", "Prediction", "Predictions", "choose_groups", "read_plan"]
+__all__ = [
+    "Candidate",
+    "Comparison",
+    "Plan",
+    "Prediction",
+    "Predictions",
+    "choose_groups",
+    "estimate_affinity_errors",
+    "read_plan",
+]

@@ -185,6 +185,7 @@ def _describe_candidate(contest: _Contest, m: int, affinity: FloatArray, judge: 
         adapter_bytes=budget.adapter_bytes(n_groups),
         latency_ratio=budget.latency_ratio(n_groups),
         allowed=not budget.list_faults(n_groups),
+        predicted_nll_se=predict(judge, contest.judged[m]).mean_nll_se,
     )
 
 
@@ -228,9 +229,18 @@ def _compare(
         cosines = measure_gradient_cosines(judge)
         groups = cluster(cosines, model.n_groups, seed=seed, is_bound_needed=False).groups
         ways.append(("gradient cosine", model.n_groups, groups, judge.judge(groups), None))
-    paired = pair_means(judge, [way[3] for way in ways], seed=seed)
+    paired = pair_means(judge, [*(way[3] for way in ways), contest.judged[chosen]], seed=seed)
     return tuple(
-        Comparison(name, n_groups, groups, rows.mean_nll, spread, *paired.compare(0, position))
+        Comparison(
+            name,
+            n_groups,
+            groups,
+            rows.mean_nll,
+            spread,
+            *paired.compare(0, position),
+            predict(judge, rows).mean_nll_se,
+            *paired.compare(len(ways), position),
+        )
         for position, (name, n_groups, groups, rows, spread) in enumerate(ways)
     )
 

@@ -128,14 +128,15 @@ def list_plan_warnings(
     if faults := budget.list_faults(chosen.n_groups):
         yield f"The plan takes {' and '.join(faults)}."
     for other in comparisons:
-        if other.name == "one adapter" or other.gain_se is None:
+        gain, gain_se = other.gain_over_plan, other.gain_over_plan_se
+        if other.name == "one adapter" or gain is None or gain_se is None:
             continue
-        if other.gain - chosen.gain > other.gain_se and other.n_groups != chosen.n_groups:
+        if gain > gain_se and other.n_groups != chosen.n_groups:
             yield (
                 f"{_OTHER_WAYS[other.name]} ({other.n_groups} adapters) is predicted to do better than the plan by "
-                f"{other.gain - chosen.gain:.4f} nats; {_say_how_to_allow(other.n_groups, config)}."
+                f"{gain:.4f} ± {gain_se:.4f} nats; {_say_how_to_allow(other.n_groups, config)}."
             )
-        elif other.n_groups == chosen.n_groups > 1 and other.gain >= chosen.gain and other.groups != chosen.groups:
+        elif other.n_groups == chosen.n_groups > 1 and gain >= 0 and other.groups != chosen.groups:
             meaning = ": which tasks are together matters little" if other.groups is None else ""
             yield (
                 f"{_OTHER_WAYS[other.name]} into {chosen.n_groups} groups is predicted to do as well as the plan"
@@ -169,9 +170,15 @@ def predict(judge: Judge, rows: JudgedRows) -> Prediction:
 
 def _describe_gain(candidate: Candidate) -> str:
     """Say what a number of groups is predicted to give against one adapter."""
-    error = "" if candidate.gain_se is None else f" ± {candidate.gain_se:.4f}"
+    loss, gain = (
+        f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+        for value, error in (
+            (candidate.predicted_nll, candidate.predicted_nll_se),
+            (abs(candidate.gain), candidate.gain_se),
+        )
+    )
     return (
-        f"predicted mean validation loss {candidate.predicted_nll:.4f} nats, {abs(candidate.gain):.4f}{error} "
+        f"predicted mean validation loss {loss} nats, {gain} "
         f"{'below' if candidate.gain >= 0 else 'above'} one adapter for all"
     )
 

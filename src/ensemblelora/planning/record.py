@@ -75,6 +75,7 @@ class Candidate:
         adapter_bytes: Memory of the adapters, boosters included.
         latency_ratio: Forward passes at inference against one adapter.
         allowed: Whether the memory and latency budgets allow it.
+        predicted_nll_se: Standard error of ``predicted_nll``; most of it is common to all numbers of groups.
     """
 
     n_groups: int
@@ -90,6 +91,7 @@ class Candidate:
     adapter_bytes: int
     latency_ratio: float
     allowed: bool
+    predicted_nll_se: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ class Comparison:
         predicted_nll_sd: Spread over random draws; none elsewhere.
         gain: All-in-one's predicted nll minus this one.
         gain_se: Paired standard error of the gain.
+        predicted_nll_se: Standard error of ``predicted_nll``.
+        gain_over_plan: The plan's predicted nll minus this one; positive is better than the plan.
+        gain_over_plan_se: Paired standard error of that.
     """
 
     name: str
@@ -113,6 +118,9 @@ class Comparison:
     predicted_nll_sd: float | None
     gain: float
     gain_se: float | None
+    predicted_nll_se: float | None = None
+    gain_over_plan: float | None = None
+    gain_over_plan_se: float | None = None
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def estimate_half_affinity(judge: Judge, design: SubsetDesign, half: int, config
         nll[held, task] = np.mean([outcome.nll[:, rows].mean(axis=1) for outcome in outcomes], axis=0)
         correct[held, task] = np.mean([outcome.correct[:, rows].mean(axis=1) for outcome in outcomes], axis=0)
     values = -nll if config.score == "nll" else correct
-    return affinity_from_scores(design, values, row_scale=config.row_scale).matrix
+    return affinity_from_scores(design, values, row_scale=config.row_scale, surrogate=config.surrogate).matrix
 
 
 def measure_gradient_cosines(judge: Judge) -> FloatArray:

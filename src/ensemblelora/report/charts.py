@@ -111,11 +111,15 @@ def _curve_trace(points: Sequence[CurvePoint], name: str, *, is_open: bool) -> d
         "name": name,
         "x": [point.n_groups for point in points],
         "y": [point.gain for point in points],
-        "customdata": [[point.predicted_nll, error] for point, error in zip(points, errors, strict=True)],
+        "customdata": [
+            [point.predicted_nll, error, point.predicted_nll_se or 0.0]
+            for point, error in zip(points, errors, strict=True)
+        ],
         "error_y": {"type": "data", "array": errors, "color": "var(--ink-soft)", "thickness": 1.2, "width": 5},
         "line": {"color": "var(--accent)", "width": 2},
         "marker": {"color": "var(--accent)", "size": 9, "symbol": "circle-open" if is_open else "circle"},
-        "hovertemplate": "%{x} groups: %{y:+.4f} ± %{customdata[1]:.4f}<br>loss %{customdata[0]:.4f}<extra></extra>",
+        "hovertemplate": "%{x} groups: %{y:+.4f} ± %{customdata[1]:.4f}<br>"
+        "loss %{customdata[0]:.4f} ± %{customdata[2]:.4f}<extra></extra>",
     }
 
 
@@ -144,6 +148,7 @@ def _locate(point: GroupPrediction, *, as_change: bool) -> tuple[float, float] |
 def _prediction_trace(rows: Sequence[tuple[GroupPrediction, float, float]], group: int) -> dict[str, Any]:
     colour = f"var(--group-{group % N_GROUP_COLOURS})" if group >= 0 else "var(--ink-soft)"
     marker = {"color": colour, "size": 11, "symbol": _SYMBOLS[group % len(_SYMBOLS)]}
+    errors = [round(point.predicted_nll_se or 0.0, 5) for point, _, _ in rows]
     return {
         "type": "scatter",
         "mode": "markers",
@@ -151,8 +156,16 @@ def _prediction_trace(rows: Sequence[tuple[GroupPrediction, float, float]], grou
         "x": [round(x, 5) for _, x, _ in rows],
         "y": [round(y, 5) for _, _, y in rows],
         "text": [safe(point.task) for point, _, _ in rows],
+        "error_x": {
+            "type": "data",
+            "array": errors,
+            "color": colour,
+            "thickness": 1.2,
+            "width": 0,
+        },
         "marker": {**marker, "line": {"color": "var(--surface)", "width": 1}},
-        "hovertemplate": "<b>%{text}</b><br>predicted %{x:.4f}<br>measured %{y:.4f}<extra></extra>",
+        "customdata": errors,
+        "hovertemplate": "<b>%{text}</b><br>predicted %{x:.4f} ± %{customdata:.4f}<br>measured %{y:.4f}<extra></extra>",
     }
 
 

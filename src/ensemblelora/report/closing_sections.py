@@ -121,7 +121,11 @@ def _method_table(methods: dict[str, MethodCosts]) -> Table:
     rows = tuple(Row((Cell(method_label(name)), *row)) for name, *row in zip(names, *cells, strict=True))
     labels = ("Training", "Choosing groups", "Training time", "Forward passes", "Adapters")
     columns = (Column("Method", is_number=False), *map(Column, labels))
-    note = "Forward passes: what one prediction takes, in passes of the base model."
+    note = (
+        "Forward passes: what one prediction takes, in passes of the base model, averaged over tasks: one for each "
+        "group's adapter and booster that has a weight, and where there are boosters one of the start they are "
+        "measured from."
+    )
     return Table("By method", columns, rows, note)
 
 

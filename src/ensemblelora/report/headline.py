@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from ensemblelora.report.document import Tile
-from ensemblelora.report.records import Difference, MethodCosts, PlanRecord, ResultsRecord, RunRecord
+from ensemblelora.report.records import (
+    Difference,
+    EnsembleRecord,
+    MethodCosts,
+    PlanRecord,
+    Prediction,
+    ResultsRecord,
+    RunRecord,
+)
 from ensemblelora.report.wording import (
     count,
     describe_coverage,
@@ -99,12 +107,19 @@ def _shape(plan: PlanRecord) -> str:
 def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
     rival = "base" if len(run.plan.groups) == 1 else "shared"
     against = "the base model as it is" if rival == "base" else "one adapter for all"
+    shape = _shape(run.plan) + _name_boosters(run.ensemble)
     metric = "accuracy" if results.methods["ensemble"].mean("accuracy", run.plan.task_names) is not None else "nll"
     difference = results.find_difference("ensemble", rival, metric)
     if difference is None or difference.low is None or difference.high is None:
-        return f"{_shape(run.plan)}: {_compare_means(results, run.plan, metric, rival, against)}."
+        return f"{shape}: {_compare_means(results, run.plan, metric, rival, against)}."
     judgement = _judge(difference, difference.low, difference.high, against, run.config.evaluation.confidence)
-    return f"{_shape(run.plan)} {judgement}."
+    return f"{shape} {judgement}."
+
+
+def _name_boosters(ensemble: EnsembleRecord | None) -> str:
+    """What was measured beside the adapters; a table without it shows the adapters alone."""
+    n_boosters = sum(member.kind == "booster" for member in ensemble.members) if ensemble else 0
+    return f" with {count(n_boosters, 'booster')}" if n_boosters else ""
 
 
 def _judge(difference: Difference, low: float, high: float, against: str, confidence: float) -> str:
@@ -153,9 +168,13 @@ def _tile_of_accuracy(results: ResultsRecord, plan: PlanRecord) -> Tile:
 
 
 def _tile_of_prediction(plan: PlanRecord) -> Tile:
-    mean = plan.predicted.plan.mean_nll
-    shared = plan.predicted.shared.mean_nll
-    return Tile("Predicted loss", format_number(mean), f"{format_number(shared)} with one adapter for all")
+    plan_way, shared = (_with_error(way) for way in (plan.predicted.plan, plan.predicted.shared))
+    return Tile("Predicted loss", plan_way, f"{shared} with one adapter for all")
+
+
+def _with_error(way: Prediction) -> str:
+    error = "" if way.mean_nll_se is None else f" ± {format_number(way.mean_nll_se)}"
+    return f"{format_number(way.mean_nll)}{error}"
 
 
 def _tile_of_flops(methods: dict[str, MethodCosts]) -> Tile | None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ensemblelora.report.document import Figure
 from ensemblelora.report.plotting import complete, or_none, safe, short_label
 from ensemblelora.report.records import AffinityRecord
-from ensemblelora.report.wording import format_signed, group_letter, join_names
+from ensemblelora.report.wording import count, format_signed, group_letter, join_names
 
 __all__ = ["MAX_LABELLED_TASKS", "draw_affinity", "draw_weights", "remove_levels"]
 
@@ -86,7 +86,9 @@ def draw_weights(
     spec = complete([heat_map], {**axes, "shapes": _own_frames(groups)})
     strays = [names[task] for task in range(len(names)) if not _leads_own_group(weights[task], task, groups)]
     lead = f"{join_names(strays)} weigh another group more" if strays else "every task weighs its own group most"
-    alt = f"Weights of {len(names)} tasks on {len(groups)} groups: {lead}; {sum(routed)} use one group alone."
+    n_alone = sum(routed) or "none"
+    shape = f"{len(names)} tasks on {len(groups)} groups"
+    alt = f"Weights of {shape}: {lead}; {n_alone} could be answered by one group alone."
     return Figure("weights", "Ensemble weights", alt, spec, height=90 + max(24, 34 - len(names) // 4) * len(names))
 
 
@@ -121,12 +123,21 @@ def _task_axes(names: Sequence[str]) -> dict[str, Any]:
 
 def _pair_hover(affinity: AffinityRecord, order: Sequence[int]) -> dict[str, Any]:
     """Return what hovering over a pair says: its affinity, raw and without levels, and how often it met."""
-    counts = affinity.counts
+    counts, errors = affinity.counts, affinity.se
     cells = [
-        [[or_none(round(affinity.matrix[i, j], 5)), None if counts is None else int(counts[i, j])] for j in order]
+        [
+            [
+                or_none(round(affinity.matrix[i, j], 5)),
+                None if counts is None else int(counts[i, j]),
+                None if errors is None else or_none(round(errors[i, j], 5)),
+            ]
+            for j in order
+        ]
         for i in order
     ]
     lines = ["<b>%{y}</b> with <b>%{x}</b>", "affinity without own levels %{z:+.4f}", "mean score %{customdata[0]:.4f}"]
+    if errors is not None:
+        lines[1] += " ± %{customdata[2]:.4f}"
     if counts is not None:
         lines.append("met in %{customdata[1]} subsets")
     return {"customdata": cells, "hovertemplate": "<br>".join(lines) + "<extra></extra>"}
@@ -158,7 +169,9 @@ def _describe_affinity(values: Matrix, names: Sequence[str], groups: Sequence[Se
     best, worst = (divmod(int(place), len(names)) for place in (np.nanargmax(upper), np.nanargmin(upper)))
     pair = f"{names[best[0]]} and {names[best[1]]} go best together ({format_signed(upper[best])})"
     return f"{start}; {pair}, {names[worst[0]]} and {names[worst[1]]} worst ({format_signed(upper[worst])})." + (
-        f" Frames show {len(groups)} groups." if by_group else ""
+        f" {'The frame shows' if len(groups) == 1 else 'Frames show'} {count(len(groups), 'group')}."
+        if by_group
+        else ""
     )
 
 

@@ -67,7 +67,7 @@ def write_affinity(run: RunRecord) -> Section | None:
     )
     blocks: list[Block] = [Text(_explain_affinity(values, affinity, plan)), FigureRow(figures, caption, legend)]
     if plan.n_tasks <= _MAX_MATRIX_TABLE:
-        blocks.append(_matrix_table(values, plan))
+        blocks.append(_matrix_table(values, affinity.se, plan))
     elif plan.n_tasks > MAX_LABELLED_TASKS:
         blocks.append(Text("Hover over a cell for the names; there are too many tasks to label.", is_quiet=True))
     return Section("affinity", "Which tasks go together", blocks)
@@ -145,11 +145,15 @@ def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRe
         met = affinity.counts[np.triu_indices(plan.n_tasks, k=1)]
         text += f", each met in {_range_of(met)} of the training sets asked about"
         if (met == 0).any():
-            text += f" ({count(int((met == 0).sum()), 'pair')} in none, where a linear surrogate fills in)"
-    if not len(inside) or not len(outside):
-        return f"{text}."
-    means = f"{format_signed(inside.mean())} inside the groups and {format_signed(outside.mean())} across them"
-    return f"{text}. The mean affinity is {means}."
+            text += f" ({count(int((met == 0).sum()), 'pair')} in none, where a surrogate fills in)"
+    if len(inside) and len(outside):
+        means = f"{format_signed(inside.mean())} inside the groups and {format_signed(outside.mean())} across them"
+        text += f". The mean affinity is {means}"
+    if affinity.se is not None and is_pair.any():
+        spread, error = values[is_pair].std(), np.nanmedian(affinity.se[is_pair])
+        text += f". Pairs differ by {format_number(spread)} (standard deviation); {format_number(error)} is the "
+        text += "standard error of a typical one"
+    return f"{text}."
 
 
 def _range_of(numbers: np.ndarray) -> str:
@@ -157,7 +161,7 @@ def _range_of(numbers: np.ndarray) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _matrix_table(values: np.ndarray, plan: PlanRecord) -> Table:
+def _matrix_table(values: np.ndarray, errors: np.ndarray | None, plan: PlanRecord) -> Table:
     order = [task for group in plan.groups for task in group]
     names = [plan.task_names[task] for task in order]
     groups = plan.group_by_name
@@ -165,13 +169,18 @@ def _matrix_table(values: np.ndarray, plan: PlanRecord) -> Table:
         Row(
             (
                 Cell(name, colour=groups[name] % N_GROUP_COLOURS),
-                *(Cell(format_signed(_number(values[i, j]))) for j in order),
+                *(_affinity_cell(values[i, j], None if errors is None else errors[i, j]) for j in order),
             )
         )
         for name, i in zip(names, order, strict=True)
     )
     columns = (Column("Task", is_number=False), *(Column(name) for name in names))
     return Table("Affinity without own levels, ordered by group", columns, rows, summary="The affinities as a table")
+
+
+def _affinity_cell(value: float, error: float | None) -> Cell:
+    known = None if error is None or not np.isfinite(value) else _number(error)
+    return Cell(format_signed(_number(value)), _plus_minus(known))
 
 
 def _number(value: float) -> float | None:
@@ -183,7 +192,7 @@ def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
         Row(
             (
                 Cell(str(point.n_groups), tag="the plan" if point.n_groups == n_chosen else ""),
-                Cell(format_number(point.predicted_nll)),
+                Cell(format_number(point.predicted_nll), _plus_minus(point.predicted_nll_se)),
                 Cell(format_signed(point.gain), _plus_minus(point.gain_se)),
                 Cell(format_number(point.gap)),
                 Cell(format_bytes(point.adapter_bytes)),
@@ -194,7 +203,10 @@ def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
     )
     labels = ("Predicted loss", "Saved", "Gap to bound", "Adapters", "Forward passes")
     columns = (Column("Groups", is_number=False), *(Column(label) for label in labels))
-    note = "Gap to bound: how far the clustering is from the best possible objective at that number; 0 is proven best."
+    note = (
+        "± one standard error; of the predicted losses most of it is common to all, and drops out of what is saved. "
+        "Gap to bound: how far the clustering is from the best possible objective at that number; 0 is proven best."
+    )
     return Table("What each number of groups would give and cost", columns, rows, note)
 
 
@@ -209,7 +221,7 @@ def _comparison_table(plan: PlanRecord) -> Table:
         (
             Cell("the plan"),
             Cell(str(len(plan.groups))),
-            Cell(format_number(chosen.mean_nll)),
+            Cell(format_number(chosen.mean_nll), _plus_minus(chosen.mean_nll_se)),
             Cell(format_signed(gain.gain if gain else None), _plus_minus(gain.gain_se if gain else None)),
         ),
         is_summary=True,
@@ -219,7 +231,7 @@ def _comparison_table(plan: PlanRecord) -> Table:
             (
                 Cell(item.name),
                 Cell("" if item.n_groups is None else str(item.n_groups)),
-                Cell(format_number(item.predicted_nll), _plus_minus(item.predicted_nll_sd)),
+                Cell(format_number(item.predicted_nll), _plus_minus(item.predicted_nll_se)),
                 Cell(format_signed(item.gain), _plus_minus(item.gain_se)),
             )
         )
@@ -227,4 +239,9 @@ def _comparison_table(plan: PlanRecord) -> Table:
     ]
     columns = (Column("Grouping", is_number=False), Column("Groups"), Column("Predicted loss"), Column("Saved"))
     note = f"Judged by the same prediction on the same rows: {join_names([item.name for item in plan.comparisons])}."
+    spreads = [item for item in plan.comparisons if item.predicted_nll_sd is not None]
+    note += " ± one standard error." + "".join(
+        f" The {item.name} drawn differ in loss by {format_number(item.predicted_nll_sd)} (standard deviation)."
+        for item in spreads
+    )
     return Table("Other ways of grouping", columns, (*rows, own), note)

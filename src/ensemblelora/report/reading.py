@@ -98,9 +98,9 @@ def _read_affinity(path: Path, n_tasks: int) -> AffinityRecord | None:
     if not path.exists():
         return None
     arrays = load_arrays(path)
-    for name in ("matrix", "counts"):
+    for name in ("matrix", "counts", "matrix_se"):
         values = arrays.get(name)
-        if values is None and name == "counts":
+        if values is None and name != "matrix":
             continue
         if values is None or values.shape != (n_tasks, n_tasks) or values.dtype.kind not in "fiu":
             found = "nothing" if values is None else f"{values.dtype} {values.shape}"
@@ -108,8 +108,11 @@ def _read_affinity(path: Path, n_tasks: int) -> AffinityRecord | None:
                 f"{path}: expected numbers of shape {(n_tasks, n_tasks)} under {name!r}, got {found}; "
                 "delete it and run again"
             )
-    counts = arrays.get("counts")
-    return AffinityRecord(arrays["matrix"].astype(np.float64), None if counts is None else counts.astype(np.float64))
+    matrix, counts, errors = (
+        None if (values := arrays.get(name)) is None else values.astype(np.float64)
+        for name in ("matrix", "counts", "matrix_se")
+    )
+    return AffinityRecord(np.asarray(matrix), counts, errors)
 
 
 def _check_plan(path: Path, plan: PlanRecord) -> None:

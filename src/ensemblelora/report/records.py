@@ -98,6 +98,7 @@ class CurvePoint(_Record):
 
     n_groups: int
     predicted_nll: Number = None
+    predicted_nll_se: Number = None
     gain: Number = None
     gain_se: Number = None
     search_nll: Number = None
@@ -143,6 +144,7 @@ class Comparison(_Record):
     name: str
     n_groups: int | None = None
     predicted_nll: Number = None
+    predicted_nll_se: Number = None
     predicted_nll_sd: Number = None
     gain: Number = None
     gain_se: Number = None
@@ -206,6 +208,7 @@ class EnsembleRecord(_Record):
     members: tuple[Member, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
     routed: tuple[bool, ...] = ()
+    """tasks that one group alone could answer; the weights say so only where ensemble.route was on"""
     boosting: tuple[BoostingRound, ...] = ()
 
 
@@ -292,6 +295,7 @@ class GroupPrediction(_Record):
     task: str
     group: int | None = None
     predicted_nll: Number = None
+    predicted_nll_se: Number = None
     measured_nll: Number = None
     base_nll: Number = None
 
@@ -368,10 +372,12 @@ class AffinityRecord:
     Attributes:
         matrix: (n_tasks, n_tasks) higher is better together; NaN where unknown.
         counts: (n_tasks, n_tasks) in how many subsets each pair met; None where the file does not say.
+        se: (n_tasks, n_tasks) standard errors, the tasks' own levels taken off; None where the file does not say.
     """
 
     matrix: Matrix
     counts: Matrix | None
+    se: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)

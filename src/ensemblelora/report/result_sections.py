@@ -47,8 +47,8 @@ def write_prediction_check(run: RunRecord) -> Section | None:
         ]
         text += " " + _agreement("change from the base model", *changes)
     caption = (
-        "Dotted: equality. Losses differ between tasks mostly by how hard the tasks are, so the changes are the "
-        "stricter test of the prediction."
+        "Dotted: equality. Bars: one standard error of the prediction. Losses differ between tasks mostly by how hard "
+        "the tasks are, so the changes are the stricter test of the prediction."
     )
     return Section("prediction", "Predicted against measured", [Text(text), FigureRow(tuple(figures), caption)])
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ensemblelora import __version__, artifacts, planning
 from ensemblelora import affinity as affinities
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
 from ensemblelora.adapters import AdaptedModel, adapter_bytes
-from ensemblelora.config import EstimationConfig
+from ensemblelora.blocks import slice_projections
+from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
+from ensemblelora.data.batching import schedule_training
 from ensemblelora.errors import StoreError
-from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, build_oracle
+from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, TrainingBudget, build_oracle
 from ensemblelora.gradients.collect import collect_features
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.planning import Plan
+from ensemblelora.seeding import seed_for
 from ensemblelora.stages.rows import Rows
 from ensemblelora.store import FeatureStore
+from ensemblelora.training.steps import choose_layout
 from ensemblelora.workspace import ORACLE_FILE, Workspace
 
-__all__ = ["choose_plan", "estimate_affinity", "read_oracle", "take_features"]
+__all__ = ["choose_plan", "estimate_affinity", "plan_budget", "read_oracle", "take_features"]
 
 _HEALTH_FILE = "feature_health.json"
+_MAX_NAMED_PAIRS = 6
 
 
 def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureStore:
@@ -31,7 +40,7 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
     config = work.config
     store = FeatureStore(work.path / artifacts.FEATURES_FOLDER)
     modes = choose_modes(rows.learning, config.gradients.output)  # another split's rows may change them
-    shared = (__version__, work.start_fingerprint, config.gradients)
+    shared = (__version__, work.start_fingerprint, _identify_projection(config.gradients))
     wanted = {key: artifacts.fingerprint(*shared, modes[key[0]], identity) for key, identity in rows.identities.items()}
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
@@ -45,7 +54,7 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
 
 
 def estimate_affinity(
-    work: Workspace, store: FeatureStore, rows: Rows
+    work: Workspace, store: FeatureStore, rows: Rows, probe: AdaptedModel
 ) -> tuple[Callable[[], Oracle], affinities.Affinity]:
     """Ask the oracle about many subsets and average into the task affinity. Leaves ``affinity.npz``, ``oracle.json``.
 
@@ -54,22 +63,34 @@ def estimate_affinity(
     """
     config, path = work.config, work.path / artifacts.AFFINITY_FILE
     load = partial(read_oracle, work.path, rows.names, config.estimation)
-    inputs = (rows.learning_fingerprint(), work.start_fingerprint, config.gradients, config.estimation, config.affinity)
-    with work.stage("affinity", *inputs) as stage:
+    with work.stage("affinity", *_identify_oracle(work, rows)) as stage:
         if stage.is_needed:
             design = affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed)
-            oracle = build_oracle([_read_features(store, rows.names)], config.estimation, subsets=design.subsets)
+            n_coordinates = int(artifacts.read_json(work.path / _HEALTH_FILE)["n_coordinates"])
+            oracle = build_oracle(
+                _read_features(store, rows.names, config.gradients.n_projections),
+                config.estimation,
+                subsets=design.subsets,
+                budget=plan_budget(config, rows, probe, n_coordinates),
+            )
             oracle.solve(design.subsets)
             scores = oracle.score(design.subsets)
             values = affinities.select_values(scores.nll, scores.accuracy, config.affinity.score)
-            matrix = affinities.affinity_from_scores(design, values, row_scale=config.affinity.row_scale)
+            matrix = affinities.affinity_from_scores(
+                design, values, row_scale=config.affinity.row_scale, surrogate=config.affinity.surrogate
+            )
             chosen = {"l2_penalty": oracle.l2_penalty, "penalty_table": [asdict(t) for t in oracle.penalty_table]}
+            chosen["budget"] = None if oracle.budget is None else asdict(oracle.budget)
+            chosen["n_projections"] = len(oracle.replicates)
+            chosen["surrogate"] = _describe_surrogate(design, values, matrix, config.affinity.surrogate)
             artifacts.write_json(work.path / ORACLE_FILE, chosen)
-            artifacts.save_arrays(path, asdict(matrix))
-            stage.meter.add_flops(_count_trials(oracle) + _count_work(oracle, len(design.subsets)))
+            errors = planning.estimate_affinity_errors(oracle, design, values, config.affinity)
+            artifacts.save_arrays(path, asdict(matrix) | {"matrix_se": errors})
+            stage.meter.add_flops(_count_trials(oracle) + _count_work(oracle, _count_asked(oracle, design)))
             stage.files += [path, work.path / ORACLE_FILE]
             load = partial(_same, oracle)
-    return load, affinities.Affinity(**artifacts.load_arrays(path))
+    arrays = artifacts.load_arrays(path)
+    return load, affinities.Affinity(**{field.name: arrays[field.name] for field in fields(affinities.Affinity)})
 
 
 def choose_plan(
@@ -78,7 +99,7 @@ def choose_plan(
     """Choose the groups, and whether to group at all. Leaves ``plan.json``."""
     config, path = work.config, work.path / artifacts.PLAN_FILE
     n_boosters, one = config.boosting.n_rounds, adapter_bytes(probe)
-    inputs = (rows.learning_fingerprint(), work.start_fingerprint, config.gradients, config.estimation, config.affinity)
+    inputs = _identify_oracle(work, rows)
     with work.stage("group", asdict(matrix), *inputs, config.grouping, n_boosters, one) as stage:
         if stage.is_needed:
             oracle = load_oracle()
@@ -94,10 +115,38 @@ def choose_plan(
                 bytes_per_adapter=one,
                 seed=config.seed,
             )
+            filled = artifacts.read_json(work.path / ORACLE_FILE)["surrogate"]
+            plan = replace(plan, warnings=(*_list_filled(matrix, rows.names, filled), *plan.warnings))
             artifacts.write_json(path, asdict(plan))
             stage.meter.add_flops(_count_work(oracle, oracle.n_fits) - known)
             stage.files.append(path)
     return planning.read_plan(artifacts.read_json(path))
+
+
+def plan_budget(config: RunConfig, rows: Rows, probe: AdaptedModel, n_coordinates: int) -> TrainingBudget:
+    """What a group's fine-tuning will do, for the oracle that simulates it.
+
+    Args:
+        config: The run's.
+        rows: Their lengths say how many optimiser steps a task takes.
+        probe: The model, which says how rows of several choices are laid out.
+        n_coordinates: p', from the features' health record.
+    """
+    training = config.training
+    epoch, layout = training.model_copy(update={"num_train_epochs": 1}), choose_layout(probe, training)
+    seed = seed_for(config.seed, "simulated training")
+    return TrainingBudget(
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.num_train_epochs,
+        evaluations_per_epoch=training.evaluations_per_epoch,
+        warmup_ratio=training.warmup_ratio,
+        lr_scheduler_type=training.lr_scheduler_type,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        steps_per_epoch=tuple(len(schedule_training([s], epoch, seed=seed, layout=layout)) for s in rows.train),
+        n_coordinates=n_coordinates,
+        seed=seed,
+    )
 
 
 def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) -> Oracle:
@@ -114,18 +163,65 @@ def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) ->
     record = artifacts.read_json(folder / ORACLE_FILE)
     try:
         penalty, table = float(record["l2_penalty"]), tuple(PenaltyTrial(**trial) for trial in record["penalty_table"])
+        budget = record["budget"] and TrainingBudget(**record["budget"])
+        n_projections = int(record["n_projections"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{folder / ORACLE_FILE}: no record of an oracle ({error!r}); delete it and run again"
         ) from None
-    features = _read_features(FeatureStore(folder / artifacts.FEATURES_FOLDER), names)
-    return Oracle((features,), penalty, config, table)
+    features = _read_features(FeatureStore(folder / artifacts.FEATURES_FOLDER), names, n_projections)
+    return Oracle(tuple(features), penalty, config, table, budget)
 
 
-def _read_features(store: FeatureStore, names: Sequence[str]) -> TaskFeatures:
-    return TaskFeatures(
-        train=tuple(store.read(name, "train") for name in names),
-        validation=tuple(store.read(name, "validation") for name in names),
+def _identify_oracle(work: Workspace, rows: Rows) -> tuple[object, ...]:
+    """Everything that the oracle's answers depend on."""
+    config = work.config
+    simulated = config.training if config.estimation.method == "steps" else None
+    start = (rows.learning_fingerprint(), work.start_fingerprint, simulated)
+    return (*start, config.gradients, config.estimation, config.affinity)
+
+
+def _identify_projection(config: GradientsConfig) -> list[Any]:
+    """The section as it was before there could be several projections, where there is one: such stores stay valid."""
+    values = config.model_dump(mode="json", exclude={"n_projections"} if config.n_projections == 1 else None)
+    return [type(config).__qualname__, values]
+
+
+def _read_features(store: FeatureStore, names: Sequence[str], n_projections: int) -> list[TaskFeatures]:
+    """Return every projection's features; they lie side by side in the store."""
+    train, validation = ([store.read(name, split) for name in names] for split in ("train", "validation"))
+    width = train[0].proj_dim // n_projections
+    return [
+        TaskFeatures(
+            train=tuple(slice_projections(block, width, which) for block in train),
+            validation=tuple(slice_projections(block, width, which) for block in validation),
+        )
+        for which in range(n_projections)
+    ]
+
+
+def _describe_surrogate(
+    design: affinities.SubsetDesign, values: npt.NDArray[np.float64], matrix: affinities.Affinity, kind: str
+) -> dict[str, Any] | None:
+    """Say how many pairs of tasks a surrogate filled in, and how well each kind would; none where none was needed."""
+    n_pairs = int(np.triu(matrix.surrogate | matrix.surrogate.T, k=1).sum())
+    if not n_pairs:
+        return None
+    return {"kind": kind, "n_pairs": n_pairs, "leave_one_out": affinities.compare_surrogates(design, values)}
+
+
+def _list_filled(matrix: affinities.Affinity, names: Sequence[str], filled: dict[str, Any] | None) -> Iterator[str]:
+    """Say which pairs' affinities a surrogate gave, and how good it is."""
+    if filled is None:
+        return
+    pairs = np.argwhere(np.triu(matrix.surrogate | matrix.surrogate.T, k=1))
+    named = [f"{names[i]} with {names[j]}" for i, j in pairs[:_MAX_NAMED_PAIRS]]
+    more = [f"{len(pairs) - len(named)} more"] if len(pairs) > len(named) else []
+    told = "all" if len(pairs) == len(names) * (len(names) - 1) // 2 else ", ".join([*named, *more])
+    errors = [f"{kind} {error:.4f}" for kind, error in filled["leave_one_out"].items() if error is not None]
+    yield (
+        f"Affinities of {len(pairs)} pairs of tasks ({told}) come from a {filled['kind']} surrogate over subsets; "
+        f"leave-one-out errors of a subset's score: {', '.join(errors) or 'unknown'}."
     )
 
 
@@ -137,6 +233,12 @@ def _count_trials(oracle: Oracle) -> int:
     """FLOPs of the fits that the ridge was chosen from."""
     table = oracle.penalty_table
     return _count_fits(oracle, sum(trial.row_iterations for trial in table), sum(trial.n_fits for trial in table))
+
+
+def _count_asked(oracle: Oracle, design: affinities.SubsetDesign) -> int:
+    """Questions about all validation rows: every subset about every task, and for errors again about its own tasks."""
+    n_times = 1 + len(design.subsets[0]) / design.n_tasks
+    return round(len(oracle.replicates) * len(design.subsets) * n_times)
 
 
 def _count_work(oracle: Oracle, n_subsets: int) -> int:

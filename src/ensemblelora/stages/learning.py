@@ -10,7 +10,7 @@ from typing import Any
 from ensemblelora import __version__, artifacts, boosting, progress, training, weighting
 from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
-from ensemblelora.config import RunConfig
+from ensemblelora.config import BoostingConfig, RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.ensemble import Ensemble, Member, group_scores, load_ensemble, save_ensemble
 from ensemblelora.gradients.collect import make_projector
@@ -86,7 +86,7 @@ def boost_groups(
                 probe,
                 members,
                 groups,
-                config.boosting,
+                _settle_boosting(config),
                 projector=make_projector(config.gradients, seed=config.seed),
                 max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
                 seed=config.seed,
@@ -237,6 +237,12 @@ def _fit_weights(
         for found, split in zip(scores, splits, strict=True)
     ]
     return weighting.fit_weights(logits, groups, config.ensemble, seed=config.seed)
+
+
+def _settle_boosting(config: RunConfig) -> BoostingConfig:
+    """A step is fitted to all projections together; the ridge stays what it is beside one of them."""
+    penalty = config.boosting.l2_penalty * config.gradients.n_projections
+    return config.boosting.model_copy(update={"l2_penalty": penalty})
 
 
 def _describe_round(index: int, entry: BoostRound) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from ensemblelora import artifacts
 from ensemblelora.adapters import AdaptedModel, adapter_bytes, attach
 from ensemblelora.affinity import sample_subsets
-from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, RunConfig
+from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, GradientsConfig, RunConfig
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, DataError
@@ -21,6 +21,13 @@ from ensemblelora.planning.budget import Budget
 from ensemblelora.stages.rows import Rows, encode_tasks
 
 __all__ = ["check_fit", "check_request", "choose_head", "count_labels", "identify_start", "prepare"]
+
+_SHARED_RANDOMNESS = {
+    "none": "would all be the same",
+    "sjlt": "would share the few entries of each row",
+    "kronecker": "would share their factors",
+}
+"""why columns of one wide matrix are not projections of their own"""
 
 
 def prepare(config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
@@ -96,6 +103,8 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
         yield f"affinity.score accuracy: tasks {', '.join(free_text)} answer with free text and have none; use nll"
     if fault := _find_subset_fault(n_tasks, config.affinity, config.seed):
         yield fault
+    if fault := _find_projection_fault(config.gradients):
+        yield fault
     penalty, grid = config.estimation.l2_penalty, config.estimation.l2_grid
     if penalty == "auto" and not (grid and min(grid) > 0):
         yield f"estimation.l2_grid {list(grid)}: expected positive numbers, at least one"
@@ -121,6 +130,23 @@ def _find_subset_fault(n_tasks: int, config: AffinityConfig, seed: int) -> str |
     n_absent = int((~design.membership.any(axis=0)).sum())
     if n_absent:
         return f"affinity.n_subsets {config.n_subsets}: {n_absent} of {n_tasks} tasks would be in no subset; raise it"
+    return None
+
+
+def _find_projection_fault(config: GradientsConfig) -> str | None:
+    """What keeps several projections from being independent, or from being fitted."""
+    n, width = config.n_projections, config.n_projections * config.proj_dim
+    if n > 1 and config.proj_type in _SHARED_RANDOMNESS:
+        reason = _SHARED_RANDOMNESS[config.proj_type]
+        return (
+            f"gradients.n_projections {n}: projections of proj_type {config.proj_type} {reason}; use rademacher or "
+            "gaussian"
+        )
+    if width > MAX_PROJ_DIM:
+        return (
+            f"gradients.n_projections {n} of proj_dim {config.proj_dim}: a stored gradient has {width} numbers, at "
+            f"most {MAX_PROJ_DIM} are allowed; lower one of them"
+        )
     return None
 
 

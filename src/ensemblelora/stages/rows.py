@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ensemblelora import artifacts
 from ensemblelora.adapters import THETA0, AdaptedModel
+from ensemblelora.config import RunConfig
 from ensemblelora.data.encoding import EncodedSplit, encode_split
 from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.task import SPLITS, TaskSet
@@ -102,10 +103,10 @@ def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedMode
     artifacts.write_json(work.path / artifacts.TASKS_FILE, {"tasks": cards, "overlaps": overlaps})
 
 
-def keep_lower_layers(work: Workspace, probe: AdaptedModel, rows: Rows) -> AdaptedModel:
+def keep_lower_layers(config: RunConfig, folder: Path, probe: AdaptedModel, rows: Rows) -> AdaptedModel:
     """Let what enters the lowest adapted block be kept for the rows that are learnt from, training rows first."""
-    max_bytes = int(work.config.model.prefix_cache_gb * 1e9)
-    return with_cache(probe, work.path / _CACHE_FOLDER, rows.learning, max_bytes=max_bytes)
+    max_bytes = int(config.model.prefix_cache_gb * 1e9)
+    return with_cache(probe, folder / _CACHE_FOLDER, rows.learning, max_bytes=max_bytes)
 
 
 def drop_lower_layers(folder: Path) -> None:

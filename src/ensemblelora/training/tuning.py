@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ensemblelora import progress
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate, add_adapter, set_adapter_state
 from ensemblelora.config import TrainingConfig
@@ -159,6 +160,8 @@ def _sped_up(adapted: AdaptedModel, names: Sequence[str], config: TrainingConfig
         stack.enter_context(_checkpointed_activations(adapted, config))
         switch = stack.enter_context(fused(adapted, names)) if can_fuse(adapted) else None
         if config.compile:
+            if adapted.device.type == "cpu":
+                progress.note("compiling takes minutes on a processor; it pays in long runs on a GPU")
             body.compile(dynamic=True)
             stack.callback(setattr, body, "_compiled_call_impl", None)
         yield switch

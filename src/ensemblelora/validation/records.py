@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ensemblelora.errors import OutputError, StoreError
 
-__all__ = ["TrueRun", "append_run", "read_runs"]
+__all__ = ["TrueRun", "append_run", "read_all_runs", "read_runs"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class TrueRun:
     """of every validation row of each task, nats"""
     correct: Mapping[str, Sequence[float]]
     """1 where a row is answered right; empty for free text"""
+    chance: Mapping[str, float]
+    """share of rows that always giving the commonest answer gets right"""
     n_steps: int
     best_step: int
     """whose weights were scored"""
@@ -64,19 +66,28 @@ def read_runs(path: Path, identities: Collection[str]) -> dict[str, TrueRun]:
     Raises:
         StoreError: If another line is damaged.
     """
+    return {run.identity: run for run in _iterate_lines(path) if run.identity in identities}
+
+
+def read_all_runs(path: Path) -> tuple[TrueRun, ...]:
+    """Read every fine-tuning in the file, of whatever settings; not the base model's record.
+
+    Raises:
+        StoreError: If a line is damaged.
+    """
+    return tuple(run for run in _iterate_lines(path) if run.tasks)
+
+
+def _iterate_lines(path: Path) -> Iterator[TrueRun]:
     if not path.exists():
-        return {}
+        return
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    found = {}
     for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
-            run = TrueRun(**entry | {"tasks": tuple(entry["tasks"])})
+            yield TrueRun(**entry | {"tasks": tuple(entry["tasks"])})
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path} line {number}: no measured run ({error!r}); delete that line") from None
-        if run.identity in identities:
-            found[run.identity] = run
-    return found

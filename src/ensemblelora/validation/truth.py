@@ -1,6 +1,7 @@
 """What the oracle predicts, measured: subsets of tasks are fine-tuned as a run would, and scored.
 
-In: a run's rows and model, subsets, seeds. Out: :class:`~ensemblelora.validation.records.TrueRun` in ``truth.jsonl``.
+In: a run's rows and model, subsets, seeds. Out: :class:`~ensemblelora.validation.records.TrueRun` in ``truth.jsonl``,
+and the adapters beside it, for what is asked about them later.
 Scored are the validation rows of the subset's own tasks, those that the oracle predicts on, so that which rows were
 drawn is no part of the difference. A seed changes the order of the training rows; theta0 is the run's.
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from ensemblelora import __version__, artifacts, training
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, AdaptedModel, measure_distance, remove_adapter
+from ensemblelora.adapters import THETA0, AdaptedModel, measure_distance, remove_adapter, save_adapter
 from ensemblelora.config import RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.prediction import member_nll, predict_members
@@ -101,12 +102,17 @@ def measure_subsets(
     return {identity: found[identity] for identity in wanted}
 
 
-def measure_base(adapted: AdaptedModel, rows: Rows, config: RunConfig) -> TrueRun:
-    """Score the base model, which predicts what no training at all would give."""
-    started, meter = time.perf_counter(), Meter("truth")
-    nll, correct = _score(adapted, THETA0, rows.validation, config, meter)
-    seconds = time.perf_counter() - started
-    return TrueRun("base", (), 0, nll, correct, 0, 0, 0.0, 0.0, meter.record.flops, seconds)
+def measure_base(path: Path, start_fingerprint: str, adapted: AdaptedModel, rows: Rows, config: RunConfig) -> TrueRun:
+    """Score the base model, which predicts what no training at all would give, or read that back."""
+    identity = artifacts.fingerprint(__version__, "base", rows.learning_fingerprint(), start_fingerprint)
+    found = read_runs(path, [identity])
+    if not found:
+        started, meter = time.perf_counter(), Meter("truth")
+        nll, correct = _score(adapted, THETA0, rows.validation, config, meter)
+        chance, seconds = _find_chance(rows.validation), time.perf_counter() - started
+        found[identity] = TrueRun(identity, (), 0, nll, correct, chance, 0, 0, 0.0, 0.0, meter.record.flops, seconds)
+        append_run(path, found[identity])
+    return found[identity]
 
 
 def _measure(
@@ -128,6 +134,8 @@ def _measure(
         flops = meter.record.flops  # what scoring costs is no part of the training
         nll, correct = _score(adapted, _NAME, validation, config, meter)
         moved = measure_distance(adapted, _NAME)
+        with artifacts.atomic_folder(folder / "adapters" / identity[:16]) as scratch:
+            save_adapter(adapted, _NAME, scratch)
     finally:
         remove_adapter(adapted, _NAME)
     return TrueRun(
@@ -136,6 +144,7 @@ def _measure(
         seed=seed,
         nll=nll,
         correct=correct,
+        chance=_find_chance(validation),
         n_steps=trained.n_steps,
         best_step=trained.best_step,
         distance=moved["absolute"],
@@ -156,6 +165,10 @@ def _score(
         is_text = split.kind == "sequence"
         correct[split.task] = [] if is_text else (scores.values[0].argmax(axis=1) == split.labels).astype(int).tolist()
     return nll, correct
+
+
+def _find_chance(splits: Iterable[EncodedSplit]) -> dict[str, float]:
+    return {s.task: float(np.bincount(s.labels).max() / s.n_examples) for s in splits if s.kind != "sequence"}
 
 
 def _deal(n_tasks: int, size: int, generator: np.random.Generator) -> Iterator[Subset]:

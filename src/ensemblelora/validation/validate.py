@@ -1,0 +1,307 @@
+"""Is the oracle right? A run's predictions beside true fine-tunings of subsets of its tasks.
+
+In: a planned run's folder. Out: :class:`Validation`, and in the run folder ``validation/``: ``truth.jsonl`` and the
+adapters as they come, ``validation.json`` at the end. Test rows are not read. Cost: one fine-tuning a subset and seed,
+hours where a run takes minutes; predictions cost seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblelora import artifacts, progress, stages
+from ensemblelora.affinity import sample_subsets
+from ensemblelora.blocks import slice_projections
+from ensemblelora.config import RunConfig, load_config
+from ensemblelora.errors import UsageError
+from ensemblelora.estimation import Oracle, TaskFeatures, build_oracle, compute_wilson_interval
+from ensemblelora.store import FeatureBlock
+from ensemblelora.validation.agreement import Agreement, compare_predictions
+from ensemblelora.validation.groupings import GroupingAgreement, compare_groupings
+from ensemblelora.validation.records import TrueRun
+from ensemblelora.validation.truth import Subset, choose_subsets, measure_base, measure_subsets, plan_measurements
+from ensemblelora.workspace import ORACLE_FILE
+
+__all__ = [
+    "TRUTH_FILE",
+    "VALIDATION_FILE",
+    "VALIDATION_FOLDER",
+    "Comparison",
+    "Truth",
+    "Validation",
+    "collect_truth",
+    "compare",
+    "validate_run",
+]
+
+VALIDATION_FOLDER = "validation"
+VALIDATION_FILE = "validation.json"
+TRUTH_FILE = "truth.jsonl"
+_DIMENSIONS = (100, 200, 400, 800)
+_PAPER_EPOCHS = 10
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What was measured, in the order of ``subsets``.
+
+    Attributes:
+        tasks: Names, in the order of task indices.
+        subsets: Those with at least one finished fine-tuning.
+        nll: Mean validation loss ``(n_seeds, k, n)``; NaN where not measured.
+        accuracy: The same.
+        base_nll: Of the base model, ``(n,)``.
+        base_accuracy: The same.
+        marked: Tasks whose answers no fine-tuning told from chance.
+    """
+
+    tasks: tuple[str, ...]
+    subsets: tuple[Subset, ...]
+    nll: FloatArray
+    accuracy: FloatArray
+    base_nll: FloatArray
+    base_accuracy: FloatArray
+    marked: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One predictor against the truth."""
+
+    predictor: str
+    nll: Agreement
+    accuracy: Agreement | None
+    """none where no task has one"""
+    groupings: GroupingAgreement | None
+    """none where a task was measured in no subset of ``affinity.subset_size``"""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What predicting and measuring cost, in FLOPs, each distinct subset once.
+
+    Attributes:
+        estimation: Features and oracle, all the subsets the run asks about included.
+        gradient_share: Of it, features.
+        true_runs: The measured fine-tunings of the first seed, validation of checkpoints included.
+        true_seconds: Of all measured fine-tunings.
+        design: What fine-tuning all subsets that the run asked the oracle about would cost, by the measured singles.
+        design_paper_epochs: The same at the paper's ten epochs.
+        n_subsets_measured: Behind ``true_runs``.
+        n_subsets_design: Behind ``design``.
+    """
+
+    estimation: int
+    gradient_share: float
+    true_runs: int
+    true_seconds: float
+    design: int
+    design_paper_epochs: int
+    n_subsets_measured: int
+    n_subsets_design: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Predicted against true, for every predictor that was asked."""
+
+    tasks: tuple[str, ...]
+    subsets: tuple[tuple[str, ...], ...]
+    n_true_runs: int
+    n_seeds: int
+    marked: tuple[str, ...]
+    mean_relative_distance: float
+    """of trained weights from theta0, over the norm of the base weights (paper, table 2)"""
+    comparisons: tuple[Comparison, ...]
+    costs: Costs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for ``validation.json``: tasks by name, sizes as text."""
+        plain = asdict(self)
+        for entry in plain["comparisons"]:
+            for agreement in (entry["nll"], entry["accuracy"]):
+                if agreement is not None:
+                    agreement["per_task"] = {self.tasks[i]: f for i, f in agreement["per_task"].items()}
+                    for name in ("by_size", "transfer"):
+                        agreement[name] = {str(size): figures for size, figures in agreement[name].items()}
+        return plain
+
+
+def validate_run(folder: Path | str, *, n_subsets: int = 50, n_seeds: int = 1, device: str | None = None) -> Validation:
+    """Fine-tune subsets of a run's tasks and compare what comes out with what the run's oracle predicts.
+
+    Stopped at any moment, the same call goes on from the last finished fine-tuning; asking for more subsets or seeds
+    only adds to them.
+
+    Args:
+        folder: A run folder that holds an oracle (``ensemblelora affinity`` or a later stage).
+        n_subsets: Distinct subsets: all tasks, each alone, and for the rest ``affinity.subset_size`` of them.
+        n_seeds: Fine-tunings of each, with other orders of rows; two or more measure the noise.
+        device: Where to train; none: as the run's config says.
+
+    Raises:
+        UsageError: If the run has no oracle yet, or its model or rows have changed.
+        OutputError: If ``folder`` is no run or can't be written.
+        StoreError: If a file of it is damaged.
+    """
+    run = artifacts.RunFolder.open(folder)
+    config = load_config(run.path / artifacts.CONFIG_FILE)
+    if device is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
+    if n_seeds < 1 or n_subsets < 1:
+        raise UsageError(f"{n_subsets} subsets, {n_seeds} seeds: expected 1 or more of each")
+    if not (run.path / ORACLE_FILE).exists():
+        raise UsageError(f"{run.path}: no oracle yet; make it with: ensemblelora plan {run.path}")
+    with run.lock(), progress.stage("validate"):
+        runs, base = collect_truth(run.path, config, n_subsets=n_subsets, n_seeds=n_seeds)
+        found = compare(run.path, config, runs, base)
+        artifacts.write_json(run.path / VALIDATION_FOLDER / VALIDATION_FILE, found.to_dict())
+    return found
+
+
+def collect_truth(
+    path: Path, config: RunConfig, *, n_subsets: int, n_seeds: int
+) -> tuple[tuple[TrueRun, ...], TrueRun]:
+    """Fine-tune what is not measured yet; return all that was asked for, and the base model's record."""
+    _, rows, probe = stages.prepare(config)
+    before = artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]["fingerprint"]
+    if probe.base.fingerprint != before:
+        raise UsageError(f"{path}: made with another version of {config.model.name!r} or another model.dtype")
+    subsets = choose_subsets(len(rows.names), n_subsets, config.affinity.subset_size, seed=config.seed)
+    start = stages.identify_start(config, probe)
+    wanted = plan_measurements(subsets, n_seeds, rows, start, config)
+    probe = stages.keep_lower_layers(config, path, probe, rows)
+    place = path / VALIDATION_FOLDER / TRUTH_FILE
+    base = measure_base(place, start, probe, rows, config)
+    found = measure_subsets(place, wanted, probe, rows, config)
+    stages.drop_lower_layers(path)
+    return tuple(found.values()), base
+
+
+def compare(path: Path, config: RunConfig, runs: Sequence[TrueRun], base: TrueRun) -> Validation:
+    """Ask the run's oracle, and oracles of other projection dimensions, about the measured subsets."""
+    truth = _tabulate(runs, base, tuple(base.nll), confidence=config.evaluation.confidence)
+    oracle = stages.read_oracle(path, truth.tasks, config.estimation)
+    comparisons = [_compare(name, other, truth, config) for name, other in _list_predictors(oracle, config)]
+    return Validation(
+        tasks=truth.tasks,
+        subsets=tuple(tuple(truth.tasks[i] for i in subset) for subset in truth.subsets),
+        n_true_runs=len(runs),
+        n_seeds=len(truth.nll),
+        marked=tuple(truth.tasks[i] for i in truth.marked),
+        mean_relative_distance=float(np.mean([run.relative_distance for run in runs])),
+        comparisons=tuple(comparisons),
+        costs=_count_costs(path, config, runs, truth.tasks),
+    )
+
+
+def _list_predictors(oracle: Oracle, config: RunConfig) -> Iterator[tuple[str, Oracle]]:
+    """The run's own oracle, then others that see fewer columns of the same projection."""
+    width, kind = oracle.replicates[0].train[0].proj_dim, config.gradients.proj_type
+    yield "exact" if kind == "none" else f"d={width}", oracle
+    for d in reversed(_DIMENSIONS) if kind in ("rademacher", "gaussian") else ():
+        if d < width:
+            yield f"d={d}", _narrow(oracle, d, config)
+
+
+def _narrow(oracle: Oracle, d: int, config: RunConfig) -> Oracle:
+    def cut(blocks: Sequence[FeatureBlock]) -> tuple[FeatureBlock, ...]:
+        return tuple(slice_projections(block, d, 0) for block in blocks)
+
+    features = [TaskFeatures(cut(full.train), cut(full.validation)) for full in oracle.replicates]
+    design = sample_subsets(oracle.n_tasks, config.affinity, seed=config.seed)
+    return build_oracle(features, config.estimation, subsets=design.subsets, budget=oracle.budget)
+
+
+def _compare(name: str, oracle: Oracle, truth: Truth, config: RunConfig) -> Comparison:
+    scores, confidence = oracle.score(truth.subsets), config.evaluation.confidence
+    against = partial(compare_predictions, subsets=truth.subsets, confidence=confidence, seed=config.seed)
+    has_none = [i for i, accuracy in enumerate(truth.base_accuracy) if math.isnan(accuracy)]
+    size, groupings = config.affinity.subset_size, None
+    covered = {i for subset in truth.subsets if len(subset) == size for i in subset}
+    if size >= 2 and len(covered) == len(truth.tasks):
+        groupings = compare_groupings(
+            scores.nll,
+            _mean_over_seeds(truth.nll),
+            truth.subsets,
+            higher_is_better=False,
+            subset_size=size,
+            marked=truth.marked,
+            confidence=confidence,
+            seed=config.seed,
+        )
+    return Comparison(
+        predictor=name,
+        nll=against(truth.nll, scores.nll, base=truth.base_nll, marked=truth.marked),
+        accuracy=against(truth.accuracy, scores.accuracy, base=truth.base_accuracy, marked={*truth.marked, *has_none})
+        if len({*truth.marked, *has_none}) < len(truth.tasks)
+        else None,
+        groupings=groupings,
+    )
+
+
+def _mean_over_seeds(values: FloatArray) -> FloatArray:
+    """Mean over the seeds there are, ``(k, n)``; NaN where there is none."""
+    n_seeds = np.isfinite(values).sum(axis=0)
+    return np.where(n_seeds > 0, np.nansum(values, axis=0) / np.maximum(n_seeds, 1), np.nan)
+
+
+def _tabulate(runs: Sequence[TrueRun], base: TrueRun, names: tuple[str, ...], *, confidence: float) -> Truth:
+    index = {name: i for i, name in enumerate(names)}
+    subsets = tuple(dict.fromkeys(tuple(index[name] for name in run.tasks) for run in runs))
+    place = {subset: s for s, subset in enumerate(subsets)}
+    shape = (1 + max(run.seed for run in runs), len(subsets), len(names))
+    nll, accuracy = np.full(shape, np.nan), np.full(shape, np.nan)
+    for run in runs:
+        s = place[tuple(index[name] for name in run.tasks)]
+        for name in run.tasks:
+            nll[run.seed, s, index[name]] = np.mean(run.nll[name])
+            accuracy[run.seed, s, index[name]] = np.mean(run.correct[name]) if run.correct[name] else np.nan
+    return Truth(
+        tasks=names,
+        subsets=subsets,
+        nll=nll,
+        accuracy=accuracy,
+        base_nll=np.array([np.mean(base.nll[name]) for name in names]),
+        base_accuracy=np.array([np.mean(base.correct[name]) if base.correct[name] else np.nan for name in names]),
+        marked=tuple(i for i, name in enumerate(names) if _is_at_chance(name, runs, base, confidence)),
+    )
+
+
+def _is_at_chance(name: str, runs: Sequence[TrueRun], base: TrueRun, confidence: float) -> bool:
+    """Whether the mean accuracy over all fine-tunings is within the interval of always giving the commonest answer."""
+    rows = [run.correct[name] for run in runs if name in run.tasks]
+    if not rows or not rows[0]:
+        return False
+    chance = base.chance[name]
+    _, high = compute_wilson_interval(chance, len(rows[0]), confidence)
+    return float(np.mean([np.mean(row) for row in rows])) <= high
+
+
+def _count_costs(path: Path, config: RunConfig, runs: Sequence[TrueRun], names: Sequence[str]) -> Costs:
+    ledger = {entry["stage"]: entry["flops"] for entry in artifacts.read_json(path / artifacts.COSTS_FILE)["stages"]}
+    features, oracle = ledger["features"], ledger["affinity"]
+    first = {run.tasks: run for run in runs if run.seed == 0}
+    alone = {name: first[(name,)].flops for name in names if (name,) in first}
+    design = sample_subsets(len(names), config.affinity, seed=config.seed).subsets
+    full = sum(alone.get(names[i], 0) for subset in design for i in subset)
+    return Costs(
+        estimation=features + oracle,
+        gradient_share=features / (features + oracle),
+        true_runs=sum(run.flops for run in first.values()),
+        true_seconds=sum(run.seconds for run in runs),
+        design=full,
+        design_paper_epochs=full * _PAPER_EPOCHS // config.training.num_train_epochs,
+        n_subsets_measured=len(first),
+        n_subsets_design=len(design),
+    )
