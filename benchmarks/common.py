@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from ensemblelora import __version__
 from ensemblelora.config import DataConfig, ModelConfig
+from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.models import BaseModel, load_base
 from ensemblelora.stages import Rows, encode_tasks
@@ -44,6 +46,25 @@ def load_rows(base: BaseModel, *, n_train: int, n_validation: int, n_test: int, 
 def load_model(max_length: int, **settings: Any) -> BaseModel:
     """The embedded model, as a run would load it."""
     return load_base(ModelConfig(**settings), max_length=max_length)
+
+
+def take_examples(split: EncodedSplit, n: int, *, first: int = 0) -> EncodedSplit:
+    """A split of some examples that follow each other."""
+    rows = slice(int(split.example_rows[first]), int(split.example_rows[first + n]))
+    begin, end = int(split.row_starts[rows.start]), int(split.row_starts[rows.stop])
+    some = slice(first, first + n)
+    return replace(
+        split,
+        tokens=split.tokens[begin:end],
+        row_starts=split.row_starts[rows.start : rows.stop + 1] - begin,
+        answer_starts=split.answer_starts[rows],
+        example_rows=split.example_rows[first : first + n + 1] - rows.start,
+        labels=split.labels[some],
+        n_choices=split.n_choices[some],
+        divisors=split.divisors[rows],
+        groups=split.groups[some],
+        ids=split.ids[some],
+    )
 
 
 def run_worker(script: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -106,7 +127,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return found | ({"sd": statistics.stdev(values)} if len(values) > 1 else {})
 
 
-def keep_record(name: str, config: dict[str, Any], result: dict[str, Any], *, as_json: bool) -> None:
+def keep_record(
+    name: str, config: dict[str, Any], result: dict[str, Any], *, as_json: bool, is_kept: bool = True
+) -> None:
     """Write ``results/<name>.json``, with command, commit and machine; print it, or its ratios."""
     record = {
         "command": shlex.join(["python", *sys.argv]),
@@ -117,8 +140,9 @@ def keep_record(name: str, config: dict[str, Any], result: dict[str, Any], *, as
         "config": config,
         **result,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if is_kept:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print(json.dumps(record, indent=2))
     else:

@@ -29,7 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import GROUPS, Journal, finish_worker, keep_record, load_model, load_rows, make_parser, spread
+from common import (
+    GROUPS,
+    Journal,
+    finish_worker,
+    keep_record,
+    load_model,
+    load_rows,
+    make_parser,
+    spread,
+    take_examples,
+)
 
 MAX_LENGTH = 256
 AGAINST = {
@@ -173,7 +183,7 @@ def score(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
     started = time.perf_counter()
     scores = [answer(task, split) for task, split in enumerate(rows.test)]
     batch_seconds = time.perf_counter() - started
-    questions = [(task, _pick(split, e)) for task, split in enumerate(rows.test) for e in range(3)]
+    questions = [(task, take_examples(split, 1, first=e)) for task, split in enumerate(rows.test) for e in range(3)]
     started = time.perf_counter()
     for task, question in questions:
         answer(task, question)
@@ -257,24 +267,6 @@ def _serve(ensemble: Any, task: int, system: str, route: int) -> Any:
     weights = np.maximum(ensemble.weights, 1e-6)
     weights /= weights.sum(axis=1, keepdims=True)
     return replace(ensemble, weights=tuple(map(tuple, weights.tolist())))
-
-
-def _pick(split: Any, e: int) -> Any:
-    """A split of one question."""
-    first, last = int(split.example_rows[e]), int(split.example_rows[e + 1])
-    begin, end = int(split.row_starts[first]), int(split.row_starts[last])
-    return replace(
-        split,
-        tokens=split.tokens[begin:end],
-        row_starts=split.row_starts[first : last + 1] - begin,
-        answer_starts=split.answer_starts[first:last],
-        example_rows=np.array([0, last - first]),
-        labels=split.labels[e : e + 1],
-        n_choices=split.n_choices[e : e + 1],
-        divisors=split.divisors[first:last],
-        groups=np.zeros(1, np.int64),
-        ids=(split.ids[e],),
-    )
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def test_the_help_needs_no_model(inference, monkeypatch, capsys):
 
 def test_a_question_alone_is_the_row_it_was(inference):
     split = make_split("options", n=5, ragged=True)
-    picked = inference._pick(split, 3)
+    picked = inference.take_examples(split, 1, first=3)
     assert picked.n_examples == 1 and picked.labels.tolist() == [split.labels[3]]
     first = split.example_rows[3]
     np.testing.assert_array_equal(picked.tokens[: picked.row_starts[1]],

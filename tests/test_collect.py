@@ -333,7 +333,7 @@ def test_pairs_come_from_batches_within_the_limit_on_tokens(n: int, max_tokens: 
     assert (n_pairs > 0) == bool(batches)
     longest = int(split.example_lengths.max())
     for batch in batches:
-        assert len(set(batch.tolist())) == len(batch) > 1
+        assert len(set(batch)) == len(batch) > 1
         assert len(batch) * split.example_lengths[batch].max() <= max(max_tokens, 2 * longest)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemblelora import pipeline
+from ensemblelora import pipeline, stages
 from ensemblelora.data.batching import collate
 from ensemblelora.errors import ConfigError, DataError
 from ensemblelora.forecast import _choose_timed, forecast_run

@@ -10,10 +10,12 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import KernelCenterer
 
-from ensemblelora import surrogate
+from ensemblelora import pipeline, surrogate
 from ensemblelora.affinity import affinity_from_scores, sample_subsets
+from ensemblelora.artifacts import load_arrays
 from ensemblelora.config import AffinityConfig
 from ensemblelora.surrogate import fit_row
+from tests.tiny_run import TASKS, copy_run, finished_run, read_config, read_json
 
 TASK = 2
 
@@ -170,3 +172,19 @@ def test_five_hundred_tasks_take_seconds(kind):
     same = family[:, None] == family
     own = affinity.directed - affinity.directed.mean(axis=1, keepdims=True)
     assert own[same & off].mean() - own[~same].mean() > 0.5 * own[~same].std()
+
+
+def test_a_run_says_which_pairs_a_surrogate_filled_and_how_good_both_kinds_are(tmp_path):
+    few = {"n_subsets": 4, "min_pair_count": 0, "surrogate": "kernel"}
+    pipeline.run(read_config(copy_run(tmp_path), affinity=few), until="group")
+    filled = load_arrays(tmp_path / "run" / "affinity.npz")["surrogate"]
+    pairs = [f"{TASKS[i]} with {TASKS[j]}" for i, j in np.argwhere(np.triu(filled, k=1))]
+    record = read_json(tmp_path, "oracle.json")["surrogate"]
+    assert record["kind"] == "kernel" and record["n_pairs"] == len(pairs) > 0
+    assert set(record["leave_one_out"]) == {"mean", "linear", "kernel"}
+    told = read_json(tmp_path, "plan.json")["warnings"][0]
+    assert told.startswith(
+        f"Affinities of {len(pairs)} pairs of tasks ({', '.join(pairs)}) come from a kernel surrogate"
+    )
+    assert f"kernel {record['leave_one_out']['kernel']:.4f}" in told
+    assert read_json(finished_run(), "oracle.json")["surrogate"] is None

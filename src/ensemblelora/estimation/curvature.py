@@ -101,16 +101,23 @@ class SharedCurvature:
         n_tasks, rank, _ = curvatures.blocks.shape
         shares = (batch.membership / batch.totals[:, None]).astype(np.float32)
         blocks = (shares @ curvatures.blocks.reshape(n_tasks, -1)).reshape(-1, rank, rank)
-        self._roots = np.array([_invert_root(block, ridge) for block, ridge in zip(blocks, batch.ridges, strict=True)])
-        self._others = (1.0 / (curvatures.rest + batch.ridges)).astype(np.float32)
+        diagonals = blocks.reshape(len(blocks), -1)[:, :: rank + 1]
+        # A smaller ridge would drown in the rounding of float32, and the factor might not exist.
+        least = np.finfo(np.float32).eps * rank * diagonals.max(axis=1)
+        diagonals += np.maximum(batch.ridges, least).astype(np.float32)[:, None]
+        self._roots = np.array([_invert_root(block) for block in blocks])
+        self._others = (1.0 / (curvatures.rest + batch.ridges)).astype(np.float32)[:, None]
 
-    def solve(self, gradients: FloatArray, which: Indices) -> FloatArray:
+    def solve(self, gradients: Float32Array, which: Indices) -> Float32Array:
         """Apply the inverse curvature of the subsets ``which`` to a vector each, shape ``(m, d)``."""
-        vectors = gradients.astype(np.float32)
-        inside = vectors @ self._basis  # (m, r)
-        roots, others = self._roots[which], self._others[which, None]
-        solved = np.matmul(np.matmul(roots, inside[:, :, None]).transpose(0, 2, 1), roots)[:, 0]
-        return np.asarray(vectors * others + (solved - inside * others) @ self._basis.T, dtype=np.float64)
+        inside, others = gradients @ self._basis, self._others[which]  # (m, r), (m, 1)
+        if 2 * len(which) > len(self._roots):  # blocks are larger than vectors: better all of them than copies of most
+            spread = np.zeros((len(self._roots), inside.shape[1]), np.float32)
+            spread[which] = inside
+            solved = _apply_roots(self._roots, spread)[which]
+        else:
+            solved = _apply_roots(self._roots[which], inside)
+        return np.asarray(gradients * others + (solved - inside * others) @ self._basis.T)
 
     def renew(self, which: Indices, weights: FloatArray) -> Indices:
         """Renew nothing."""
@@ -125,11 +132,11 @@ class OwnCurvature:
         self._batch = batch
         self._factors = [self._factorise(s, own) for s, own in enumerate(weights)]
 
-    def solve(self, gradients: FloatArray, which: Indices) -> FloatArray:
+    def solve(self, gradients: Float32Array, which: Indices) -> Float32Array:
         """Apply the inverse Hessians of the subsets ``which`` to a vector each, shape ``(m, d)``."""
         pairs = zip(which, gradients, strict=True)
         solved = [cho_solve((self._factors[s], True), vector, check_finite=False) for s, vector in pairs]
-        return np.array(solved).reshape(gradients.shape)
+        return np.array(solved, dtype=np.float32).reshape(gradients.shape)
 
     def renew(self, which: Indices, weights: FloatArray) -> Indices:
         """Factorise the Hessians of the subsets ``which`` at new weights, shape ``(m, d)``; return ``which``."""
@@ -154,12 +161,15 @@ class OwnCurvature:
         return np.asarray(factor)
 
 
-def _invert_root(block: Float32Array, ridge: float) -> Float32Array:
-    """Return R, lower triangular, with ``R^T R`` the inverse of a block with its ridge, which is overwritten."""
-    # A smaller ridge would drown in the rounding of float32, and the factor might not exist.
-    floor = float(np.finfo(np.float32).eps) * len(block) * float(block.diagonal().max(initial=0.0))
-    block[np.diag_indices_from(block)] += max(ridge, floor)
+def _invert_root(block: Float32Array) -> Float32Array:
+    """Return R, lower triangular, with ``R^T R`` the inverse of a positive definite block, which is overwritten."""
     # The transposed view is in LAPACK's order, so nothing is copied; an upper factor there is a lower one here.
     factor, _ = spotrf(block.T, lower=0, clean=1, overwrite_a=1)
     root, _ = strtri(factor, lower=0, overwrite_c=1)
     return np.asarray(root.T)
+
+
+def _apply_roots(roots: Float32Array, vectors: Float32Array) -> Float32Array:
+    """Return ``R^T R v`` of every root ``(m, r, r)`` and vector ``(m, r)``."""
+    halves = np.matmul(roots, vectors[:, :, None])
+    return np.asarray(np.matmul(halves.transpose(0, 2, 1), roots)[:, 0])

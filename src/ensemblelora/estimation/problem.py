@@ -80,9 +80,9 @@ class SubsetProblem:
         """What the solver holds of a subset: steps, gradients and their history, and three blocks of curvature."""
         return 160 * self.dimension + 12 * self.curvatures.basis.shape[1] ** 2
 
-    def ridge(self, subset: Subset) -> float:
-        """Return lambda_S / c, the ridge in curvature units."""
-        return float(self.l2_penalty * self.counts.mean() / self.counts[list(subset)].sum())
+    def ridges(self, membership: npt.NDArray[np.bool_]) -> FloatArray:
+        """Return lambda_S / c, the ridge in curvature units, of subsets given by their tasks ``(k, n_tasks)``."""
+        return np.asarray(self.l2_penalty * self.counts.mean() / (membership @ self.counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +185,7 @@ def make_batch(problem: SubsetProblem, subsets: Sequence[Subset]) -> Batch:
     for s, subset in enumerate(subsets):
         membership[s, list(subset)] = True
     task_totals = np.array([rows.total_weight for rows in problem.rows])
-    ridges = np.array([problem.ridge(subset) for subset in subsets])
-    return Batch(problem, tuple(subsets), membership, membership @ task_totals, ridges)
+    return Batch(problem, tuple(subsets), membership, membership @ task_totals, problem.ridges(membership))
 
 
 def evaluate_batch(
@@ -202,8 +201,8 @@ def evaluate_batch(
     """
     losses, gradients = np.zeros(len(which)), np.zeros(weights.shape, dtype)
     asked: AnyFloatArray = weights.astype(dtype)
-    for i, rows in enumerate(batch.problem.rows):
-        members = np.flatnonzero(batch.membership[which, i])
+    for rows, held in zip(batch.problem.rows, batch.membership[which].T, strict=True):
+        members = np.flatnonzero(held)
         if members.size:
             task_losses, task_gradients = sum_losses(rows, asked[members])
             losses[members] += task_losses

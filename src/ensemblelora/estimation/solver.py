@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora.estimation.curvature import OwnCurvature, SharedCurvature
-from ensemblelora.estimation.descent import descend, start_descent
+from ensemblelora.estimation.descent import StepMemory, descend, start_descent
 from ensemblelora.estimation.problem import (
     Subset,
     SubsetProblem,
@@ -148,15 +148,17 @@ def solve_subsets(problem: SubsetProblem, subsets: Sequence[Subset], *, block_by
 def _solve(problem: SubsetProblem, subsets: Sequence[Subset], block_bytes: int) -> Fit:
     """Minimise every subset's objective, all together and the stubborn ones again by themselves."""
     batch = make_batch(problem, subsets)
-    state = start_descent(batch)
-    descend(batch, state, SharedCurvature(batch), max_iter=min(_PATIENCE, problem.max_iter))
+    state, shared, memory = start_descent(batch), SharedCurvature(batch), StepMemory(len(subsets))
+    for dtype in (np.float32, np.float64):
+        descend(batch, state, shared, memory, dtype=dtype, max_iter=min(_PATIENCE, problem.max_iter))
     left = np.flatnonzero(~state.find_converged(problem.tolerance) & (state.iterations < problem.max_iter))
     size = max(1, block_bytes // (8 * problem.dimension**2))
     for first in range(0, len(left), size):
         which = left[first : first + size]
-        part, own = batch.take(which), state.take(which)
-        descend(part, own, OwnCurvature(part, own.weights), max_iter=problem.max_iter)
-        state.put(which, own)
+        part, here = batch.take(which), state.take(which)
+        own = OwnCurvature(part, here.weights)
+        descend(part, here, own, StepMemory(len(which)), dtype=np.float64, max_iter=problem.max_iter)
+        state.put(which, here)
     return Fit(
         weights=state.weights / problem.unit,
         converged=state.find_converged(problem.tolerance),

@@ -357,12 +357,13 @@ def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable
     return float(_cosines(low.features, high.features).min())
 
 
-def _pair_up(split: EncodedSplit, layout: Layout, max_tokens: int) -> list[np.ndarray]:
-    """Batches of two or more of a split's examples, within the limit on tokens where pairs are."""
+def _pair_up(split: EncodedSplit, layout: Layout, max_tokens: int) -> list[list[int]]:
+    """Batches of two or more of a split's examples, within the limit on tokens where two are."""
     few = np.array(_spread(split, _DISTORTION_EXAMPLES))
     lengths, counts = (sizes[few] for sizes in split.measure(layout))
-    at_least = 2 * int((lengths.max() * counts.max()))
-    return [few[batch] for batch in plan_batches(lengths, counts, max(max_tokens, at_least)) if len(batch) > 1]
+    at_least = 2 * int(lengths.max() * counts.max())
+    plan = plan_batches(lengths, counts, max(max_tokens, at_least))
+    return [few[batch].tolist() for batch in plan if len(batch) > 1]
 
 
 def _measure_distortion(batches: Iterable[Features]) -> float | None:

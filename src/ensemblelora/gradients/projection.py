@@ -1,31 +1,25 @@
 """Random projections of gradients that are never stored: every entry is a function of (seed, part, row, column).
 
-``project`` keeps inner products on average, ``E[P P^T] = I``. With d = ``proj_dim``, p' coordinates, and errors taken
-relative to the product of the two norms:
+``project`` keeps inner products on average, ``E[P P^T] = I``. Errors below are of an inner product, over the product
+of the two norms, as a root mean square over P; d is ``proj_dim`` and p' the number of coordinates.
 
-============  =======================================  ======================  ============================
-kind          P                                        multiply-adds a         root mean square error of an
-                                                       gradient                inner product
-============  =======================================  ======================  ============================
-rademacher    +-1/sqrt(d) everywhere                   p' d                    1/sqrt(d), up to sqrt(2/d) for
-                                                                               parallel gradients
-gaussian      N(0, 1/d) everywhere                     p' d, dear draws        the same
-sjlt          s = 4 entries +-1/sqrt(s) in each row    p' s                    the same
-kronecker     each part's gradient matrix is shrunk    see below               1/sqrt(d) to about 3/sqrt(d)
-              by a factor on each side, then dense
-none          identity, all parts side by side         none                    0
-============  =======================================  ======================  ============================
+* ``rademacher``: +-1/sqrt(d) everywhere. p' d multiply-adds a gradient. Error 1/sqrt(d), and sqrt(2/d) for parallel
+  gradients, the worst case.
+* ``gaussian``: N(0, 1/d) everywhere. The same cost and error, but entries ten times as dear to draw.
+* ``sjlt``: s = 4 entries +-1/sqrt(s) in each row. p' s multiply-adds, whatever d; the same error. (Projections sliced
+  from a wide one share the four; from more than four slices, each sees only some of the coordinates.)
+* ``kronecker``: a part's ``(n_out, n_in)`` gradient G becomes ``P_out^T G P_in``, of ``k_out k_in``, about 2 d,
+  numbers, and those become d; all three matrices of signs. A side that is small already, such as a LoRA's rank, is
+  left alone. ``n_out n_in k_out + k_out k_in d`` multiply-adds where that is ``n_in``: at d = 400, 2.4 times fewer
+  than ``rademacher`` for 576 x 8 and 7 times for 4096 x 16, with 5 and 50 times fewer entries to draw. Error near
+  1/sqrt(d) where the gradient is spread over parts, since their matrices are independent; the worst case, parallel
+  gradients of rank one in a lone part, has the square ``(1 + 2/k_out) (1 + 2/k_in) (1 + 2/d) - 1`` at most (1 in
+  place of a factor for a side left alone).
+* ``none``: the identity, all parts side by side. No cost, no error.
 
-``kronecker`` takes a part's ``(n_out, n_in)`` gradient G to ``P_out^T G P_in``, of ``k_out k_in``, about 2 d, numbers
-(both factors of signs), and those to d by signs. A side that is small already, such as a LoRA's rank, is left alone.
-That costs ``n_out n_in k_out + k_out k_in d`` multiply-adds where ``n_in`` is left alone: 2.4 times fewer than
-``rademacher`` for 576 x 8 and d = 400, 7 times for 4096 x 16, and 60 times fewer entries to draw. Its error's square
-is at most ``(1 + 2/k_out) (1 + 2/k_in) (1 + 2/d) - 1`` of a lone part's parallel gradients of rank one (a side left
-alone counts 1), and near 1/d where the energy is spread over many parts, whose factors are independent.
-
-The factors are always applied to the finished gradient. Applying them to a layer's input and output gradients before
-their outer product costs ``T n_out k_out`` for T tokens instead, and saves work only where ``n_in > k_out``
-for both sides: no adapter layer is that wide on both.
+The factors of ``kronecker`` always meet the finished gradient. To meet a layer's input and output gradients before
+their outer product, they would have to take ``n_out k_out`` multiply-adds a token, against the outer product's
+``n_out n_in``: that saves work only where both sides are wide, and an adapter's layers have a narrow side.
 
 Source: paper, section 2.2; Johnson and Lindenstrauss (1984), Achlioptas (2003), Kane and Nelson (2014).
 """
@@ -131,7 +125,7 @@ class Projector:
 
 
 def choose_factors(n_out: int, n_in: int, proj_dim: int) -> tuple[int, int]:
-    """Return the sides ``(k_out, k_in)`` to which ``kronecker`` shrinks a gradient matrix; an equal side stays as it is.
+    """Return the sides ``(k_out, k_in)`` to which ``kronecker`` shrinks a gradient matrix.
 
     Of the ways to get to about ``2 proj_dim`` numbers (one side left alone, or both shrunk alike), the one whose
     factors add least variance to an inner product in the worst case.

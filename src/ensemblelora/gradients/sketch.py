@@ -57,7 +57,7 @@ class DenseSketch:
             total += gradients[..., start : start + len(block)] @ block
         if self.entries == "signs":  # signs are 2 bits - 1: one product with the bits does it
             total.mul_(2.0).sub_(gradients.sum(-1, keepdim=True))
-        return total.div_(self.width**0.5)
+        return total.div_(math.sqrt(self.width))
 
     def expand(self, weights: Tensor) -> Tensor:
         """Return ``weights @ P^T``: ``(..., width)`` to ``(..., size)``."""
@@ -65,11 +65,11 @@ class DenseSketch:
         total = torch.cat([weights @ block.T for _, block in self._blocks(n_vectors, weights.device)], dim=-1)
         if self.entries == "signs":
             total.mul_(2.0).sub_(weights.sum(-1, keepdim=True))
-        return total.div_(self.width**0.5)
+        return total.div_(math.sqrt(self.width))
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return rows ``start:stop`` of P."""
-        return self.whole_rows(start, stop) / np.float32(self.width**0.5)
+        return self.whole_rows(start, stop) / np.float32(math.sqrt(self.width))
 
     def whole_rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return rows ``start:stop`` of ``sqrt(width) P``, whole numbers where the entries are signs."""
@@ -123,7 +123,7 @@ class SparseSketch:
 
     @property
     def _scale(self) -> float:
-        return count_nonzeros(self.width) ** 0.5
+        return math.sqrt(count_nonzeros(self.width))
 
     def _blocks(self, n_numbers: int) -> Iterator[tuple[int, npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         """Yield (first row, columns, signs); for each row the caller holds ``n_numbers``, and its draw takes some."""
@@ -166,15 +166,12 @@ class KroneckerSketch:
     def rows(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return rows ``start:stop`` of P: sums of whole numbers, exact in any order, scaled at the end."""
         out_index, in_index = np.divmod(np.arange(start, stop), self.shape[1])
-        out_rows, in_rows = (
-            np.eye(side, dtype=np.float32)[index] if factor is None else factor.whole_rows(0, side)[index]
-            for factor, side, index in zip(
-                (self.out_factor, self.in_factor), self.shape, (out_index, in_index), strict=True
-            )
-        )
+        out_rows = _factor_rows(self.out_factor, self.shape[0])[out_index]
+        in_rows = _factor_rows(self.in_factor, self.shape[1])[in_index]
         small = (out_rows[:, :, None] * in_rows[:, None, :]).reshape(stop - start, -1)  # rows of P_out (x) P_in
-        scale = math.prod(part.width for part in (self.out_factor, self.in_factor, self.mix) if part) ** 0.5
-        return (small @ self.mix.whole_rows(0, self.mix.size)) / np.float32(scale)
+        mixed: npt.NDArray[np.float32] = np.matmul(small, self.mix.whole_rows(0, self.mix.size))
+        width = math.prod(part.width for part in (self.out_factor, self.in_factor, self.mix) if part)
+        return mixed / np.float32(math.sqrt(width))
 
     @property
     def _small_shape(self) -> tuple[int, int]:
@@ -183,6 +180,10 @@ class KroneckerSketch:
             self.out_factor.width if self.out_factor else n_out,
             self.in_factor.width if self.in_factor else n_in,
         )
+
+
+def _factor_rows(factor: DenseSketch | None, side: int) -> npt.NDArray[np.float32]:
+    return np.eye(side, dtype=np.float32) if factor is None else factor.whole_rows(0, side)
 
 
 def _multiply_sparse(
