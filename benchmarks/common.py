@@ -80,19 +80,20 @@ def finish_worker(result: dict[str, Any]) -> None:
     print(json.dumps(result | {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def make_parser(about: str | None, *, rows: int, repeats: str, n_repeats: int) -> argparse.ArgumentParser:
+def make_parser(about: str | None, *, rows: int | None, repeats: str, n_repeats: int) -> argparse.ArgumentParser:
     """Arguments that every comparison takes.
 
     Args:
         about: The script's docstring.
-        rows: Training rows of each dataset, unless others are asked for.
+        rows: Training rows of each dataset, unless others are asked for; none where there are no datasets.
         repeats: What is repeated: ``seeds`` or ``repeats``.
         n_repeats: How many times, unless otherwise is asked for.
     """
     parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the record")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--rows", type=int, default=rows, help="training rows of each dataset")
+    if rows is not None:
+        parser.add_argument("--rows", type=int, default=rows, help="training rows of each dataset")
     parser.add_argument(f"--{repeats}", type=int, default=n_repeats, help="of each measurement")
     parser.add_argument("--worker", metavar="SYSTEM", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)

@@ -12,9 +12,9 @@ rows under it; ours says standard errors and F1 besides.
 * ``scipy``: its fastest solver, on the same problem with fixed offsets.
 
 Both get each task's rows in float64 beforehand. Each system runs at the loosest of its tolerances that brings every
-subset's objective within 1e-6 (relative) of the optimum, which is ours in float64 at a gradient norm of 1e-8, certified
-by strong convexity. Systems alternate in one process with the same number of BLAS threads. ``--repeats`` measurements at
-each ridge; headline ratios are of the ridge that validation chooses, others stand beside them.
+subset's objective within 1e-6 (relative) of the optimum, which is ours in float64 at a gradient norm of 1e-8,
+certified by strong convexity. Systems alternate in one process with the same number of BLAS threads. ``--repeats``
+measurements at each ridge; headline ratios are of the ridge that validation chooses, others stand beside them.
 
 ``large``: 500 tasks of 20 + 5 rows, 2,000 subsets of ten, in a process of its own.
 """

@@ -193,9 +193,21 @@ def test_gradient_pass_agrees_with_torch(family: str, layers: list[int] | None, 
     adapted = attach(model, ATTENTION[family], layers)
     counted = count(lambda: collect_projected_gradients(adapted, n_backwards, 16))
     expected = formulas.count_gradient_pass_flops(
-        shape, work_of(family), adapter, n_backwards=n_backwards, n_outputs=N_ROWS * n_backwards, proj_dim=16
+        shape,
+        work_of(family),
+        adapter,
+        n_backwards=n_backwards,
+        n_outputs=N_ROWS * n_backwards,
+        projection_flops=2 * adapter.n_output_parameters * 16,
     )
     assert agrees(expected, counted)
+
+
+@pytest.mark.parametrize(("n_rows", "n_coordinates"), [(40, 3000), (1, 7), (64, 64)])
+def test_inner_products_cost_half_of_a_product_with_all_pairs(n_rows: int, n_coordinates: int) -> None:
+    rows = torch.zeros(n_rows, n_coordinates)
+    whole = count(lambda: rows @ rows.T) + count(lambda: rows @ rows[:1].T)  # each pair twice, and the diagonal once
+    assert formulas.count_gram_flops(n_rows, n_coordinates) == whole // 2 + n_rows**3 // 3
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -150,7 +150,7 @@ BAD_SETTINGS = [
     (["ensemble.kl_penalty=-1"], ["ensemble.kl_penalty"]),
     (["gradients.output=margin"], ["gradients.output 'margin' does not fit task 'written'"]),
     (["gradients.proj_dim=20001"], ["gradients.proj_dim: got 20001", "less than or equal to 20000"]),
-    (["gradients.proj_type=none", "adapter.r=128"], ["gradients.proj_type none keeps all 24576 coordinates"]),
+    (["gradients.proj_type=none", "boosting.direction=projected"], ["boosting.direction projected: with gradients"]),
     (["affinity.n_subsets=1"], ["affinity.n_subsets 1: 1 of 5 tasks would be in no subset"]),
     (
         ["training.report_to=[nothing, wandb]"],
@@ -221,7 +221,7 @@ def test_an_unknown_stage_is_no_command(project, capsys):
 
 
 def test_places_that_can_not_be_a_run_folder_are_refused_before_any_model_is_loaded(project, capsys, monkeypatch):
-    monkeypatch.setattr("ensemblelora.pipeline.load_base", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ensemblelora.stages.request.load_base", lambda *a, **k: pytest.fail("the model was loaded"))
     (project / "file").write_text("text", encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in project.rglob("*")}
     assert "can't be used as the run folder" in refuse(capsys, "run", "recipe.yaml", "--out", "file/run")

@@ -73,7 +73,7 @@ def measure_passes(inference: ModuleType, folder: Path, system: str, monkeypatch
         return predict(adapted, split, names, **options)
 
     monkeypatch.setattr(ensemble, "predict_members", spy)
-    return inference.score(folder, {}, system), seen
+    return inference.score(folder, {"n_test": 4}, system), seen
 
 
 FOUR = ("group-0", "group-1", "group-2", "group-3")

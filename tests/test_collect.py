@@ -17,14 +17,8 @@ from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
 from ensemblelora.estimation import TaskFeatures, build_oracle
-from ensemblelora.gradients.collect import (
-    _measure_distortion,
-    _pair_up,
-    collect_features,
-    compute_features,
-    find_active_linears,
-    make_projector,
-)
+from ensemblelora.gradients.collect import collect_features, compute_features, find_active_linears, make_projector
+from ensemblelora.gradients.health import _measure_distortion, _pair_up
 from ensemblelora.gradients.output import choose_mode, compute_outputs
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.tap import layer_parts
@@ -293,7 +287,7 @@ def test_health_of_a_float32_model(tmp_path: Path) -> None:
     assert health.precision_cosine is None
     linears = find_active_linears(make_adapted(), [make_split("verbalizer")])
     assert health.n_coordinates == sum(m.weight.numel() for m in linears.values())
-    assert health.proj_dim == 400
+    assert (health.form, health.proj_dim) == ("projected", 400)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,8 +299,12 @@ def test_the_measured_distortion_is_that_of_the_kind_and_dimension(kind: str, tm
         assert 0.4 < found * proj_dim**0.5 < 1.3
 
 
-def test_without_a_projection_nothing_is_distorted(tmp_path: Path) -> None:
-    assert health_of([make_split("options")], tmp_path, proj_type="none").projection_error < 1e-6
+@pytest.mark.parametrize(("n", "form"), [(20, "gram"), (500, "coordinates")])
+def test_without_a_projection_nothing_is_distorted(n: int, form: str, tmp_path: Path) -> None:
+    health = health_of([make_split("verbalizer", n=n)], tmp_path, proj_type="none")
+    assert health.projection_error < 1e-6
+    assert health.form == form
+    assert health.proj_dim == (40 if form == "gram" else health.n_coordinates)
 
 
 def test_distortion_is_the_median_error_over_all_pairs_of_some_batches() -> None:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ensemblelora.accounting.formulas import count_gram_flops
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, activate, attach
-from ensemblelora.config import AdapterConfig
-from ensemblelora.counting import count_forward, count_generation, count_gradients, count_training, read_costs
+from ensemblelora.config import AdapterConfig, GradientsConfig
+from ensemblelora.counting import (
+    count_forward,
+    count_generation,
+    count_gradients,
+    count_gram,
+    count_training,
+    read_costs,
+)
 from ensemblelora.data.batching import Batch, collate
+from ensemblelora.gradients.backward import find_active_linears, list_parts
+from ensemblelora.gradients.collect import collect_features, make_projector
+from ensemblelora.gradients.projection import Projector
 from ensemblelora.passes import score
 from ensemblelora.scoring import cross_entropy, score_batch
+from ensemblelora.store import FeatureStore
 from tests.tiny import make_adapted, make_base, make_split
 
 KINDS = ["verbalizer", "options", "sequence"]
@@ -95,22 +108,60 @@ def test_every_member_counts_and_nothing_is_entered_without_a_meter():
     assert thrice.record.flops == 3 * once.record.flops and thrice.record.n_tokens == 3 * once.record.n_tokens
     count_forward(None, adapted.costs, batch)
     count_training(None, adapted.costs, batch)
-    count_gradients(None, adapted.costs, batch, n_backwards=1, n_outputs=1, proj_dim=1)
+    count_gradients(None, adapted.costs, batch, n_backwards=1, n_outputs=1, projection_flops=1)
+    count_gram(None, adapted.costs, n_rows=1, n_coordinates=1)
     count_generation(None, adapted.costs, [3], n_steps=1)
 
 
 def test_gradients_cost_a_pass_more_for_every_output_and_the_projection():
     adapted = make_adapted()
     batch, found = make_batch(adapted, "verbalizer"), []
-    for n_backwards, proj_dim in ((1, 0), (2, 0), (1, 10)):
+    for n_backwards, flops in ((1, 0), (2, 0), (1, 1000)):
         meter = Meter("t")
-        count_gradients(meter, adapted.costs, batch, n_backwards=n_backwards, n_outputs=6, proj_dim=proj_dim)
+        count_gradients(meter, adapted.costs, batch, n_backwards=n_backwards, n_outputs=6, projection_flops=flops)
         found.append(meter.record.flops)
         assert meter.record.n_tokens == batch.n_real_tokens
     forward = Meter("t")
     count_forward(forward, adapted.costs, batch)
     assert found[1] - found[0] == found[0] - forward.record.flops > 0
-    assert found[2] - found[0] == 2 * adapted.costs.adapter.n_output_parameters * 10 * 6
+    assert found[2] - found[0] == 6 * 1000
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt", "kronecker"])
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40), (30, 30), (300,)])
+def test_a_projection_is_counted_by_its_kind(kind, shape):
+    projector, n = Projector(kind, 16, 0), 3
+    true = measure(lambda: projector.project("part", torch.zeros(n, *shape)))
+    if kind == "sjlt":  # no product that torch would see: four nonzeros in each row
+        assert true == 0
+        true = 2 * n * np.count_nonzero(projector.matrix("part", shape))
+    assert n * projector.count_flops([("part", shape)]) == true
+    twice = projector.count_flops([("part", shape), ("other", shape)])
+    assert twice == 2 * projector.count_flops([("part", shape)])
+
+
+def test_no_projection_costs_nothing():
+    assert Projector("none", 16, 0).count_flops([("part", (40, 6))]) == 0
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt", "kronecker", "none"])
+def test_the_ledger_has_the_projection_of_every_output(kind, tmp_path):
+    adapted, split, meters = make_adapted(), make_split("verbalizer", n=5), {}
+    for name in (kind, "rademacher"):
+        config = GradientsConfig(proj_type=name, proj_dim=8)
+        with Meter(name) as meters[name]:
+            store, prints = FeatureStore(tmp_path / name), {("t", "train"): name}
+            collect_features(adapted, [split], store, config, seed=0, fingerprints=prints, meter=meters[name])
+    p = adapted.costs.adapter.n_output_parameters
+    parts = list_parts(find_active_linears(adapted, [split]))
+    expected = {
+        "rademacher": 10 * 2 * p * 8,
+        "sjlt": 10 * 2 * p * 4,
+        "kronecker": 10 * make_projector(GradientsConfig(proj_type="kronecker", proj_dim=8), seed=0).count_flops(parts),
+        "none": count_gram_flops(10, p),
+    }
+    found = meters[kind].record.flops - meters["rademacher"].record.flops
+    assert found == expected[kind] - expected["rademacher"], "5 examples of 2 contrasts"
 
 
 def test_one_generated_token_costs_the_pass_over_its_context():

@@ -27,12 +27,16 @@ from ensemblelora.estimation import (
     compute_penalties,
     compute_wilson_interval,
     fit_subsets,
+    loss,
     mean_loss_gradients,
     predict_outcomes,
     predict_rows,
     problem,
     score_subsets,
+    solver,
 )
+from ensemblelora.estimation.descent import StepMemory
+from ensemblelora.estimation.inverse import OwnInverse, SharedInverse
 from ensemblelora.estimation.loss import LinearRows, compute_curvature_trace, compute_hessian, sum_losses
 from ensemblelora.store import FeatureBlock, helmert
 
@@ -118,6 +122,35 @@ def test_gradient_and_hessian_agree_with_finite_differences(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_sums_of_losses_agree_with_a_loop_whatever_is_held_at_once(mode: str, monkeypatch) -> None:
+    block, a = make_block("a", mode=mode, n=70), np.linspace(0.5, 2, 70)
+    weights = np.random.default_rng(2).normal(size=(4, 7))
+    rows = LinearRows.from_block(block, a, unit=2.5)
+    losses, gradients = sum_losses(rows, weights)
+    np.testing.assert_allclose(losses, [a.sum() * slow_objective([block], w / 2.5, 0, [a]) for w in weights])
+    single = sum_losses(rows, weights.astype(np.float32))
+    assert single[1].dtype == np.float32
+    np.testing.assert_allclose(single[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(single[1], gradients, rtol=1e-4, atol=1e-4 * np.abs(gradients).max())
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", 1)
+    parts = sum_losses(rows, weights)
+    np.testing.assert_allclose(parts[0], losses, rtol=1e-12)
+    np.testing.assert_allclose(parts[1], gradients, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(compute_hessian(rows, weights[0]), hessian_of_rows(block, a, weights[0] / 2.5) / 2.5**2)
+
+
+def hessian_of_rows(block: FeatureBlock, weights: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """The sum over rows of J^T D^T (diag p - p p^T) D J, written out."""
+    total = np.zeros((len(w), len(w)))
+    for e, a in enumerate(weights):
+        p = softmax(slow_logits(block, w, e))
+        decoder = block.decoder[: len(p)]
+        j = decoder @ block.features[e].astype(float)
+        total += a * j.T @ (np.diag(p) - np.outer(p, p)) @ j
+    return total
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_losses_agree_with_a_loop_over_rows(mode: str) -> None:
     block = make_block("a", mode=mode)
     weights = np.random.default_rng(2).normal(size=(4, 7))
@@ -138,11 +171,10 @@ def test_curvature_trace_is_the_hessian_at_equal_probabilities(mode: str) -> Non
     level = replace(block, outputs=np.zeros_like(block.outputs))
     for e, trace in enumerate(compute_curvature_trace(block)):
         hessian = compute_hessian(LinearRows.from_block(level.take([e])), np.zeros(7))
-        assert trace == pytest.approx(np.trace(hessian), rel=1e-12)
+        assert trace == pytest.approx(np.trace(hessian), rel=1e-6)  # summed in float32
     if mode != "contrast":
-        np.testing.assert_allclose(
-            compute_curvature_trace(block), 0.25 * (block.features.astype(float) ** 2).sum(axis=(1, 2))
-        )
+        squares = (block.features.astype(float) ** 2).sum(axis=(1, 2))
+        np.testing.assert_allclose(compute_curvature_trace(block), 0.25 * squares, rtol=1e-6)
 
 
 @pytest.mark.parametrize("balance", ["example", "task"])
@@ -162,6 +194,107 @@ def test_fit_is_the_optimum_scipy_finds(balance: str, penalty: float) -> None:
         assert here <= twin.fun + 1e-12
         assert here == pytest.approx(twin.fun, abs=1e-6)
         np.testing.assert_allclose(fit.weights[s], twin.x, atol=1e-4 * np.abs(twin.x).max())
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 30.0])
+def test_many_fits_in_more_dimensions_than_are_measured_are_the_optima(penalty: float) -> None:
+    train = make_features("margin", "contrast", "margin", "logodds", n=45, d=130).train
+    subsets = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    fit = fit_subsets(train, subsets, l2_penalty=penalty, tolerance=1e-9)
+    assert fit.converged.all() and fit.gradient_norms.max() <= 1e-9 * max(1, fit.objectives.max())
+    for s, subset in enumerate(subsets):
+        blocks, n = [train[i] for i in subset], sum(len(train[i].ids) for i in subset)
+        rows = [LinearRows.from_block(block) for block in blocks]
+
+        def objective(w: np.ndarray, rows=rows, n=n, s=s) -> tuple[float, np.ndarray]:
+            losses, gradients = zip(*(sum_losses(task, w[None]) for task in rows), strict=True)
+            ridge = fit.penalties[s]
+            return sum(losses)[0] / n + ridge / 2 * w @ w, sum(gradients)[0] / n + ridge * w
+
+        twin = minimize(objective, np.zeros(130), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-8})
+        assert fit.objectives[s] == pytest.approx(slow_objective(blocks, fit.weights[s], fit.penalties[s]), rel=1e-12)
+        assert fit.objectives[s] <= twin.fun + 1e-12
+        assert fit.objectives[s] == pytest.approx(twin.fun, rel=1e-6)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
+@pytest.mark.parametrize("penalty", [1e-3, 1.0])
+def test_no_objective_is_lower_than_its_certificate_allows(tolerance: float, penalty: float) -> None:
+    train = make_features("margin", "contrast", "logodds", d=12).train
+    subsets = [(0,), (0, 1), (1, 2), (0, 1, 2)]
+    best = fit_subsets(train, subsets, l2_penalty=penalty, tolerance=1e-10).objectives
+    fit = fit_subsets(train, subsets, l2_penalty=penalty, tolerance=tolerance)
+    assert (fit.objectives >= best - 1e-12).all() and (fit.objectives - best <= fit.objective_gaps + 1e-12).all()
+    scale = fit.penalties / fit_subsets(train, [(0,)], l2_penalty=penalty).penalties * penalty  # in curvature units
+    assert (fit.objective_gaps <= tolerance**2 * np.maximum(1, fit.objectives) ** 2 / (2 * scale) * 1.5).all()
+    assert fit_subsets(train, subsets, l2_penalty=penalty, max_iter=1).objective_gaps.max() == np.inf
+
+
+def test_fits_that_get_a_hessian_of_their_own_end_at_the_same_optimum(monkeypatch) -> None:
+    train = make_features("margin", "contrast", "margin", n=40, d=110).train
+    subsets = [(0,), (1,), (0, 1), (0, 1, 2)]
+    together = fit_subsets(train, subsets, l2_penalty=0.01, tolerance=1e-9)
+    monkeypatch.setattr(solver, "_PATIENCE", 2)
+    alone = fit_subsets(train, subsets, l2_penalty=0.01, tolerance=1e-9, block_bytes=1)
+    assert alone.converged.all() and (alone.iterations > 2).all()
+    np.testing.assert_allclose(alone.weights, together.weights, rtol=1e-5, atol=1e-7)
+
+
+def test_the_shared_inverse_is_the_inverse_hessian_at_the_base_model() -> None:
+    train = make_features("margin", "contrast", "logodds", n=40, d=20).train
+    shared = problem.prepare_problem(train, l2_penalty=0.2)
+    batch = problem.make_batch(shared, [(0, 1), (2,), (0, 1, 2)])
+    vectors = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    which = np.arange(3)
+    found = SharedInverse(batch).solve(vectors, which)
+    slow = OwnInverse(batch, np.zeros((3, 20))).solve(vectors, which)
+    np.testing.assert_allclose(found, slow, rtol=1e-3, atol=1e-3 * np.abs(slow).max())
+    few = SharedInverse(batch).solve(vectors[1:2], which[1:2])
+    np.testing.assert_allclose(few[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_measured_directions_hold_most_of_the_curvature_and_leave_a_positive_inverse() -> None:
+    train = make_features("margin", "margin", n=150, d=200).train
+    scales = np.arange(1, 201) ** -0.7
+    train = [replace(b, features=(b.features * scales).astype(np.float32)) for b in train]
+    shared = problem.prepare_problem(train, l2_penalty=0.1)
+    basis = shared.curvatures.basis
+    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-4)
+    hessian = sum(compute_hessian(rows, np.zeros(200)) for rows in shared.rows) / 300
+    held, best = np.trace(basis.T @ hessian @ basis), np.linalg.eigvalsh(hessian)[-basis.shape[1] :].sum()
+    assert 0.97 * best <= held <= best * (1 + 1e-5)
+    assert shared.curvatures.rest == pytest.approx((np.trace(hessian) - held) / (200 - basis.shape[1]), rel=1e-2)
+    inverse = SharedInverse(problem.make_batch(shared, [(0,)] * 200)).solve(
+        np.eye(200, dtype=np.float32), np.arange(200)
+    )
+    np.testing.assert_allclose(inverse, inverse.T, atol=1e-4 * inverse.max())
+    assert np.linalg.eigvalsh((inverse + inverse.T) / 2).min() > 0
+
+
+def test_the_memory_of_steps_is_the_bfgs_update_of_the_inverse() -> None:
+    rng = np.random.default_rng(0)
+    steps, hessian = rng.normal(size=(3, 2, 5)), np.diag(np.arange(1.0, 6.0))
+    memory = StepMemory(2)
+    inverses = np.stack([np.eye(5) / 2] * 2)
+    for moves in steps:
+        changes = moves @ hessian
+        memory.add(np.arange(2), moves, changes)
+        for k, (s, y) in enumerate(zip(moves, changes, strict=True)):
+            left = np.eye(5) - np.outer(s, y) / (s @ y)
+            inverses[k] = left @ inverses[k] @ left.T + np.outer(s, s) / (s @ y)
+    gradients = rng.normal(size=(2, 5))
+
+    class Half:
+        def solve(self, vectors, which):
+            return vectors / 2
+
+    found = memory.correct(Half(), gradients, np.arange(2))
+    np.testing.assert_allclose(found, np.einsum("kij,kj->ki", inverses, gradients), rtol=1e-4, atol=1e-5)
+    memory.add(np.arange(2), steps[0], -steps[0])  # a change that no convex objective makes
+    memory.forget(np.array([1]))
+    kept, lost = memory.correct(Half(), gradients, np.arange(2))
+    np.testing.assert_allclose(kept, found[0], rtol=1e-4)
+    np.testing.assert_allclose(lost, gradients[1] / 2, rtol=1e-4)
 
 
 def test_fit_equals_scikit_learn_where_it_can_express_the_problem() -> None:

@@ -108,13 +108,25 @@ def test_what_is_timed_stays_within_a_step(n_choices, n_timed):
 
 
 def test_a_family_without_a_formula_still_gets_seconds():
+    config = read_config(finished_run() / "recipe.yaml")
+    _, rows, probe = stages.prepare(config)
+    known = forecast_run(config, probe, rows)
+    blind = forecast_run(config, dataclasses.replace(probe, costs=None), rows)
+    assert blind["train"].flops == blind["features"].flops == 0 and blind["train"].seconds > 0
+    assert blind["train"].n_tokens == known["train"].n_tokens
+    assert blind["features"].disk_bytes == known["features"].disk_bytes
+
+
+def test_exact_inner_products_take_their_disk_and_memory():
     config = read_config(finished_run() / "recipe.yaml", gradients={"proj_type": "none"})
     _, rows, probe = stages.prepare(config)
-    exact = forecast_run(config, probe, rows)
-    blind = forecast_run(config, dataclasses.replace(probe, costs=None), rows)
-    assert blind["train"].flops == 0 and blind["train"].seconds > 0
-    assert blind["train"].n_tokens == exact["train"].n_tokens
-    assert exact["features"].disk_bytes > 10 * blind["features"].disk_bytes, "without projection, features are large"
+    found = forecast_run(config, probe, rows)["features"]
+    n_rows, n_coordinates = 5 * (16 + 12), probe.costs.adapter.n_output_parameters
+    features = 4 * n_rows * (n_rows + 1)
+    assert found.disk_bytes == 4 * n_rows * n_coordinates + features
+    blind = forecast_run(config, dataclasses.replace(probe, costs=None), rows)["features"]
+    assert (blind.flops, blind.disk_bytes) == (0, found.disk_bytes)
+    assert found.memory_bytes > 12 * n_rows**2
 
 
 @pytest.mark.parametrize(

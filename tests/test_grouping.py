@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import logging
+import warnings
+from functools import partial
 
+import cvxpy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,11 +28,14 @@ from ensemblelora.grouping import (
     sdp,
     solve_relaxation,
     sort_groups,
+    splitting,
     threshold_groups,
     to_labels,
     to_partition,
 )
+from ensemblelora.grouping.bound import bound_objective, choose_row_duals
 from ensemblelora.grouping.rounding import repair_labels
+from ensemblelora.grouping.splitting import _project_spectrum, _project_to_slice, solve_by_splitting
 
 
 def random_affinity(n: int, seed: int = 0) -> np.ndarray:
@@ -113,7 +119,7 @@ def test_exactly_m_groups_with_a_bound_above_them(n: int, m: int, seed: int) -> 
 
 
 def test_one_group_and_single_tasks_need_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdp, "_solve", lambda *arguments: pytest.fail("no relaxation is needed here"))
+    monkeypatch.setattr(sdp, "solve_by_splitting", lambda *_, **__: pytest.fail("no relaxation is needed here"))
     affinity = random_affinity(6)
     together, apart = cluster(affinity, 1), cluster(affinity, 6)
     assert together.groups == (tuple(range(6)),) and apart.groups == tuple((i,) for i in range(6))
@@ -141,7 +147,7 @@ def test_the_relaxation_is_feasible_and_above_every_partition(n: int, m: int) ->
 def test_any_dual_values_bound_every_partition(seed: int, m: int, is_free: bool) -> None:
     rng = np.random.default_rng(seed)
     affinity, penalty = random_affinity(5, seed), 0.3
-    bound = sdp.bound_objective(affinity, None if is_free else m, penalty, rng.normal(size=5), rng.normal(size=(5, 5)))
+    bound = bound_objective(affinity, None if is_free else m, penalty, rng.normal(size=5), rng.normal(size=(5, 5)))
     for groups in enumerate_partitions(5, m):
         objective = (affinity * incidence(groups)).sum()
         assert objective == pytest.approx(compute_objective(affinity, groups))
@@ -225,22 +231,121 @@ def test_without_structure_there_is_still_an_answer() -> None:
 def test_large_problems_start_from_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
     affinity, truth = planted_affinity((14, 10, 6), noise=0.3)
     monkeypatch.setattr("ensemblelora.grouping._MAX_TASKS_FOR_SDP", 20)
-    monkeypatch.setattr(sdp, "_solve", lambda *arguments: pytest.fail("the relaxation is too large here"))
+    monkeypatch.setattr(sdp, "solve_by_splitting", lambda *_, **__: pytest.fail("too large to relax"))
     found = cluster(affinity, 3, n_restarts=3)
     assert found.groups == truth and found.gap >= 0
 
 
-def test_a_solver_without_an_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def solve_slowly(affinity: np.ndarray, n_groups: int | None, trace_penalty: float) -> float:
+    """The relaxation as it is written down, by an interior-point method."""
+    n = len(affinity)
+    x = cvxpy.Variable((n, n), PSD=True)
+    constraints = [cvxpy.sum(x, axis=1) == 1, x >= 0]
+    if n_groups is not None:
+        constraints.append(cvxpy.trace(x) == n_groups)
+    objective = cvxpy.sum(cvxpy.multiply(affinity, x)) - trace_penalty * cvxpy.trace(x)
+    problem = cvxpy.Problem(cvxpy.Maximize(objective), constraints)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on how cvxpy calls its solver
+        problem.solve(solver="CLARABEL")
+    assert problem.status == "optimal"
+    return float(problem.value)
 
-    def run(problem: Any, solver: str) -> str:
-        asked.append(solver)
-        return "infeasible"
 
-    monkeypatch.setattr(sdp, "_run", run)
-    with pytest.raises(SolverError, match="CLARABEL infeasible, SCS infeasible"):
-        solve_relaxation(random_affinity(5), 2)
-    assert asked == ["CLARABEL", "SCS"]
+@pytest.mark.parametrize(
+    ("n", "n_groups", "trace_penalty"),
+    [
+        (3, 2, 0),
+        (7, 2, 0),
+        (9, 7, 0),
+        (16, 4, 0),
+        (24, 3, 0),
+        (9, None, 0),
+        (9, None, 0.3),
+        (16, None, 1),
+        (9, None, 50),
+    ],
+)
+@pytest.mark.parametrize("noise", [0.3, 2.0])
+def test_splitting_finds_the_optimum_that_an_interior_point_method_finds(n, n_groups, trace_penalty, noise) -> None:
+    affinity, _ = planted_affinity((n // 2, n - n // 2), noise=noise)
+    optimum = solve_slowly(affinity, n_groups, trace_penalty)
+    found = solve_relaxation(affinity, n_groups, trace_penalty=trace_penalty)
+    assert found.status.startswith("optimal")
+    assert found.objective == pytest.approx(optimum, abs=1e-5 * n)
+    assert optimum - 1e-6 * n <= found.bound <= optimum + 1e-5 * n
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(2, 12),
+    share=st.floats(0.01, 0.99),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 100.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_slice_of_the_cube_is_met_at_its_nearest_point(n: int, share: float, spread: float, seed: int) -> None:
+    values = np.sort(np.random.default_rng(seed).normal(size=n) * spread)
+    total = share * n
+    found = _project_to_slice(values, total)
+    assert found.min() >= 0 and found.max() <= 1 and found.sum() == pytest.approx(total)
+    low, high = values.min() - 1.0, values.max()  # the twin: one level for all, by halving
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.clip(values - middle, 0, 1).sum() > total else (low, middle)
+    np.testing.assert_allclose(found, np.clip(values - low, 0, 1), atol=1e-9 * max(spread, 1))
+
+
+@pytest.mark.parametrize("n_groups", [2, 4, None])
+def test_the_spectral_projection_is_the_nearest_point_of_its_half(n_groups) -> None:
+    matrix, price = random_affinity(7) * 3, 0.2 if n_groups is None else 0.0
+    found = _project_spectrum(matrix, n_groups, price)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    assert np.linalg.eigvalsh(found).min() > -1e-12 and np.linalg.eigvalsh(found).max() < 1 + 1e-12
+    if n_groups is not None:
+        assert np.trace(found) == pytest.approx(n_groups)
+        np.testing.assert_allclose(_project_spectrum(found, n_groups, 0.0), found, atol=1e-9)
+    for groups in enumerate_partitions(7, n_groups or 3):  # they lie in it; none may lie on the matrix's side
+        toward = incidence(groups) - found
+        assert ((matrix - price * np.eye(7) - found) * toward).sum() <= 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), m=st.integers(2, 5))
+def test_no_row_duals_bound_better_than_the_chosen(seed: int, m: int) -> None:
+    rng = np.random.default_rng(seed)
+    affinity, entries = random_affinity(6, seed), np.abs(random_affinity(6, seed + 1))
+    chosen = bound_objective(affinity, m, 0.0, choose_row_duals(affinity, 0.0, entries), entries)
+    for size in (0.01, 1.0, 10.0):
+        other = choose_row_duals(affinity, 0.0, entries) + size * rng.normal(size=6)
+        assert chosen <= bound_objective(affinity, m, 0.0, other, entries) + 1e-9
+
+
+def test_many_tasks_are_relaxed_in_single_precision_with_a_bound_that_holds(monkeypatch) -> None:
+    affinity, truth = planted_affinity((70, 50, 40), noise=1.0)
+    found = solve_relaxation(affinity, 3)
+    monkeypatch.setattr(splitting, "_MAX_TASKS_IN_FLOAT64", 160)
+    exact = solve_relaxation(affinity, 3)
+    assert exact.objective == pytest.approx(exact.bound, rel=1e-6)
+    assert compute_objective(affinity, truth) <= exact.objective + 1e-6 <= found.bound + 2e-6
+    assert found.bound == pytest.approx(exact.bound, rel=2e-4)
+    assert found.objective == pytest.approx(exact.objective, rel=2e-3)
+    np.testing.assert_allclose(found.matrix.sum(axis=1), 1, atol=1e-4)
+    assert cluster(affinity, 3, n_restarts=2).groups == truth
+
+
+def test_a_relaxation_stopped_short_says_so_and_still_bounds(monkeypatch, caplog) -> None:
+    affinity = random_affinity(9)
+    monkeypatch.setattr(sdp, "solve_by_splitting", partial(solve_by_splitting, max_iter=7))
+    with caplog.at_level(logging.WARNING):
+        found = solve_relaxation(affinity, 3)
+    assert found.status == "inaccurate after 7 iterations" and "the bound still holds" in caplog.text
+    best = max(slow_objective(affinity, groups) for groups in enumerate_partitions(9, 3))
+    assert found.bound >= best
+
+
+def test_an_eigendecomposition_that_fails_is_an_error() -> None:
+    with pytest.raises(SolverError, match="5 tasks"):
+        solve_by_splitting(np.full((5, 5), np.nan), 2)
 
 
 def test_bad_input_is_refused() -> None:

@@ -126,13 +126,13 @@ def test_its_passes_are_counted_as_they_are_run(monkeypatch, kind, n_choices, n_
     monkeypatch.setattr(
         linearity,
         "count_gradients",
-        lambda *a, n_backwards, n_outputs, proj_dim: counted.append((n_backwards, proj_dim)),
+        lambda *a, n_backwards, n_outputs, projection_flops: counted.append((n_backwards, projection_flops)),
     )
     adapted, meter = make_adapted(), Meter("t")
     move(adapted, "far", 1.0)
     split = make_split(kind, n_choices=n_choices)
     measure(adapted, [split], ["far"], max_tokens=2048, meter=meter)
-    assert counted == [(n_backwards, 1)]
+    assert counted == [(n_backwards, 2 * adapted.costs.adapter.n_output_parameters)], "onto one member's step"
     assert meter.record.n_tokens == split.input_lengths.sum(), "the member's own forward pass"
 
 

@@ -388,6 +388,7 @@ def test_projection_seeds_are_cut_in_halves_and_widen_errors(opposed: Oracle) ->
     np.testing.assert_allclose(
         estimate_half_affinity(judge, design, 1, AffinityConfig()),
         estimate_half_affinity(only, design, 1, AffinityConfig()),
+        rtol=1e-5,  # fits end at a gradient of 1e-6, and where below that depends on their company
         err_msg="the second half uses the second seed only",
     )
     ways = [judge.judge(((0, 1, 2, 3, 4, 5),)), judge.judge(found)]

@@ -41,6 +41,7 @@ __all__ = [
     "ENSEMBLE_FILE",
     "ENVIRONMENT_FILE",
     "FEATURES_FOLDER",
+    "FEATURE_HEALTH_FILE",
     "PLAN_FILE",
     "REPORT_HTML_FILE",
     "REPORT_MARKDOWN_FILE",
@@ -62,6 +63,7 @@ __all__ = [
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 FEATURES_FOLDER = "features"
+FEATURE_HEALTH_FILE = "feature_health.json"
 AFFINITY_FILE = "affinity.npz"
 PLAN_FILE = "plan.json"
 ADAPTERS_FOLDER = "adapters"

@@ -18,6 +18,7 @@ from ensemblelora.accounting.formulas import (
     Workload,
     count_forward_flops,
     count_gradient_pass_flops,
+    count_gram_flops,
     count_training_step_flops,
     measure_workload,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "count_forward",
     "count_generation",
     "count_gradients",
+    "count_gram",
     "count_lower",
     "count_training",
     "read_costs",
@@ -117,9 +119,24 @@ def count_training(meter: Meter | None, costs: PassCosts | None, batch: Batch, *
 
 
 def count_gradients(
-    meter: Meter | None, costs: PassCosts | None, batch: Batch, *, n_backwards: int, n_outputs: int, proj_dim: int
+    meter: Meter | None,
+    costs: PassCosts | None,
+    batch: Batch,
+    *,
+    n_backwards: int,
+    n_outputs: int,
+    projection_flops: int,
 ) -> None:
-    """Enter a forward pass, its backward passes, and the projection of ``n_outputs`` gradients."""
+    """Enter a forward pass, its backward passes, and the projection of ``n_outputs`` gradients.
+
+    Args:
+        meter: What is told.
+        costs: Sizes; none counts tokens only.
+        batch: What is differentiated.
+        n_backwards: Backward passes.
+        n_outputs: Differentiated numbers, all examples together.
+        projection_flops: Of projecting one gradient; see :meth:`Projector.count_flops`.
+    """
     if meter is None:
         return
     meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
@@ -128,9 +145,20 @@ def count_gradients(
         work = _workload(upper, batch)
         meter.add_flops(
             count_gradient_pass_flops(
-                upper.shape, work, upper.adapter, n_backwards=n_backwards, n_outputs=n_outputs, proj_dim=proj_dim
+                upper.shape,
+                work,
+                upper.adapter,
+                n_backwards=n_backwards,
+                n_outputs=n_outputs,
+                projection_flops=projection_flops,
             )
         )
+
+
+def count_gram(meter: Meter | None, costs: PassCosts | None, *, n_rows: int, n_coordinates: int) -> None:
+    """Enter the inner products of all pairs of gradients, once; nothing where passes are counted in tokens only."""
+    if meter is not None and costs is not None:
+        meter.add_flops(count_gram_flops(n_rows, n_coordinates))
 
 
 def count_generation(

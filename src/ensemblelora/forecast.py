@@ -22,11 +22,19 @@ from ensemblelora.accounting.formulas import feature_bytes
 from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_bytes
 from ensemblelora.config import RunConfig, TrainingConfig
-from ensemblelora.counting import count_forward, count_generation, count_gradients, count_lower, count_training
+from ensemblelora.counting import (
+    count_forward,
+    count_generation,
+    count_gradients,
+    count_gram,
+    count_lower,
+    count_training,
+)
 from ensemblelora.data.batching import Batch, collate, iterate_batches, plan_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.generation import list_contexts
-from ensemblelora.gradients.collect import feature_layout
+from ensemblelora.gradients.collect import count_outputs, feature_layout, find_active_linears, plan_features
+from ensemblelora.gradients.exact import gram_bytes, scratch_bytes
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.passes import FILL_TOKENS, choose_max_tokens, score
 from ensemblelora.scoring import cross_entropy
@@ -75,6 +83,8 @@ class _Passes:
     disk_bytes: int = 0
     batch_tokens: int = 0
     """padded tokens of the largest batch that keeps activations"""
+    held_bytes: int = 0
+    """of what is in memory beside the model when there are no activations"""
 
 
 def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str, StageForecast]:
@@ -113,7 +123,7 @@ def _predict(passes: _Passes, rates: _Rates, resident: int) -> StageForecast:
         flops=both.flops,
         n_tokens=both.n_tokens,
         disk_bytes=passes.disk_bytes,
-        memory_bytes=resident + round(rates.bytes_per_token * passes.batch_tokens),
+        memory_bytes=resident + max(round(rates.bytes_per_token * passes.batch_tokens), passes.held_bytes),
     )
 
 
@@ -144,12 +154,10 @@ def _count_training(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple
 
 def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
     settings, meter = config.gradients, Meter("features")
-    exact = probe.costs.adapter.n_output_parameters if probe.costs else settings.proj_dim
-    dimension = exact if settings.proj_type == "none" else settings.n_projections * settings.proj_dim
-    n_outputs, modes = 0, choose_modes(rows.learning, settings.output)
+    plan = plan_features(find_active_linears(probe, rows.learning), rows.learning, settings)
+    modes = choose_modes(rows.learning, settings.output)
     for split in rows.learning:
-        width = int(split.n_choices.max()) - 1 if modes[split.task] == "contrast" else 1
-        n_outputs += width * split.n_examples
+        width = count_outputs(split, modes[split.task])
         layout, pad = feature_layout(probe, split), probe.base.pad_token_id
         for batch in iterate_batches(split, settings.max_tokens_per_batch, pad, layout=layout):
             count_gradients(
@@ -158,11 +166,14 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
                 batch,
                 n_backwards=1 if split.kind == "options" else width,
                 n_outputs=width * len(batch.examples),
-                proj_dim=dimension,
+                projection_flops=plan.projection_flops,
             )
     lower = _count_lower(probe, rows.learning)  # once for all stages that learn
-    disk = feature_bytes(n_outputs, dimension) + _measure_cache(config, probe, rows)
-    return _Passes(meter.record, lower, disk, settings.max_tokens_per_batch)
+    disk, held = feature_bytes(plan.n_rows, plan.proj_dim) + _measure_cache(config, probe, rows), 0
+    if plan.form == "gram":
+        count_gram(meter, probe.costs, n_rows=plan.n_rows, n_coordinates=plan.n_coordinates)
+        disk, held = disk + scratch_bytes(plan.n_rows, plan.n_coordinates), gram_bytes(plan.n_rows)
+    return _Passes(meter.record, lower, disk, settings.max_tokens_per_batch, held)
 
 
 def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:

@@ -37,6 +37,7 @@ _REPORTED = (
     artifacts.CONFIG_FILE,
     artifacts.ENVIRONMENT_FILE,
     artifacts.PLAN_FILE,
+    artifacts.FEATURE_HEALTH_FILE,
     artifacts.AFFINITY_FILE,
     artifacts.ENSEMBLE_FILE,
     artifacts.RESULTS_FILE,

@@ -128,6 +128,12 @@ class HiddenCache:
     dtype: torch.dtype
     _places: dict[int, _Place] = field(default_factory=dict)
 
+    @property
+    def bytes_to_come(self) -> int:
+        """What the splits that are to be kept and are not filled yet will take on disk."""
+        n_slots = sum(place.n_slots for place in self._places.values() if not place.is_filled)
+        return n_slots * self.width * self.dtype.itemsize
+
     def enlist(self, splits: Sequence[EncodedSplit]) -> None:
         """Choose, in this order, the splits to keep; their rows are run when they are first asked for."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ __all__ = [
     "count_forward_flops",
     "count_full_step_flops",
     "count_gradient_pass_flops",
+    "count_gram_flops",
     "count_oracle_flops",
     "count_regression_flops",
     "count_training_step_flops",
@@ -123,12 +124,12 @@ def count_full_step_flops(shape: ModelShape, work: Workload) -> int:
 
 
 def count_gradient_pass_flops(
-    shape: ModelShape, work: Workload, adapter: AdapterShape, *, n_backwards: int, n_outputs: int, proj_dim: int
+    shape: ModelShape, work: Workload, adapter: AdapterShape, *, n_backwards: int, n_outputs: int, projection_flops: int
 ) -> int:
     """FLOPs of taking projected gradients at the start point.
 
     One forward pass; ``n_backwards`` backward passes to the outputs of the B matrices, which give each row's
-    gradient of B (2 T P_B); and 2 p' proj_dim for each differentiated number.
+    gradient of B (2 T P_B); and the projection of each differentiated number's gradient.
 
     Args:
         shape: The base model.
@@ -136,12 +137,23 @@ def count_gradient_pass_flops(
         adapter: The adapter.
         n_backwards: Backward passes per forward pass.
         n_outputs: Differentiated numbers, all examples together.
-        proj_dim: Length of a projected gradient.
+        projection_flops: Of projecting one gradient, which depends on the kind of projection; a dense one takes
+            2 p' proj_dim.
     """
     backward = _count_backward_flops(shape, work, adapter, with_weight_gradients=False)
     rows = 2 * work.n_tokens * adapter.n_output_parameters
-    projection = 2 * adapter.n_output_parameters * proj_dim * n_outputs
-    return count_forward_flops(shape, work, adapter) + n_backwards * (backward + rows) + projection
+    return count_forward_flops(shape, work, adapter) + n_backwards * (backward + rows) + projection_flops * n_outputs
+
+
+def count_gram_flops(n_rows: int, n_coordinates: int) -> int:
+    """FLOPs of all inner products of some gradients, 2 p' a pair, and of the triangular factor of their matrix.
+
+    Args:
+        n_rows: Gradients, N.
+        n_coordinates: Length of a gradient, p'.
+    """
+    n_pairs = n_rows * (n_rows + 1) // 2
+    return 2 * n_coordinates * n_pairs + n_rows**3 // 3
 
 
 def count_regression_flops(n_rows: int, n_iterations: int, proj_dim: int) -> int:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ensemblelora.estimation.problem import Batch, evaluate_batch
 
-__all__ = ["AbstractCurvature", "Descent", "StepMemory", "descend", "start_descent"]
+__all__ = ["AbstractInverse", "Descent", "StepMemory", "descend", "start_descent"]
 
 FloatArray = npt.NDArray[np.float64]
 Float32Array = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ _FLOAT32_NOISE, _FLOAT64_NOISE = 1e-6, 64 * np.finfo(np.float64).eps
 _FLOAT32_LENGTH = 0.1  # a step cut so short meets little but noise
 
 
-class AbstractCurvature(Protocol):
+class AbstractInverse(Protocol):
     """Inverse curvature of every objective."""
 
     def solve(self, gradients: Float32Array, which: Indices) -> Float32Array:
@@ -65,7 +65,7 @@ class Descent:
     @property
     def norms(self) -> FloatArray:
         """Norms of the gradients, shape ``(k,)``."""
-        return np.sqrt(np.einsum("kd,kd->k", self.gradients, self.gradients))
+        return np.asarray(np.linalg.norm(self.gradients, axis=1))
 
     def scale(self, share: FloatArray | float) -> FloatArray:
         """Return a share of each objective, or of 1 where that is larger, shape ``(k,)``."""
@@ -120,14 +120,14 @@ class StepMemory:
         for rates, _, _ in self._pairs:
             rates[which] = 0.0
 
-    def correct(self, curvature: AbstractCurvature, gradients: FloatArray, which: Indices) -> Float32Array:
+    def correct(self, inverse: AbstractInverse, gradients: FloatArray, which: Indices) -> Float32Array:
         """Apply the corrected inverse curvature to the gradients of the objectives ``which``, by two loops."""
         vectors, shares = gradients.astype(np.float32), []
         pairs = [(_rows(r, which), _rows(s, which), _rows(y, which)) for r, s, y in self._pairs]
         for rates, steps, changes in reversed(pairs):
             shares.append(rates * np.einsum("kd,kd->k", steps, vectors)[:, None])
             vectors -= shares[-1] * changes
-        vectors = curvature.solve(vectors, which)
+        vectors = inverse.solve(vectors, which)
         for (rates, steps, changes), share in zip(pairs, reversed(shares), strict=True):
             vectors += (share - rates * np.einsum("kd,kd->k", changes, vectors)[:, None]) * steps
         return vectors
@@ -149,7 +149,7 @@ def start_descent(batch: Batch) -> Descent:
 def descend(
     batch: Batch,
     state: Descent,
-    curvature: AbstractCurvature,
+    inverse: AbstractInverse,
     memory: StepMemory,
     *,
     dtype: npt.DTypeLike,
@@ -160,7 +160,7 @@ def descend(
     Args:
         batch: k objectives.
         state: Where they start; left where they end.
-        curvature: Their inverse curvature.
+        inverse: Their inverse curvature.
         memory: The steps so far; goes on where it was.
         dtype: Precision of the sums over rows.
         max_iter: Most evaluations of one objective, those before included.
@@ -176,19 +176,20 @@ def descend(
         active, moved = np.flatnonzero(is_open), moved[is_open[moved]]
         if not active.size:
             return
-        steps[moved] = -memory.correct(curvature, state.gradients[moved], moved)
+        steps[moved] = -memory.correct(inverse, state.gradients[moved], moved)
         moves, here = lengths[active, None] * steps[active], state.take(active)
         losses, gradients = evaluate_batch(batch, here.weights + moves, active, dtype)
         state.iterations[active] += 1
-        rows = np.flatnonzero(_is_lower(here, losses, moves, dtype))
-        moved = active[rows]
+        accepted = np.flatnonzero(_is_lower(here, losses, moves, dtype))
         lengths[active] *= 0.5
-        lengths[moved] = 1.0
-        memory.add(moved, moves[rows], gradients[rows] - here.gradients[rows])
-        state.move(moved, moves[rows], losses[rows], gradients[rows], is_exact=dtype == np.float64)
-        shrinkage[moved] = state.norms[moved] / here.norms[rows]
-        slow = moved[shrinkage[moved] > _RENEW_ABOVE]
-        memory.forget(curvature.renew(slow, state.weights[slow]))
+        moved = active[accepted]
+        if moved.size:
+            lengths[moved] = 1.0
+            memory.add(moved, moves[accepted], gradients[accepted] - here.gradients[accepted])
+            state.move(moved, moves[accepted], losses[accepted], gradients[accepted], is_exact=dtype == np.float64)
+            shrinkage[moved] = state.norms[moved] / here.norms[accepted]
+            slow = moved[shrinkage[moved] > _RENEW_ABOVE]
+            memory.forget(inverse.renew(slow, state.weights[slow]))
 
 
 def _is_near(state: Descent, lengths: FloatArray, shrinkage: FloatArray, tolerance: float) -> BoolArray:
@@ -215,4 +216,5 @@ def _spread(k: int, which: Indices, values: FloatArray) -> Float32Array:
 
 
 def _rows(values: Float32Array, which: Indices) -> Float32Array:
+    """Take rows; all of them without a copy."""
     return values if len(which) == len(values) else values[which]

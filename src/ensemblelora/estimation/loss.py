@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float64]
 AnyFloatArray = npt.NDArray[np.floating[Any]]
+_Float = TypeVar("_Float", bound="np.floating[Any]")
 
 _BLOCK_BYTES = 2**21  # rows that are widened at once, and what is computed of them, stay in the cache
 
@@ -72,18 +73,28 @@ class LinearRows:
             unit=unit,
         )
 
-    @property
+    @cached_property
     def total_weight(self) -> float:
         """Sum of the example weights."""
         return float(self.weights.sum())
 
     @cached_property
-    def half_slopes(self) -> FloatArray | None:
-        """Half of d(other logit - label's logit) / du, shape ``(n,)``; none unless two classes share one output."""
-        if self.decoder.shape != (2, 1) or np.isneginf(self.class_offsets).any():
-            return None
+    def has_two_classes(self) -> bool:
+        """Whether every example has the two classes that one output decides between."""
+        return self.decoder.shape == (2, 1) and not np.isneginf(self.class_offsets).any()
+
+    @cached_property
+    def half_slopes(self) -> FloatArray:
+        """Of two classes, half of d(other logit - label's logit) / du, shape ``(n,)``."""
         span = float(self.decoder[1, 0] - self.decoder[0, 0])
         return 0.5 * span * np.where(self.labels == 0, 1.0, -1.0)
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[AnyFloatArray, ...]]:
+        """What the loss of two classes needs of every row, by the precision's character."""
+        slopes = self.half_slopes[:, None]
+        columns = (slopes, slopes * self.outputs, slopes * self.weights[:, None], self.weights)
+        return {char: tuple(column.astype(char) for column in columns) for char in "fd"}
 
     def take(self, which: slice) -> LinearRows:
         """Return some of the rows, as views."""
@@ -116,14 +127,16 @@ def compute_logits(rows: LinearRows, weights: FloatArray) -> FloatArray:
 
 def compute_row_nll(logits: FloatArray, labels: npt.NDArray[np.int64]) -> FloatArray:
     """Return each example's cross-entropy, shape ``(n, k)``, from logits of shape ``(n, K, k)``."""
-    picked = logits[np.arange(len(labels)), labels]
+    every = np.arange(len(labels))
+    picked = logits[every, labels]
     if logits.shape[1] == 2:
-        return np.logaddexp(0.0, logits[np.arange(len(labels)), 1 - labels] - picked)
+        margins = logits[every, 1 - labels] - picked
+        return np.asarray(np.maximum(margins, 0.0) + np.log1p(np.exp(-np.abs(margins))))
     _, log_norm = compute_probabilities(logits)
     return np.asarray(log_norm - picked)
 
 
-def compute_probabilities(logits: FloatArray) -> tuple[FloatArray, FloatArray]:
+def compute_probabilities(logits: npt.NDArray[_Float]) -> tuple[npt.NDArray[_Float], npt.NDArray[_Float]]:
     """Return softmax probabilities, shape ``(n, K, k)``, and log-normalisers, shape ``(n, k)``, of ``(n, K, k)``."""
     top = logits.max(axis=1)
     probabilities = np.exp(logits - top[:, None])
@@ -142,48 +155,52 @@ def sum_losses(rows: LinearRows, weights: AnyFloatArray) -> tuple[FloatArray, An
     Returns:
         The sums, float64 ``(k,)``, and the gradients, shape and precision of ``weights``.
     """
-    losses, gradients = np.zeros(len(weights)), np.zeros_like(weights)
+    unit = weights.dtype.type(rows.unit)
+    columns = (weights / unit).T
+    losses: FloatArray | float = 0.0
+    gradients: AnyFloatArray | float = 0.0
     for part in _split(rows, len(weights), weights.dtype.itemsize):
         jacobian = part.jacobian.astype(weights.dtype, copy=False)
-        outputs = _compute_outputs(part, weights, jacobian)  # (n, c, k)
-        part_losses, backward = _sum_two_classes(part, outputs) if part.half_slopes is not None else _sum(part, outputs)
-        losses += part_losses
-        gradients += backward.T @ jacobian
-    gradients /= weights.dtype.type(rows.unit)
-    return losses, gradients
+        add = _sum_two_classes if part.has_two_classes else _sum
+        part_losses, backward = add(part, jacobian @ columns)  # (k,), (n * c, k)
+        losses = losses + part_losses
+        gradients = gradients + backward.T @ jacobian
+    return np.asarray(losses), np.asarray(gradients / unit)
 
 
 def compute_hessian(rows: LinearRows, weights: FloatArray) -> FloatArray:
     """Return the Hessian of the weighted sum of cross-entropies at one weight vector, shape ``(d, d)``."""
     hessian = np.zeros((weights.size, weights.size))
     for part in _split(rows, 1, 8):
-        factor = compute_curvature_factor(part, weights, part.jacobian.astype(np.float64))
+        factor = compute_curvature_factor(part, part.jacobian.astype(np.float64), weights)
         hessian += factor.T @ factor  # a product with itself, which BLAS does at half the cost
     return hessian
 
 
 def compute_curvature_factor(
-    rows: LinearRows, weights: AnyFloatArray, jacobian: AnyFloatArray, *, scale: float = 1.0
+    rows: LinearRows, jacobian: AnyFloatArray, weights: FloatArray | None = None
 ) -> AnyFloatArray:
-    """Return B with ``B^T B`` the Hessian at one weight vector, ``scale`` times, in any basis.
+    """Return B with ``B^T B`` the Hessian of the weighted sum of cross-entropies, in any basis.
 
     Args:
         rows: n examples, c outputs, K classes.
-        weights: w, shape ``(d,)``.
         jacobian: The rows' jacobian, or its product with a matrix Q for ``Q^T H Q``, shape ``(n * c, r)``.
-        scale: Above 0.
+        weights: w, shape ``(d,)``; none: zero.
 
     Returns:
         In the precision of ``jacobian``, shape ``(n, r)`` for one output, ``(n * K, r)`` for several.
     """
     n, c = rows.outputs.shape
-    probabilities, _ = compute_probabilities(compute_logits(rows, np.asarray(weights, dtype=np.float64)[None]))
+    outputs = rows.outputs[:, :, None] if weights is None else _compute_outputs(rows, weights[None])
+    if rows.has_two_classes:  # p (1 - p) = sech(t / 2)^2 / 4
+        spans = np.abs(rows.half_slopes) / rows.unit
+        roots = np.sqrt(rows.weights) * spans / np.cosh(rows.half_slopes * outputs[:, 0, 0])
+        return roots.astype(jacobian.dtype)[:, None] * jacobian
+    probabilities, _ = compute_probabilities(_decode(rows, outputs))
     p = probabilities[:, :, 0]  # (n, K)
     # B^T B = D^T (diag p - p p^T) D, the curvature of one example in its outputs
     centred = rows.decoder - (p @ rows.decoder)[:, None]  # (n, K, c)
-    factor = np.sqrt(scale * p * rows.weights[:, None])[:, :, None] * centred / rows.unit
-    if c == 1:
-        return np.linalg.norm(factor, axis=1).astype(jacobian.dtype) * jacobian
+    factor = np.sqrt(p * rows.weights[:, None])[:, :, None] * centred / rows.unit
     parts = np.matmul(factor.astype(jacobian.dtype), jacobian.reshape(n, c, -1))  # (n, K, r)
     return np.asarray(parts.reshape(-1, jacobian.shape[1]))
 
@@ -191,23 +208,18 @@ def compute_curvature_factor(
 def compute_curvature_trace(block: FeatureBlock) -> FloatArray:
     """Return each example's trace of the Hessian where all its classes are equally likely, shape ``(n,)``.
 
-    This is ``0.25 ||g||^2`` for two classes and ``||J||_F^2 / K`` for contrasts. Not finite where a feature is not.
+    This is ``0.25 ||g||^2`` for two classes and ``||J||_F^2 / K`` for contrasts; single precision, like the features.
+    Not finite where a feature is not.
     """
+    if block.n_outputs == 1:
+        span = float(block.decoder[1, 0] - block.decoder[0, 0])
+        features = np.asarray(block.features[:, 0])
+        return np.asarray(0.25 * span**2 * np.einsum("nd,nd->n", features, features), dtype=np.float64)
     present = block.class_mask / block.class_mask.sum(axis=1, keepdims=True)  # (n, K), uniform probabilities
     centred = block.decoder - (present @ block.decoder)[:, None]  # (n, K, c)
     metric = np.einsum("nk,nka,nkb->nab", present, centred, centred)
-    traces = np.empty(len(block.ids))
-    size = max(1, _BLOCK_BYTES // (8 * max(1, block.n_outputs * block.proj_dim)))
-    for first in range(0, len(traces), size):
-        features = block.features[first : first + size].astype(np.float64)
-        gram = np.matmul(features, features.transpose(0, 2, 1)) if block.n_outputs > 1 else _square(features)
-        traces[first : first + size] = (metric[first : first + size] * gram).sum(axis=(1, 2))
-    return traces
-
-
-def _square(features: FloatArray) -> FloatArray:
-    """Gram matrices of one vector each, ``(n, 1, 1)`` from ``(n, 1, d)``; a batch of tiny products is slower."""
-    return np.asarray(np.einsum("nad,nad->n", features, features)[:, None, None])
+    gram = np.matmul(block.features, block.features.transpose(0, 2, 1))
+    return np.asarray((metric * gram).sum(axis=(1, 2)))
 
 
 def _split(rows: LinearRows, n_vectors: int, itemsize: int) -> Iterator[LinearRows]:
@@ -215,58 +227,63 @@ def _split(rows: LinearRows, n_vectors: int, itemsize: int) -> Iterator[LinearRo
     n, n_classes = rows.class_offsets.shape
     per_row = itemsize * max(rows.jacobian.shape[1] * rows.outputs.shape[1], 3 * n_classes * n_vectors)
     size = max(32, _BLOCK_BYTES // max(1, per_row))
-    if n <= size:
+    if n <= size + size // 2:  # no small remainder
         yield rows
         return
     for first in range(0, n, size):
         yield rows.take(slice(first, first + size))
 
 
-def _compute_outputs(rows: LinearRows, weights: AnyFloatArray, jacobian: AnyFloatArray | None = None) -> AnyFloatArray:
-    """Return u + J w of every weight vector, in their precision, shape ``(n, c, k)``."""
-    dtype = weights.dtype
-    jacobian = rows.jacobian.astype(dtype, copy=False) if jacobian is None else jacobian
-    u = (jacobian @ (weights / dtype.type(rows.unit)).T).reshape(*rows.outputs.shape, -1)
-    u += rows.outputs.astype(dtype, copy=False)[:, :, None]
-    return u
+def _compute_outputs(rows: LinearRows, weights: FloatArray) -> FloatArray:
+    """Return u + J w of every weight vector, shape ``(n, c, k)``."""
+    u = (rows.jacobian @ (weights.T / rows.unit)).reshape(*rows.outputs.shape, -1)
+    return np.asarray(u + rows.outputs[:, :, None])
 
 
 def _decode(rows: LinearRows, outputs: AnyFloatArray) -> AnyFloatArray:
+    """Return the logits of outputs ``(n, c, k)``, shape ``(n, K, k)``."""
     dtype = outputs.dtype
     logits = np.matmul(rows.decoder.astype(dtype, copy=False), outputs)
     logits += rows.class_offsets.astype(dtype, copy=False)[:, :, None]
     return np.asarray(logits)
 
 
-def _sum(rows: LinearRows, outputs: AnyFloatArray) -> tuple[FloatArray, AnyFloatArray]:
-    """Return the sums of losses ``(k,)`` and their derivatives by the outputs ``(n * c, k)``."""
+def _sum(rows: LinearRows, changes: AnyFloatArray) -> tuple[FloatArray, AnyFloatArray]:
+    """Return sums of losses and their derivatives by the outputs, from J w.
+
+    Args:
+        rows: n examples.
+        changes: J w of every weight vector, shape ``(n * c, k)``.
+
+    Returns:
+        Float64 ``(k,)``, and like ``changes``.
+    """
     n, c = rows.outputs.shape
-    logits = _decode(rows, outputs)  # (n, K, k)
+    dtype = changes.dtype
+    logits = _decode(rows, changes.reshape(n, c, -1) + rows.outputs.astype(dtype, copy=False)[:, :, None])
     residual, log_norm = compute_probabilities(logits)
     picked = (np.arange(n), rows.labels)
     losses = rows.weights @ (log_norm - logits[picked])
     residual[picked] -= 1.0
-    residual *= rows.weights.astype(outputs.dtype, copy=False)[:, None, None]
-    return losses, np.matmul(rows.decoder.T.astype(outputs.dtype, copy=False), residual).reshape(n * c, -1)
+    residual *= rows.weights.astype(dtype, copy=False)[:, None, None]
+    return losses, np.matmul(rows.decoder.T.astype(dtype, copy=False), residual).reshape(changes.shape)
 
 
-def _sum_two_classes(rows: LinearRows, outputs: AnyFloatArray) -> tuple[FloatArray, AnyFloatArray]:
-    """The same for two classes, without arrays of classes.
+def _sum_two_classes(rows: LinearRows, changes: AnyFloatArray) -> tuple[FloatArray, AnyFloatArray]:
+    """The same where there are two classes, without arrays of classes; overwrites ``changes``.
 
     With t the other logit less the label's, the loss is softplus(t) = max(t, 0) - log(sigmoid(|t|)), its derivative
     sigmoid(t) = (1 + tanh(t / 2)) / 2; one tanh serves both.
     """
-    assert rows.half_slopes is not None
-    dtype = outputs.dtype
-    half = outputs[:, 0]  # (n, k), overwritten: t / 2
-    half *= rows.half_slopes.astype(dtype)[:, None]
-    derivative = np.tanh(half)
+    slopes, offsets, weighted_slopes, weights = rows._columns[changes.dtype.char]
+    changes *= slopes
+    changes += offsets  # t / 2
+    derivative = np.tanh(changes)
     certainty = np.abs(derivative)
-    certainty += dtype.type(1.0)  # 2 sigmoid(|t|)
+    certainty += 1.0  # 2 sigmoid(|t|)
     np.log(certainty, out=certainty)
-    np.maximum(half, dtype.type(0.0), out=half)
-    weights = rows.weights.astype(dtype, copy=False)
-    losses = 2.0 * (weights @ half) - weights @ certainty + np.log(2.0) * rows.total_weight
-    derivative += dtype.type(1.0)
-    derivative *= (rows.weights * rows.half_slopes).astype(dtype)[:, None]
-    return losses.astype(np.float64), derivative
+    np.maximum(changes, 0.0, out=changes)
+    losses = 2.0 * (weights @ changes) - weights @ certainty
+    derivative += 1.0
+    derivative *= weighted_slopes
+    return losses + np.log(2.0) * rows.total_weight, derivative

@@ -73,12 +73,12 @@ class SubsetProblem:
     @property
     def dimension(self) -> int:
         """d, the length of a projected gradient."""
-        return int(self.start_gradients.shape[1])
+        return len(self.curvatures.basis)
 
     @property
     def bytes_per_subset(self) -> int:
         """What the solver holds of a subset: steps, gradients and their history, and three blocks of curvature."""
-        return 160 * self.dimension + 12 * self.curvatures.basis.shape[1] ** 2
+        return 160 * self.dimension + 12 * len(self.curvatures.blocks[0]) ** 2
 
     def ridges(self, membership: npt.NDArray[np.bool_]) -> FloatArray:
         """Return lambda_S / c, the ridge in curvature units, of subsets given by their tasks ``(k, n_tasks)``."""
@@ -201,12 +201,12 @@ def evaluate_batch(
     """
     losses, gradients = np.zeros(len(which)), np.zeros(weights.shape, dtype)
     asked: AnyFloatArray = weights.astype(dtype)
-    for rows, held in zip(batch.problem.rows, batch.membership[which].T, strict=True):
-        members = np.flatnonzero(held)
-        if members.size:
-            task_losses, task_gradients = sum_losses(rows, asked[members])
-            losses[members] += task_losses
-            gradients[members] += task_gradients
+    holders = np.ascontiguousarray(batch.membership[which].T)  # (n_tasks, m)
+    for i in np.flatnonzero(holders.any(axis=1)):
+        (members,) = holders[i].nonzero()
+        task_losses, task_gradients = sum_losses(batch.problem.rows[i], asked[members])
+        losses[members] += task_losses
+        gradients[members] += task_gradients
     totals, ridges = batch.totals[which], batch.ridges[which]
     losses = losses / totals + 0.5 * ridges * np.einsum("kd,kd->k", weights, weights)
     return losses, gradients / totals[:, None] + ridges[:, None] * weights

@@ -157,9 +157,11 @@ def compute_clustered_se(values: FloatArray, groups: npt.NDArray[np.int64]) -> F
     n_groups, n = int(codes.max()) + 1 if codes.size else 0, len(codes)
     if n_groups < 2:
         return np.full(values.shape[:-1], np.nan)
-    indicator = np.zeros((n, n_groups))
-    indicator[np.arange(n), codes] = 1.0
-    sums = (values - values.mean(axis=-1, keepdims=True)) @ indicator
+    sums = values - values.mean(axis=-1, keepdims=True)
+    if n_groups < n:
+        indicator = np.zeros((n, n_groups))
+        indicator[np.arange(n), codes] = 1.0
+        sums = sums @ indicator
     return np.asarray(np.sqrt(n_groups / (n_groups - 1) * (sums**2).sum(axis=-1)) / n)
 
 
@@ -194,10 +196,11 @@ def compute_macro_f1(predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.in
     Returns:
         Shape ``(k,)``.
     """
-    guessed = predicted[:, :, None] == np.arange(n_classes)  # (k, n, K)
-    actual = labels[:, None] == np.arange(n_classes)  # (n, K)
-    hits = (guessed & actual).sum(axis=1)
-    both = guessed.sum(axis=1) + actual.sum(axis=0)
+    hits, both = np.zeros((2, len(predicted), n_classes))
+    for label in range(n_classes):  # one at a time: arrays of (k, n, K) are slower
+        guessed, actual = predicted == label, labels == label
+        hits[:, label] = (guessed & actual).sum(axis=1)
+        both[:, label] = guessed.sum(axis=1) + actual.sum()
     f1 = np.divide(2.0 * hits, both, out=np.zeros(both.shape), where=both > 0)
     return np.asarray(f1.sum(axis=1) / (both > 0).sum(axis=1))
 
@@ -219,7 +222,8 @@ def _judge(block: FeatureBlock, rows: LinearRows, weights: FloatArray) -> RowOut
     unknown = np.full(len(weights), np.nan)
     if block.mode == "sequence":
         return RowOutcomes(nll, np.full(nll.shape, np.nan), unknown)
-    predicted = logits.argmax(axis=1).T  # (k, n), ties to the smaller class
+    # (k, n), ties to the smaller class; argmax is slow across so short an axis
+    predicted = ((logits[:, 1] > logits[:, 0]) * 1 if logits.shape[1] == 2 else logits.argmax(axis=1)).T
     if block.mode == "logodds":
         # p > 1/2 is sure to be right; the class with the largest p may be right below that, which h can't tell.
         return RowOutcomes(nll, (logits[:, 0] > logits[:, 1]).T.astype(np.float64), unknown)

@@ -50,6 +50,11 @@ class _Steps:
     proj_dim: int
     proj_type: str = "steps"
 
+    @property
+    def flops(self) -> int:
+        """Of projecting one gradient."""
+        return 2 * sum(matrix.numel() for matrix in self.steps.values())
+
     def project(self, module: str, gradients: Tensor) -> Tensor:
         return gradients.flatten(1) @ self.steps[module].to(gradients.device)
 
@@ -123,7 +128,7 @@ def _iterate_outputs(
             batch,
             n_backwards=1 if batch.kinds[0] == "options" else n_outputs,
             n_outputs=base.outputs.size,
-            proj_dim=steps.proj_dim,
+            projection_flops=steps.flops,
         )
 
 

@@ -27,7 +27,7 @@ Source: paper, section 2.2; Johnson and Lindenstrauss (1984), Achlioptas (2003),
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,12 @@ class Projector:
         """
         flat = gradients.flatten(1)
         return flat if self.proj_type == "none" else self._sketch(part, gradients.shape[1:]).apply(flat)
+
+    def count_flops(self, parts: Iterable[tuple[str, Sequence[int]]]) -> int:
+        """FLOPs of projecting one gradient, by the parts' names and shapes; drawing entries is not counted."""
+        if self.proj_type == "none":
+            return 0
+        return sum(self._sketch(part, shape).flops for part, shape in parts)
 
     def expand(self, part: str, shape: Sequence[int], weights: Tensor) -> Tensor:
         """Return ``P_part @ weights``, the parameter step that ``weights`` stands for.

@@ -30,6 +30,10 @@ _DRAWN_NUMBERS = 32  # float32 numbers' worth of memory that drawing one row's n
 class AbstractSketch(Protocol):
     """A random ``(size, width)`` matrix P."""
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of projecting one gradient, a multiply-add as two."""
+
     def apply(self, gradients: Tensor) -> Tensor:
         """Return ``gradients @ P``: float32 ``(n, size)`` to ``(n, width)``."""
 
@@ -48,6 +52,11 @@ class DenseSketch:
     size: int
     width: int
     entries: Literal["signs", "normals"] = "signs"
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of projecting one gradient."""
+        return 2 * self.size * self.width
 
     def apply(self, gradients: Tensor) -> Tensor:
         """Return ``gradients @ P``: ``(..., size)`` to ``(..., width)``."""
@@ -97,6 +106,11 @@ class SparseSketch:
     size: int
     width: int
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of projecting one gradient on a processor; an accelerator fills the matrix up."""
+        return 2 * self.size * count_nonzeros(self.width)
+
     def apply(self, gradients: Tensor) -> Tensor:
         """Return ``gradients @ P``: ``(n, size)`` to ``(n, width)``; no sum depends on threads or on chance."""
         n_vectors, total = len(gradients), gradients.new_zeros(len(gradients), self.width)
@@ -144,6 +158,14 @@ class KroneckerSketch:
     out_factor: DenseSketch | None
     in_factor: DenseSketch | None
     mix: DenseSketch
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of projecting one gradient."""
+        n_in, (k_out, _) = self.shape[1], self._small_shape
+        by_out = n_in * self.out_factor.flops if self.out_factor else 0
+        by_in = k_out * self.in_factor.flops if self.in_factor else 0
+        return by_out + by_in + self.mix.flops
 
     def apply(self, gradients: Tensor) -> Tensor:
         """Return ``gradients @ P``: ``(n, n_out n_in)`` to ``(n, width)``."""

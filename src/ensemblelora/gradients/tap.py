@@ -48,10 +48,13 @@ class Tap:
     _combine: Tensor | None = None
     """(touched outputs, rows): from gradients of rows to those of outputs; none: they are the same"""
 
-    def start(self, n_examples: int, n_outputs: int, position_row: Tensor, *, with_gram: bool) -> None:
-        """Clear the sums for a batch."""
+    def start(
+        self, n_examples: int, n_outputs: int, position_row: Tensor, *, with_gram: bool, into: Tensor | None = None
+    ) -> None:
+        """Clear the sums for a batch; features are added to the first rows of ``into``, where that is given."""
         device, self.position_row = position_row.device, position_row
-        self.features = torch.zeros(n_examples * n_outputs, self.width, device=device)
+        n_rows = n_examples * n_outputs
+        self.features = torch.zeros(n_rows, self.width, device=device) if into is None else into[:n_rows]
         self.squared_norms = torch.zeros(n_examples * n_outputs, device=device)
         self.gram = torch.zeros((n_outputs, n_examples, n_examples) if with_gram else (0, 0, 0), device=device)
 
@@ -75,8 +78,8 @@ class Tap:
         if self.gram.numel():
             self._add_gram(gradients)
         projected = self.projector.project(part, gradients.unflatten(1, shape))
-        start = self.offsets.get(part, 0)
-        self.features[self._touched, start : start + projected.shape[1]] += projected
+        start, place = self.offsets.get(part, 0), self.features.device
+        self.features[self._touched.to(place), start : start + projected.shape[1]] += projected.to(place)
 
     def _add_gram(self, gradients: Tensor) -> None:
         c, n, _ = self.gram.shape

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from ensemblelora.grouping.bound import bound_objective
 from ensemblelora.grouping.partition import (
     Partition,
     centre_affinity,
@@ -33,7 +34,7 @@ from ensemblelora.grouping.reference import (
     threshold_groups,
 )
 from ensemblelora.grouping.rounding import improve_labels, round_to_groups
-from ensemblelora.grouping.sdp import Relaxation, bound_objective, solve_relaxation
+from ensemblelora.grouping.sdp import Relaxation, solve_relaxation
 
 __all__ = [
     "Clustering",
@@ -56,7 +57,7 @@ __all__ = [
 FloatArray = npt.NDArray[np.float64]
 
 _MAX_TASKS_FOR_SDP = 600
-_MAX_TASKS_FOR_QUICK_SDP = 100
+_MAX_TASKS_FOR_QUICK_SDP = 200
 
 
 @dataclass(frozen=True)

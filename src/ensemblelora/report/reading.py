@@ -19,11 +19,13 @@ from ensemblelora.artifacts import (
     COSTS_FILE,
     ENSEMBLE_FILE,
     ENVIRONMENT_FILE,
+    FEATURE_HEALTH_FILE,
     PLAN_FILE,
     RESULTS_FILE,
     load_arrays,
 )
 from ensemblelora.errors import StoreError, UsageError
+from ensemblelora.report.feature_record import FeatureRecord
 from ensemblelora.report.records import (
     AffinityRecord,
     ConfigRecord,
@@ -61,6 +63,7 @@ def load_record(folder: Path) -> RunRecord:
         plan=plan,
         config=_read_config(folder / CONFIG_FILE),
         environment=_read(folder / ENVIRONMENT_FILE, EnvironmentRecord) or EnvironmentRecord(),
+        features=_read(folder / FEATURE_HEALTH_FILE, FeatureRecord),
         affinity=_read_affinity(folder / AFFINITY_FILE, plan.n_tasks),
         ensemble=ensemble,
         results=_read(folder / RESULTS_FILE, ResultsRecord),

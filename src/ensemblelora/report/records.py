@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ensemblelora.report.feature_record import FeatureRecord
+
 __all__ = [
     "AffinityRecord",
     "BoostingRound",
@@ -388,6 +390,7 @@ class RunRecord:
     plan: PlanRecord
     config: ConfigRecord
     environment: EnvironmentRecord
+    features: FeatureRecord | None
     affinity: AffinityRecord | None
     ensemble: EnsembleRecord | None
     results: ResultsRecord | None

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ensemblelora.report.charts import draw_prediction
 from ensemblelora.report.document import Block, Cell, Column, FigureRow, Legend, Row, Section, Table, Text
+from ensemblelora.report.feature_record import describe_features
 from ensemblelora.report.heatmaps import draw_weights
 from ensemblelora.report.plotting import N_GROUP_COLOURS
 from ensemblelora.report.records import BoostingRound, EnsembleRecord, Linearity, RunRecord
@@ -98,16 +99,18 @@ def write_boosting(run: RunRecord) -> Section | None:
 
 
 def write_linearity(run: RunRecord) -> Section | None:
-    """Show how far training moved, and how well the linear model behind the plan holds there."""
-    if run.results is None or not (run.results.linearity.tasks or run.results.linearity.distances):
-        return None
-    linearity = run.results.linearity
-    blocks: list[Block] = [Text(_judge_linearity(linearity))]
+    """Show what the gradients kept, how far training moved, and how well the linear model of the plan holds there."""
+    blocks: list[Block] = []
+    linearity = run.results.linearity if run.results else Linearity()
+    if linearity.tasks or linearity.distances:
+        blocks.append(Text(_judge_linearity(linearity)))
+    if run.features is not None:
+        blocks.append(Text(describe_features(run.features)))
     if linearity.tasks:
         blocks.append(_linearity_table(linearity, run))
     if linearity.distances:
         blocks.append(_distance_table(linearity))
-    return Section("linearity", "Does the linear model hold", blocks)
+    return Section("linearity", "Does the linear model hold", blocks) if blocks else None
 
 
 def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

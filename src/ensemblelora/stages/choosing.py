@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
 from ensemblelora.data.batching import schedule_training
 from ensemblelora.errors import StoreError
 from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, TrainingBudget, build_oracle
-from ensemblelora.gradients.collect import collect_features
+from ensemblelora.gradients.collect import collect_features, find_active_linears, plan_features
+from ensemblelora.gradients.exact import join_fingerprints
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.planning import Plan
 from ensemblelora.seeding import seed_for
@@ -31,8 +32,8 @@ from ensemblelora.workspace import ORACLE_FILE, Workspace
 
 __all__ = ["choose_plan", "estimate_affinity", "plan_budget", "read_oracle", "take_features"]
 
-_HEALTH_FILE = "feature_health.json"
 _MAX_NAMED_PAIRS = 6
+_MOST_DISTORTION = 3  # over sqrt(d); a projection's median is 0.67, and 0.95 for parallel gradients
 
 
 def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureStore:
@@ -42,14 +43,17 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
     modes = choose_modes(rows.learning, config.gradients.output)  # another split's rows may change them
     shared = (__version__, work.start_fingerprint, _identify_projection(config.gradients))
     wanted = {key: artifacts.fingerprint(*shared, modes[key[0]], identity) for key, identity in rows.identities.items()}
+    if config.gradients.proj_type == "none":
+        plan = plan_features(find_active_linears(probe, rows.learning), rows.learning, config.gradients)
+        wanted = join_fingerprints(wanted) if plan.form == "gram" else wanted
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
         if stage.is_needed:
             health = collect_features(
                 probe, rows.learning, store, config.gradients, seed=config.seed, fingerprints=wanted, meter=stage.meter
             )
-            artifacts.write_json(work.path / _HEALTH_FILE, asdict(health))
-            stage.files.append(work.path / _HEALTH_FILE)
+            artifacts.write_json(work.path / artifacts.FEATURE_HEALTH_FILE, asdict(health))
+            stage.files.append(work.path / artifacts.FEATURE_HEALTH_FILE)
     return store
 
 
@@ -66,7 +70,7 @@ def estimate_affinity(
     with work.stage("affinity", *_identify_oracle(work, rows)) as stage:
         if stage.is_needed:
             design = affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed)
-            n_coordinates = int(artifacts.read_json(work.path / _HEALTH_FILE)["n_coordinates"])
+            n_coordinates = int(artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)["n_coordinates"])
             oracle = build_oracle(
                 _read_features(store, rows.names, config.gradients.n_projections),
                 config.estimation,
@@ -116,7 +120,9 @@ def choose_plan(
                 seed=config.seed,
             )
             filled = artifacts.read_json(work.path / ORACLE_FILE)["surrogate"]
-            plan = replace(plan, warnings=(*_list_filled(matrix, rows.names, filled), *plan.warnings))
+            health = artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)
+            warnings = (*_list_distortion(health), *_list_filled(matrix, rows.names, filled))
+            plan = replace(plan, warnings=(*warnings, *plan.warnings))
             artifacts.write_json(path, asdict(plan))
             stage.meter.add_flops(_count_work(oracle, oracle.n_fits) - known)
             stage.files.append(path)
@@ -208,6 +214,17 @@ def _describe_surrogate(
     if not n_pairs:
         return None
     return {"kind": kind, "n_pairs": n_pairs, "leave_one_out": affinities.compare_surrogates(design, values)}
+
+
+def _list_distortion(health: Mapping[str, Any]) -> Iterator[str]:
+    """Say so if inner products of the features are further off than a projection can make them."""
+    error, proj_dim = health["projection_error"], int(health["proj_dim"])
+    if error is not None and error > _MOST_DISTORTION / proj_dim**0.5:
+        yield (
+            f"Inner products of the {proj_dim} numbers kept of each gradient are off by {error:.1%} of the norms in "
+            f"the median, more than {_MOST_DISTORTION}/sqrt({proj_dim}) allows: something is wrong with the features, "
+            "and what is predicted from them is a guess."
+        )
 
 
 def _list_filled(matrix: affinities.Affinity, names: Sequence[str], filled: dict[str, Any] | None) -> Iterator[str]:

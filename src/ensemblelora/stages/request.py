@@ -14,7 +14,7 @@ from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, GradientsConfig, R
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, DataError
-from ensemblelora.gradients.collect import count_coordinates, find_active_linears
+from ensemblelora.gradients.collect import find_active_linears, plan_features
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.models import Head, load_base
 from ensemblelora.planning.budget import Budget
@@ -166,10 +166,19 @@ def _list_model_faults(config: RunConfig, rows: Rows, probe: AdaptedModel) -> It
             f"data.max_length {config.data.max_length}: a row of task {longest.task!r} has {n_tokens} tokens, and the "
             f"model takes {n_positions}; lower it"
         )
-    if config.gradients.proj_type == "none":
-        n_coordinates = count_coordinates(find_active_linears(probe, rows.learning))
-        if n_coordinates > MAX_PROJ_DIM:
-            yield (
-                f"gradients.proj_type none keeps all {n_coordinates} coordinates, more than the {MAX_PROJ_DIM} the "
-                "oracle can fit; use rademacher, or adapt fewer layers"
-            )
+    if config.gradients.proj_type == "none" and (fault := _find_exact_fault(config, rows, probe)):
+        yield fault
+
+
+def _find_exact_fault(config: RunConfig, rows: Rows, probe: AdaptedModel) -> str | None:
+    """What keeps gradients from being kept without a projection, or from being used like that."""
+    try:
+        plan = plan_features(find_active_linears(probe, rows.learning), rows.learning, config.gradients)
+    except ConfigError as error:
+        return str(error)
+    if plan.form == "gram" and config.boosting.n_rounds and config.boosting.direction == "projected":
+        return (
+            "boosting.direction projected: with gradients.proj_type none, inner products are kept, which can't be "
+            "expanded to a step; use dual"
+        )
+    return None
