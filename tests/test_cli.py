@@ -13,6 +13,7 @@ import time
 import types
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,10 @@ sys.exit(main(["run", {str(run)!r}]))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes) as process:
+    # A shell's background jobs ignore the signal, and hand that down.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, text=True, env=environment, preexec_fn=heed, **pipes) as process:
         assert process.stdout.readline() == "running\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)

@@ -111,7 +111,7 @@ class GradientsConfig(_Stage):
         "auto", description="auto: margin for 2 classes, contrast to 8, logodds above, sequence for free text."
     )
     proj_type: Literal["rademacher", "gaussian", "sjlt", "kronecker", "none"] = Field(
-        "rademacher", description="sjlt: sparse; kronecker: by factors; none keeps every coordinate, for small models."
+        "rademacher", description="sjlt: sparse; kronecker: by factors; none: exact inner products, up to 10,000 rows."
     )
     proj_dim: int = Field(400, ge=1, le=MAX_PROJ_DIM, description="Paper, Table 3: error is flat from 400 on.")
     n_projections: int = Field(
