@@ -24,7 +24,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,21 +42,10 @@ from ensemblelora.store import FeatureBlock
 DIMENSION = 400
 PENALTIES = (10.0, 1.0, 0.1)
 ACCURACY = 1e-6
-OURS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-SKLEARN = {
-    "lbfgs": (1e-4, 3e-5, 1e-5, 3e-6),
-    "newton-cholesky": (1e-3, 3e-4, 1e-4, 1e-5),
-    "newton-cg": (1e-4, 3e-5, 1e-5, 1e-6),
-    "liblinear": (1e-3, 1e-4, 1e-5),
-    "liblinear dual": (1e-1, 1e-2, 1e-3),
-}
-SCIPY = {
-    "L-BFGS-B": (1e-4, 3e-5, 1e-5, 3e-6, 1e-6),
-    "Newton-CG": (1e-2, 1e-3, 1e-4),
-    "trust-ncg": (1e-3, 1e-4, 1e-5),
-    "trust-krylov": (1e-3, 1e-4, 1e-5),
-    "trust-exact": (1e-3, 1e-4, 1e-5),
-}
+LADDER = tuple(float(f"{digit}e-{power}") for power in range(1, 9) for digit in (5, 2, 1))
+"""tolerances to try, loosest first"""
+SKLEARN = ("lbfgs", "newton-cholesky", "newton-cg", "liblinear", "liblinear dual")
+SCIPY = ("L-BFGS-B", "Newton-CG", "trust-ncg", "trust-krylov", "trust-exact")
 
 Array = np.ndarray[Any, Any]
 Rows = tuple[Array, Array, Array]
@@ -278,13 +267,13 @@ def compare(
     subsets: list[tuple[int, ...]],
     penalty: float,
     call: Callable[..., Array],
-    ladder: dict[str, tuple[float, ...]],
+    names: Sequence[str],
     repeats: int,
 ) -> dict[str, Any]:
     """Alternate ours and the best of the others, each at its loosest tolerance that reaches the optimum."""
     problem = OneByOne.prepare(features, subsets, penalty)
-    name, tolerance = choose_solver(problem, call, ladder)
-    ours = next(t for t in OURS if fit_together(problem, penalty, t)[1] <= ACCURACY)
+    name, tolerance = choose_solver(problem, call, names)
+    ours = next(t for t in LADDER if fit_together(problem, penalty, t)[1] <= ACCURACY)
     everything = range(len(subsets))
     seconds: dict[str, list[float]] = {"ours": [], "ours_at_default_tolerance": [], "theirs": []}
     gaps: dict[str, list[float]] = {key: [] for key in seconds}
@@ -312,31 +301,27 @@ def compare(
     }
 
 
-def choose_solver(
-    problem: OneByOne, call: Callable[..., Array], ladder: dict[str, tuple[float, ...]]
-) -> tuple[str, float]:
+def choose_solver(problem: OneByOne, call: Callable[..., Array], names: Sequence[str]) -> tuple[str, float]:
     """Return the solver and tolerance that reach the optimum soonest, timed on a few subsets."""
     probes = range(0, len(problem.subsets), max(1, len(problem.subsets) // 8))
     timed = []
-    for name, tolerance in _climb(problem, call, ladder, probes):
+    for name in names:
+        tolerance = _loosen(problem, call, name, LADDER, probes)
         solver = partial(call, name=name, tolerance=tolerance)
-        timed.append((statistics.median(problem.solve(solver, probes)[0] for _ in range(3)), name))
-    best = min(timed)[1]
-    for tolerance in ladder[best]:
-        if problem.solve(partial(call, name=best, tolerance=tolerance), range(len(problem.subsets)))[1] <= ACCURACY:
-            return best, tolerance
-    raise SystemExit(f"{best} does not reach an objective within {ACCURACY:g} of the optimum on every subset")
+        timed.append((statistics.median(problem.solve(solver, probes)[0] for _ in range(3)), name, tolerance))
+    _, name, start = min(timed)
+    tighter = [tolerance for tolerance in LADDER if tolerance <= start]
+    return name, _loosen(problem, call, name, tighter, range(len(problem.subsets)))
 
 
-def _climb(
-    problem: OneByOne, call: Callable[..., Array], ladder: dict[str, tuple[float, ...]], probes: Sequence[int]
-) -> Iterator[tuple[str, float]]:
-    """Yield every solver with its loosest tolerance that reaches the optimum on a few subsets."""
-    for name, tolerances in ladder.items():
-        for tolerance in tolerances:
-            if problem.solve(partial(call, name=name, tolerance=tolerance), probes)[1] <= ACCURACY:
-                yield name, tolerance
-                break
+def _loosen(
+    problem: OneByOne, call: Callable[..., Array], name: str, ladder: Sequence[float], which: Sequence[int]
+) -> float:
+    """Return the loosest tolerance that brings every one of the subsets to the optimum."""
+    for tolerance in ladder:
+        if problem.solve(partial(call, name=name, tolerance=tolerance), which)[1] <= ACCURACY:
+            return tolerance
+    raise SystemExit(f"{name} does not come within {ACCURACY:g} of the optimum on every subset")
 
 
 def fit_together(problem: OneByOne, penalty: float, tolerance: float) -> tuple[float, float]:

@@ -22,7 +22,7 @@ Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.intp]
 
-_MEMORY = 6
+_MEMORY = 8
 _SUFFICIENT_DECREASE = 1e-4
 _RENEW_ABOVE = 0.5  # measured: 0.3 to 0.8 are within 20 % of each other
 _FLOAT32_NORM = 1e-5  # measured: float32 is wrong by 3e-7 to 3e-6 in the gradient, 3e-7 in the objective
