@@ -11,7 +11,7 @@ the bound of the affinity without row means. ``bound_excess`` is how far a bound
 * ``equal``: ours, at the loosest tolerance whose bound is as low as every other solver's, within 1e-7; what speed-ups
   are of.
 * ``scs``, ``clarabel``: cvxpy's first-order and interior-point solvers at their default tolerances; Clarabel up to 100
-  tasks, where it takes a minute. Building the problem counts, importing cvxpy does not.
+  tasks, where it takes half a minute. Building the problem counts, importing cvxpy does not.
 """
 
 from __future__ import annotations

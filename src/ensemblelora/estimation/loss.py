@@ -96,6 +96,16 @@ class LinearRows:
         columns = (slopes, slopes * self.outputs, slopes * self.weights[:, None], self.weights)
         return {char: tuple(column.astype(char) for column in columns) for char in "fd"}
 
+    def split(self, size: int) -> Iterator[LinearRows]:
+        """Cut the rows into parts of about a size, the last with up to half as much more; one part is the rows."""
+        n = len(self.labels)
+        starts = range(0, max(n - size // 2, 1), size)
+        if len(starts) == 1:
+            yield self
+            return
+        for first in starts:
+            yield self.take(slice(first, n if first == starts[-1] else first + size))
+
     def take(self, which: slice) -> LinearRows:
         """Return some of the rows, as views."""
         c = self.outputs.shape[1]
@@ -224,14 +234,9 @@ def compute_curvature_trace(block: FeatureBlock) -> FloatArray:
 
 def _split(rows: LinearRows, n_vectors: int, itemsize: int) -> Iterator[LinearRows]:
     """Cut rows into parts whose gradients, and classes under all weight vectors, fit the cache."""
-    n, n_classes = rows.class_offsets.shape
+    n_classes = rows.class_offsets.shape[1]
     per_row = itemsize * max(rows.jacobian.shape[1] * rows.outputs.shape[1], 3 * n_classes * n_vectors)
-    size = max(32, _BLOCK_BYTES // max(1, per_row))
-    if n <= size + size // 2:  # no small remainder
-        yield rows
-        return
-    for first in range(0, n, size):
-        yield rows.take(slice(first, first + size))
+    return rows.split(max(32, _BLOCK_BYTES // max(1, per_row)))
 
 
 def _compute_outputs(rows: LinearRows, weights: FloatArray) -> FloatArray:

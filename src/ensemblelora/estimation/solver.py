@@ -9,7 +9,7 @@ subset: the tasks' Hessians at the base model, summed, in the directions where t
 float64. The few fits that are not done by then get their own Hessian.
 
 Cost: one evaluation is 4 N_S c d flops a subset. Measured on one core with 20 two-class tasks of 250 rows, d = 400, 200
-subsets of 3, predictions included: 0.08 s at l2_penalty 100, 0.12 s at 10, 0.2 s at 1, 0.5 s at 0.1, 1.4 s at 0.01 (and
+subsets of 3, predictions included: 0.08 s at l2_penalty 100, 0.12 s at 10, 0.2 s at 1, 0.6 s at 0.1, 1.4 s at 0.01 (and
 ``benchmarks/oracle.py``). Memory: 160 d + 12 r^2 bytes a subset of a block of subsets, r at most 96, with as many in a
 block as ``block_bytes`` allows; 8 d^2 a subset that needs its own Hessian. Errors: DataError for features that can't be
 fitted, UsageError for subsets that name no task.

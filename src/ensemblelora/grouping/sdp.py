@@ -5,8 +5,8 @@
 (paper, appendix A). A partition into m groups is the point X_ij = 1 / |C| within groups. The paper prints the trace
 term with a plus sign; a penalty must subtract, so that a larger one gives fewer groups.
 
-Solved by :mod:`ensemblelora.grouping.splitting`. To the same certified bound cvxpy's solvers take as long at 10 tasks,
-SCS 1.4 to 2.5 times at 100 (Clarabel a minute) and 5 to 10 times at 500 (``benchmarks/sdp.py``).
+Solved by :mod:`ensemblelora.grouping.splitting`. To the same certified bound SCS takes 2 to 4 times as long at 10 and
+100 tasks, 5 to 10 times at 500; Clarabel 2 to 6 times at 10, 100 to 200 times at 100 (``benchmarks/sdp.py``).
 """
 
 from __future__ import annotations
