@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import get_scheduler
 
+from ensemblelora import pipeline
+from ensemblelora.api import load_run
 from ensemblelora.config import EstimationConfig
 from ensemblelora.errors import DataError
 from ensemblelora.estimation import TrainingBudget, build_oracle, fit_subsets, predict_outcomes, simulate_training
 from ensemblelora.store import FeatureBlock
 from tests.test_estimation import make_features
+from tests.tiny_run import copy_run, read_config, read_json
 
 MODES = ("margin", "contrast", "logodds")
 
@@ -127,6 +131,28 @@ def test_the_weights_with_the_least_validation_loss_are_kept() -> None:
     )
     (kept, one) = (predict_outcomes(flipped[0], w).nll.mean() for w in (long, first))
     assert kept <= one + 1e-9, "what is learnt is wrong here: the first evaluation is the best"
+
+
+def test_a_run_simulates_the_training_that_it_would_do(tmp_path: Path) -> None:
+    recipe = copy_run(tmp_path)
+    estimation = {"method": "steps"}
+    pipeline.run(read_config(recipe, estimation=estimation), until="group")
+    record = read_json(tmp_path, "oracle.json")
+    budget, epochs = record["budget"], read_config(recipe).training.num_train_epochs
+    assert record["penalty_table"] == [] and budget["num_train_epochs"] == epochs
+    assert budget["n_coordinates"] == read_json(tmp_path, "feature_health.json")["n_coordinates"]
+    # Without labels of different lengths, a task alone takes the steps that its rows fill.
+    steps = read_json(tmp_path, "adapters/group-0/training.json")["n_steps"]
+    group = read_json(tmp_path, "adapters/group-0/training.json")["tasks"]
+    names = [entry["card"]["task"] for entry in read_json(tmp_path, "tasks.json")["tasks"]]
+    assert steps == pytest.approx(
+        epochs * sum(budget["steps_per_epoch"][names.index(task)] for task in group), abs=epochs
+    )
+    first = load_run(tmp_path / "run").ask(names[:2])
+    assert all(np.isfinite(found["nll"]) for found in first.values())
+    pipeline.run(read_config(recipe, estimation=estimation, training={"learning_rate": 0.02}), until="group")
+    assert read_json(tmp_path, "oracle.json")["budget"]["learning_rate"] == 0.02
+    assert load_run(tmp_path / "run").ask(names[:2]) != first
 
 
 def test_an_oracle_answers_by_simulated_steps() -> None:

@@ -24,7 +24,7 @@ from ensemblelora.recipe import DEMO_PACKAGES, missing_demo_packages
 __all__ = ["Finding", "examine", "make_tiny_run", "render_findings"]
 
 _logger = logging.getLogger(__name__)
-_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy", "cvxpy")
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "scipy")
 # Below these, even a small run may break off half-way.
 _MIN_MEMORY_BYTES = 4 * 10**9
 _MIN_DISK_BYTES = 5 * 10**9

@@ -232,7 +232,7 @@ def describe_environment(model: Mapping[str, Any], device: str, before: Mapping[
         device: Where it runs.
         before: What the file says so far, whose date of creation stays.
     """
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy", "cvxpy")}
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")}
     return {
         "package_version": __version__,
         "python": platform.python_version(),

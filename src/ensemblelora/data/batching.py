@@ -17,7 +17,16 @@ from ensemblelora.config import TrainingConfig
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.seeding import generator_for
 
-__all__ = ["Batch", "Span", "collate", "iterate_batches", "plan_batches", "repeat_batch", "schedule_training"]
+__all__ = [
+    "Batch",
+    "Span",
+    "collate",
+    "iterate_batches",
+    "plan_batches",
+    "plan_evaluations",
+    "repeat_batch",
+    "schedule_training",
+]
 
 _WINDOW_STEPS = 16
 """Steps whose examples are sorted by length together. More pads less but separates long tasks from short ones.
@@ -236,6 +245,16 @@ def schedule_training(
         pool = [(i, next(streams[i])) for i, quota in enumerate(quotas) for _ in range(quota)]
         steps.extend(_cut_epoch(sizes_of, pool, config, generator))
     return steps
+
+
+def plan_evaluations(n_steps: int, n_evaluations: int) -> frozenset[int]:
+    """Choose the steps after which an adapter is evaluated: evenly spaced, the last included.
+
+    Example:
+        >>> sorted(plan_evaluations(10, 4))
+        [2, 5, 8, 10]
+    """
+    return frozenset(max(1, round(n_steps * (i + 1) / n_evaluations)) for i in range(n_evaluations))
 
 
 class _Choice(NamedTuple):

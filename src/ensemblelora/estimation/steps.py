@@ -6,8 +6,7 @@ that the trainer would evaluate are kept, as it keeps its best checkpoint. In: t
 a :class:`TrainingBudget`. Out: weights ``(k, d)``. No torch.
 
 AdamW divides every coordinate of the gradient by the root of its second moment. In projected coordinates only the mean
-over coordinates is known, which is ``||g||^2 / p'``, so one number divides them all; features that were scaled before
-they were projected carry the rest (see ``gradients.precondition``).
+over coordinates is known, which is ``||g||^2 / p'``, so one number divides them all.
 
 Cost: 6 E N_S c d flops a subset, linear in the rows. Memory: 4 c d bytes for each row of the batches of the subsets
 that are simulated at once (``block_bytes``); training blocks are read where they lie.
@@ -23,8 +22,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.estimation.loss import compute_probabilities
-from ensemblelora.estimation.scoring import predict_outcomes
+from ensemblelora.data.batching import plan_evaluations
+from ensemblelora.estimation.loss import LinearRows, compute_logits, compute_probabilities, compute_row_nll
 from ensemblelora.seeding import generator_for
 from ensemblelora.store import FeatureBlock
 
@@ -85,11 +84,11 @@ def simulate_training(
     Returns:
         Weights in the units of the features, shape ``(k, d)``.
     """
-    rows = _Rows(train)
+    rows, held = _Rows(train), [LinearRows.from_block(block) for block in validation]
     sizes = [_batch_size(rows, subset, budget) for subset in subsets]
     found = np.zeros((len(subsets), train[0].proj_dim))
     for which in _split(sizes, rows.bytes_per_row, block_bytes):
-        found[which] = _simulate(rows, validation, [subsets[s] for s in which], budget)
+        found[which] = _simulate(rows, held, [subsets[s] for s in which], budget)
     return found
 
 
@@ -131,11 +130,11 @@ class _Rows:
         return found
 
 
-def _simulate(
-    rows: _Rows, validation: Sequence[FeatureBlock], subsets: Sequence[Subset], budget: TrainingBudget
-) -> FloatArray:
+def _simulate(rows: _Rows, held: Sequence[LinearRows], subsets: Sequence[Subset], budget: TrainingBudget) -> FloatArray:
     per_epoch = np.array([_steps_per_epoch(subset, budget) for subset in subsets])
     n_steps = per_epoch * budget.num_train_epochs
+    n_stops = budget.num_train_epochs * budget.evaluations_per_epoch
+    stops = [plan_evaluations(int(n), n_stops) for n in n_steps]
     generators = [generator_for(budget.seed, "simulated training", *map(str, subset)) for subset in subsets]
     optimizer = _Optimizer(np.zeros((len(subsets), rows.blocks[0].proj_dim)), budget, n_steps)
     best, least = np.zeros_like(optimizer.weights), np.full(len(subsets), np.inf)
@@ -146,10 +145,11 @@ def _simulate(
             gradients = _mean_gradients(rows, [batches[s][j] for s in active], optimizer.weights[active])
             done = epoch * per_epoch[active] + j  # steps before this one, (a,)
             optimizer.step(active, gradients, done)
-            due = active[_is_stop(done + 1, n_steps[active], budget)]
-            losses = _validation_losses(validation, [subsets[s] for s in due], optimizer.weights[due])
-            better = due[losses < least[due]]
-            best[better], least[better] = optimizer.weights[better], losses[losses < least[due]]
+            due = np.array([s for s, n in zip(active, done, strict=True) if n + 1 in stops[s]], dtype=np.intp)
+            losses = _validation_losses(held, [subsets[s] for s in due], optimizer.weights[due])
+            is_better = losses < least[due]
+            better = due[is_better]
+            best[better], least[better] = optimizer.weights[better], losses[is_better]
     return best
 
 
@@ -174,15 +174,6 @@ class _Optimizer:
         self.weights[which] -= rates * (mean / root[:, None] + budget.weight_decay * self.weights[which])
 
 
-def _is_stop(
-    done: npt.NDArray[np.int64], n_steps: npt.NDArray[np.int64], budget: TrainingBudget
-) -> npt.NDArray[np.bool_]:
-    """Whether the trainer evaluates after so many steps: evenly spaced, the last included."""
-    n = budget.num_train_epochs * budget.evaluations_per_epoch
-    stops = np.maximum(1, np.round(n_steps[:, None] * np.arange(1, n + 1) / n))  # (a, n)
-    return np.asarray((stops == done[:, None]).any(axis=1))
-
-
 def _mean_gradients(rows: _Rows, batches: Sequence[npt.NDArray[np.int64]], weights: FloatArray) -> FloatArray:
     """Gradient of the mean loss of each subset's batch at its weights, ``(a, d)``."""
     sizes = np.array([len(batch) for batch in batches])
@@ -205,15 +196,13 @@ def _mean_gradients(rows: _Rows, batches: Sequence[npt.NDArray[np.int64]], weigh
     return found
 
 
-def _validation_losses(
-    validation: Sequence[FeatureBlock], subsets: Sequence[Subset], weights: FloatArray
-) -> FloatArray:
+def _validation_losses(held: Sequence[LinearRows], subsets: Sequence[Subset], weights: FloatArray) -> FloatArray:
     """Mean over each subset's own tasks of the mean loss, ``(k,)``."""
     losses = np.zeros(len(subsets))
-    for i, block in enumerate(validation):
+    for i, rows in enumerate(held):
         members = [s for s, subset in enumerate(subsets) if i in subset]
         if members:
-            losses[members] += predict_outcomes(block, weights[members]).nll.mean(axis=1)
+            losses[members] += compute_row_nll(compute_logits(rows, weights[members]), rows.labels).mean(axis=0)
     return losses / np.array([len(subset) for subset in subsets], dtype=np.float64)
 
 
@@ -244,10 +233,12 @@ def _batch_size(rows: _Rows, subset: Subset, budget: TrainingBudget) -> int:
 def _split(sizes: Sequence[int], bytes_per_row: int, block_bytes: int) -> Iterator[list[int]]:
     """Cut the subsets into blocks whose batches fit the memory together."""
     block: list[int] = []
+    n_rows = 0
     for s, size in enumerate(sizes):
-        if block and (sum(sizes[b] for b in block) + size) * bytes_per_row > block_bytes:
+        if block and (n_rows + size) * bytes_per_row > block_bytes:
             yield block
-            block = []
+            block, n_rows = [], 0
         block.append(s)
+        n_rows += size
     if block:
         yield block

@@ -74,12 +74,12 @@ def _open(folder: Path) -> _Validated:
 def _table_2(found: Sequence[_Validated]) -> Reproduction:
     rows: list[Row] = []
     for entry in found:
-        moved = [run.relative_distance for run in entry.of_design]
+        moved, method = [run.relative_distance for run in entry.of_design], entry.config.adapter.method
         rows.append(
             _describe(entry)
             | {"mean": float(np.mean(moved)), "sd": float(np.std(moved, ddof=1)) if len(moved) > 1 else None}
             | {"fine-tunings": float(len(moved))}
-            | {f"paper {model}": value for model, value in zip(paper.MODELS, paper.DISTANCE["lora"], strict=True)}
+            | {f"paper {model}": value for model, value in zip(paper.MODELS, paper.DISTANCE[method], strict=True)}
         )
     note = "Smaller models are trained with larger steps: distances of 135 million parameters are not the paper's."
     return Reproduction("table2", "Distance of fine-tuned weights, over the norm of the model", tuple(rows), (note,))
@@ -109,11 +109,13 @@ def _table_3(found: Sequence[_Validated]) -> Reproduction:
 def _table_5(found: Sequence[_Validated]) -> Reproduction:
     rows = tuple(
         _describe(entry)
-        | {"distance": error.distance, "mean squared relative": error.squared_relative, "sd": error.sd}
+        | {"distance": distance, "mean squared relative": error.squared_relative, "sd": error.sd}
         | {"RMS relative": error.rms_relative, "R2 over zero order": error.r2_over_zero_order}
-        | {"paper LoRA 1B": paper.EXPANSION_ERROR[error.distance or 0.0]["lora"]}
+        | {"paper, smallest model": printed[entry.config.adapter.method]}
         for entry in found
-        for error in _expand(entry, tuple(paper.EXPANSION_ERROR))
+        for (distance, printed), error in zip(
+            paper.EXPANSION_ERROR.items(), _expand(entry, tuple(paper.EXPANSION_ERROR)), strict=True
+        )
     )
     return Reproduction("table5", "Error of the first-order expansion by relative distance", rows, ())
 

@@ -16,7 +16,7 @@ from ensemblelora import affinity as affinities
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
 from ensemblelora.adapters import AdaptedModel, adapter_bytes
 from ensemblelora.blocks import slice_projections
-from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
+from ensemblelora.config import EstimationConfig, GradientsConfig
 from ensemblelora.data.batching import schedule_training
 from ensemblelora.errors import StoreError
 from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, TrainingBudget, build_oracle
@@ -30,7 +30,7 @@ from ensemblelora.store import FeatureStore
 from ensemblelora.training.steps import choose_layout
 from ensemblelora.workspace import ORACLE_FILE, Workspace
 
-__all__ = ["choose_plan", "estimate_affinity", "plan_budget", "read_oracle", "take_features"]
+__all__ = ["choose_plan", "estimate_affinity", "read_oracle", "take_features"]
 
 _MAX_NAMED_PAIRS = 6
 _MOST_DISTORTION = 3  # over sqrt(d); a projection's median is 0.67, and 0.95 for parallel gradients
@@ -70,13 +70,9 @@ def estimate_affinity(
     with work.stage("affinity", *_identify_oracle(work, rows)) as stage:
         if stage.is_needed:
             design = affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed)
-            n_coordinates = int(artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)["n_coordinates"])
-            oracle = build_oracle(
-                _read_features(store, rows.names, config.gradients.n_projections),
-                config.estimation,
-                subsets=design.subsets,
-                budget=plan_budget(config, rows, probe, n_coordinates),
-            )
+            features = _read_features(store, rows.names, config.gradients.n_projections)
+            budget = _plan_budget(work, rows, probe) if config.estimation.method == "steps" else None
+            oracle = build_oracle(features, config.estimation, subsets=design.subsets, budget=budget)
             oracle.solve(design.subsets)
             scores = oracle.score(design.subsets)
             values = affinities.select_values(scores.nll, scores.accuracy, config.affinity.score)
@@ -129,32 +125,6 @@ def choose_plan(
     return planning.read_plan(artifacts.read_json(path))
 
 
-def plan_budget(config: RunConfig, rows: Rows, probe: AdaptedModel, n_coordinates: int) -> TrainingBudget:
-    """What a group's fine-tuning will do, for the oracle that simulates it.
-
-    Args:
-        config: The run's.
-        rows: Their lengths say how many optimiser steps a task takes.
-        probe: The model, which says how rows of several choices are laid out.
-        n_coordinates: p', from the features' health record.
-    """
-    training = config.training
-    epoch, layout = training.model_copy(update={"num_train_epochs": 1}), choose_layout(probe, training)
-    seed = seed_for(config.seed, "simulated training")
-    return TrainingBudget(
-        learning_rate=training.learning_rate,
-        num_train_epochs=training.num_train_epochs,
-        evaluations_per_epoch=training.evaluations_per_epoch,
-        warmup_ratio=training.warmup_ratio,
-        lr_scheduler_type=training.lr_scheduler_type,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        steps_per_epoch=tuple(len(schedule_training([s], epoch, seed=seed, layout=layout)) for s in rows.train),
-        n_coordinates=n_coordinates,
-        seed=seed,
-    )
-
-
 def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) -> Oracle:
     """Read back the oracle that a run's affinity stage asked; no model is needed.
 
@@ -177,6 +147,24 @@ def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) ->
         ) from None
     features = _read_features(FeatureStore(folder / artifacts.FEATURES_FOLDER), names, n_projections)
     return Oracle(tuple(features), penalty, config, table, budget)
+
+
+def _plan_budget(work: Workspace, rows: Rows, probe: AdaptedModel) -> TrainingBudget:
+    """What a group's fine-tuning will do; the rows' lengths say how many optimiser steps a task takes."""
+    training, seed = work.config.training, seed_for(work.config.seed, "simulated training")
+    epoch, layout = training.model_copy(update={"num_train_epochs": 1}), choose_layout(probe, training)
+    return TrainingBudget(
+        learning_rate=training.learning_rate,
+        num_train_epochs=training.num_train_epochs,
+        evaluations_per_epoch=training.evaluations_per_epoch,
+        warmup_ratio=training.warmup_ratio,
+        lr_scheduler_type=training.lr_scheduler_type,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        steps_per_epoch=tuple(len(schedule_training([s], epoch, seed=seed, layout=layout)) for s in rows.train),
+        n_coordinates=int(artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)["n_coordinates"]),
+        seed=seed,
+    )
 
 
 def _identify_oracle(work: Workspace, rows: Rows) -> tuple[object, ...]:

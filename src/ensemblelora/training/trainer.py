@@ -28,6 +28,7 @@ from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, adapter_state, load_adapter, save_adapter
 from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import count_training
+from ensemblelora.data.batching import plan_evaluations
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import StoreError, TrainingError
 from ensemblelora.lora import MemberSwitch
@@ -70,7 +71,8 @@ class AdapterTrainer(Trainer):
         """
         self._adapted, self._jobs, self._parameters, self._plan = adapted, tuple(jobs), parameters, plan
         self._config, self._meter, self._switch = config, meter, switch
-        self._stops = {name: _list_stops(n_steps, config) for name, n_steps in plan.step_counts.items()}
+        n_stops = config.num_train_epochs * config.evaluations_per_epoch
+        self._stops = {name: plan_evaluations(n_steps, n_stops) for name, n_steps in plan.step_counts.items()}
         self.best: dict[str, dict[str, Tensor]] = {job.name: {} for job in jobs}
         """each adapter's tensors at its best evaluation so far; none before the first"""
         watch = _Watch(_describe(self._jobs), len(plan), frozenset().union(*self._stops.values()))
@@ -258,12 +260,6 @@ def _uncompiled(config: TrainingConfig) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _list_stops(n_steps: int, config: TrainingConfig) -> frozenset[int]:
-    """Evenly spaced steps, the last included, after which an adapter is evaluated."""
-    n = config.num_train_epochs * config.evaluations_per_epoch
-    return frozenset(max(1, round(n_steps * (i + 1) / n)) for i in range(n))
 
 
 def _make_schedule(n_steps: int, config: TrainingConfig) -> Any:
