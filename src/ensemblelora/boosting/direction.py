@@ -15,12 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, set_adapter_state, trainable_linears
+from ensemblelora.blocks import OutputMode
 from ensemblelora.boosting.residual import fit_residual, guess_length, residual_targets
 from ensemblelora.boosting.state import GroupState, Setup
 from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import count_training
 from ensemblelora.data.batching import collate, iterate_batches, schedule_training
+from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import StoreError
 from ensemblelora.gradients.collect import find_active_linears
 from ensemblelora.gradients.output import compute_outputs
@@ -29,7 +32,7 @@ from ensemblelora.gradients.tap import layer_parts
 from ensemblelora.passes import score
 from ensemblelora.seeding import seed_for
 
-__all__ = ["find_direction"]
+__all__ = ["find_direction", "sum_gradients"]
 
 _LayerSteps = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """(weight, bias) of each linear layer"""
@@ -54,7 +57,9 @@ def find_direction(setup: Setup, name: str, state: GroupState) -> tuple[dict[str
     w, alphas, length = _fit_group(state, setup.config.l2_penalty)
     if setup.config.direction == "projected":
         return _as_state(setup.adapted, name, _expand(setup.adapted, setup.projector, state, w)), length
-    return _as_state(setup.adapted, name, _sum_gradients(setup, name, state, alphas)), length
+    weighted = [(task.train, task.features.mode, alpha) for task, alpha in zip(state.tasks, alphas, strict=True)]
+    step = sum_gradients(setup.adapted, name, weighted, max_tokens=setup.max_tokens, meter=setup.meter)
+    return step, length
 
 
 def _fit_group(
@@ -80,27 +85,37 @@ def _fit_group(
     return w, alphas, guess_length(jacobian, target, w)
 
 
-def _sum_gradients(
-    setup: Setup, name: str, state: GroupState, alphas: Sequence[npt.NDArray[np.float64]]
-) -> _LayerSteps:
-    """``sum_s alpha_s grad u_s`` at theta0, by one weighted backward pass."""
-    adapted = setup.adapted
+def sum_gradients(
+    adapted: AdaptedModel,
+    name: str,
+    weighted: Sequence[tuple[EncodedSplit, OutputMode, npt.NDArray[np.float64]]],
+    *,
+    max_tokens: int,
+    meter: Meter | None = None,
+) -> dict[str, Tensor]:
+    """Return ``sum_s alpha_s grad u_s`` by one weighted backward pass over the rows, keyed as saved tensors are.
+
+    Args:
+        adapted: The model.
+        name: The adapter at whose weights gradients are taken; left as it was.
+        weighted: Rows, the outputs that are differentiated, and alpha ``(n, c)``, of each task.
+        max_tokens: Padded tokens of a pass.
+        meter: Told what every pass costs.
+    """
     linears = trainable_linears(adapted, name)
     with activate(adapted, name, trainable=True), torch.enable_grad():
-        for task, alpha in zip(state.tasks, alphas, strict=True):
-            for batch in iterate_batches(
-                task.train, setup.max_tokens, adapted.base.pad_token_id, layout=adapted.layout
-            ):
-                z = score(adapted, batch, meter=setup.meter).z
+        for split, mode, alpha in weighted:
+            for batch in iterate_batches(split, max_tokens, adapted.base.pad_token_id, layout=adapted.layout):
+                z = score(adapted, batch, meter=meter).z
                 labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
-                outputs = compute_outputs(z, labels, n_choices, task.features.mode)
+                outputs = compute_outputs(z, labels, n_choices, mode)
                 # A batch whose examples all have few choices has fewer contrasts than its split.
                 weights = torch.from_numpy(alpha[batch.examples, : outputs.shape[1]]).to(z)
                 (outputs * weights).sum().backward()
-                count_training(setup.meter, adapted.costs, batch)
+                count_training(meter, adapted.costs, batch)
         gradients = {n: (m.weight.grad, None if m.bias is None else m.bias.grad) for n, m in linears.items()}
         adapted.peft.zero_grad(set_to_none=True)
-    return gradients
+    return _as_state(adapted, name, gradients)
 
 
 def _expand(adapted: AdaptedModel, projector: Projector, state: GroupState, w: npt.NDArray[np.float64]) -> _LayerSteps:

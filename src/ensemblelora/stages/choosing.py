@@ -16,7 +16,7 @@ from ensemblelora import affinity as affinities
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
 from ensemblelora.adapters import AdaptedModel, adapter_bytes
 from ensemblelora.blocks import slice_projections
-from ensemblelora.config import EstimationConfig, GradientsConfig
+from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
 from ensemblelora.data.batching import schedule_training
 from ensemblelora.errors import StoreError
 from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, TrainingBudget, build_oracle
@@ -30,7 +30,7 @@ from ensemblelora.store import FeatureStore
 from ensemblelora.training.steps import choose_layout
 from ensemblelora.workspace import ORACLE_FILE, Workspace
 
-__all__ = ["choose_plan", "estimate_affinity", "read_oracle", "take_features"]
+__all__ = ["choose_plan", "estimate_affinity", "plan_budget", "read_oracle", "take_features"]
 
 _MAX_NAMED_PAIRS = 6
 _MOST_DISTORTION = 3  # over sqrt(d); a projection's median is 0.67, and 0.95 for parallel gradients
@@ -71,7 +71,10 @@ def estimate_affinity(
         if stage.is_needed:
             design = affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed)
             features = _read_features(store, rows.names, config.gradients.n_projections)
-            budget = _plan_budget(work, rows, probe) if config.estimation.method == "steps" else None
+            budget = None
+            if config.estimation.method == "steps":
+                health = artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)
+                budget = plan_budget(config, rows, probe, n_coordinates=int(health["n_coordinates"]))
             oracle = build_oracle(features, config.estimation, subsets=design.subsets, budget=budget)
             oracle.solve(design.subsets)
             scores = oracle.score(design.subsets)
@@ -149,9 +152,16 @@ def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) ->
     return Oracle(tuple(features), penalty, config, table, budget)
 
 
-def _plan_budget(work: Workspace, rows: Rows, probe: AdaptedModel) -> TrainingBudget:
-    """What a group's fine-tuning will do; the rows' lengths say how many optimiser steps a task takes."""
-    training, seed = work.config.training, seed_for(work.config.seed, "simulated training")
+def plan_budget(config: RunConfig, rows: Rows, probe: AdaptedModel, *, n_coordinates: int) -> TrainingBudget:
+    """Say what a group's fine-tuning will do; the rows' lengths tell how many optimiser steps a task takes.
+
+    Args:
+        config: The run's.
+        rows: Of all tasks.
+        probe: The model, for how rows are laid out in it.
+        n_coordinates: p' of the features.
+    """
+    training, seed = config.training, seed_for(config.seed, "simulated training")
     epoch, layout = training.model_copy(update={"num_train_epochs": 1}), choose_layout(probe, training)
     return TrainingBudget(
         learning_rate=training.learning_rate,
@@ -162,7 +172,7 @@ def _plan_budget(work: Workspace, rows: Rows, probe: AdaptedModel) -> TrainingBu
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         steps_per_epoch=tuple(len(schedule_training([s], epoch, seed=seed, layout=layout)) for s in rows.train),
-        n_coordinates=int(artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)["n_coordinates"]),
+        n_coordinates=n_coordinates,
         seed=seed,
     )
 

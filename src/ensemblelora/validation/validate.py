@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ensemblelora import artifacts, progress, stages
 from ensemblelora.affinity import sample_subsets
 from ensemblelora.blocks import slice_projections
 from ensemblelora.config import RunConfig, load_config
 from ensemblelora.errors import UsageError
-from ensemblelora.estimation import Oracle, TaskFeatures, build_oracle, compute_wilson_interval
+from ensemblelora.estimation import Oracle, TaskFeatures, build_oracle
 from ensemblelora.store import FeatureBlock
 from ensemblelora.validation.agreement import Agreement, compare_predictions
 from ensemblelora.validation.groupings import GroupingAgreement, compare_groupings
 from ensemblelora.validation.records import TrueRun
-from ensemblelora.validation.truth import Subset, choose_subsets, measure_base, measure_subsets, plan_measurements
+from ensemblelora.validation.table import Truth, mean_over_seeds, tabulate
+from ensemblelora.validation.truth import choose_subsets, measure_base, measure_subsets, plan_measurements
 from ensemblelora.workspace import ORACLE_FILE
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "VALIDATION_FILE",
     "VALIDATION_FOLDER",
     "Comparison",
-    "Truth",
     "Validation",
     "collect_truth",
     "compare",
@@ -47,31 +46,6 @@ VALIDATION_FILE = "validation.json"
 TRUTH_FILE = "truth.jsonl"
 _DIMENSIONS = (100, 200, 400, 800)
 _PAPER_EPOCHS = 10
-
-FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """What was measured, in the order of ``subsets``.
-
-    Attributes:
-        tasks: Names, in the order of task indices.
-        subsets: Those with at least one finished fine-tuning.
-        nll: Mean validation loss ``(n_seeds, k, n)``; NaN where not measured.
-        accuracy: The same.
-        base_nll: Of the base model, ``(n,)``.
-        base_accuracy: The same.
-        marked: Tasks whose answers no fine-tuning told from chance.
-    """
-
-    tasks: tuple[str, ...]
-    subsets: tuple[Subset, ...]
-    nll: FloatArray
-    accuracy: FloatArray
-    base_nll: FloatArray
-    base_accuracy: FloatArray
-    marked: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -190,7 +164,7 @@ def collect_truth(
 
 def compare(path: Path, config: RunConfig, runs: Sequence[TrueRun], base: TrueRun) -> Validation:
     """Ask the run's oracle, and oracles of other projection dimensions, about the measured subsets."""
-    truth = _tabulate(runs, base, tuple(base.nll), confidence=config.evaluation.confidence)
+    truth = tabulate(runs, base, tuple(base.nll), confidence=config.evaluation.confidence)
     oracle = stages.read_oracle(path, truth.tasks, config.estimation)
     comparisons = [_compare(name, other, truth, config) for name, other in _list_predictors(oracle, config)]
     return Validation(
@@ -232,7 +206,7 @@ def _compare(name: str, oracle: Oracle, truth: Truth, config: RunConfig) -> Comp
     if size >= 2 and len(covered) == len(truth.tasks):
         groupings = compare_groupings(
             scores.nll,
-            _mean_over_seeds(truth.nll),
+            mean_over_seeds(truth.nll),
             truth.subsets,
             higher_is_better=False,
             subset_size=size,
@@ -248,44 +222,6 @@ def _compare(name: str, oracle: Oracle, truth: Truth, config: RunConfig) -> Comp
         else None,
         groupings=groupings,
     )
-
-
-def _mean_over_seeds(values: FloatArray) -> FloatArray:
-    """Mean over the seeds there are, ``(k, n)``; NaN where there is none."""
-    n_seeds = np.isfinite(values).sum(axis=0)
-    return np.where(n_seeds > 0, np.nansum(values, axis=0) / np.maximum(n_seeds, 1), np.nan)
-
-
-def _tabulate(runs: Sequence[TrueRun], base: TrueRun, names: tuple[str, ...], *, confidence: float) -> Truth:
-    index = {name: i for i, name in enumerate(names)}
-    subsets = tuple(dict.fromkeys(tuple(index[name] for name in run.tasks) for run in runs))
-    place = {subset: s for s, subset in enumerate(subsets)}
-    shape = (1 + max(run.seed for run in runs), len(subsets), len(names))
-    nll, accuracy = np.full(shape, np.nan), np.full(shape, np.nan)
-    for run in runs:
-        s = place[tuple(index[name] for name in run.tasks)]
-        for name in run.tasks:
-            nll[run.seed, s, index[name]] = np.mean(run.nll[name])
-            accuracy[run.seed, s, index[name]] = np.mean(run.correct[name]) if run.correct[name] else np.nan
-    return Truth(
-        tasks=names,
-        subsets=subsets,
-        nll=nll,
-        accuracy=accuracy,
-        base_nll=np.array([np.mean(base.nll[name]) for name in names]),
-        base_accuracy=np.array([np.mean(base.correct[name]) if base.correct[name] else np.nan for name in names]),
-        marked=tuple(i for i, name in enumerate(names) if _is_at_chance(name, runs, base, confidence)),
-    )
-
-
-def _is_at_chance(name: str, runs: Sequence[TrueRun], base: TrueRun, confidence: float) -> bool:
-    """Whether the mean accuracy over all fine-tunings is within the interval of always giving the commonest answer."""
-    rows = [run.correct[name] for run in runs if name in run.tasks]
-    if not rows or not rows[0]:
-        return False
-    chance = base.chance[name]
-    _, high = compute_wilson_interval(chance, len(rows[0]), confidence)
-    return float(np.mean([np.mean(row) for row in rows])) <= high
 
 
 def _count_costs(path: Path, config: RunConfig, runs: Sequence[TrueRun], names: Sequence[str]) -> Costs:
