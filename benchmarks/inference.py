@@ -16,6 +16,9 @@ validation rows. Then, each in a process of its own, the test rows are scored wi
   members; the second is against the first. Their adapters are untrained copies of theta0, since the cost does not
   depend on the values, and no accuracy is taken.
 
+Peak memory is compared apart (``one-memory``, ``exact-memory``): the two tasks with the longest rows, in several more
+processes each, since one process's peak is up to a quarter off another's.
+
 ``batch`` scores whole tasks, ``single`` one question at a time. Processes alternate, several repeats each. Accuracy and
 loss are against ``exact`` on the same test rows, with 95 % intervals over these rows, not over trainings.
 """
@@ -52,6 +55,8 @@ AGAINST = {
 }
 """whose latency each system's is divided by"""
 SYSTEMS = tuple(dict.fromkeys(system for pair in AGAINST.items() for system in reversed(pair)))
+MEMORY = "-memory"
+MEMORY_REPEATS = 5
 CHEAPER = ("routed", "folded", "folded-per-task")
 """what stands in for the exact ensemble, so that its accuracy is of interest"""
 HERE = Path(__file__).parent
@@ -65,7 +70,8 @@ def main() -> None:
     sizes = {"n_train": arguments.rows, "n_validation": 32, "n_test": arguments.test_rows}
     folder = HERE / ".journal" / "inference"
     if arguments.worker:
-        measure = train_members if arguments.worker == "train" else score
+        longest = arguments.worker.endswith(MEMORY)
+        measure = train_members if arguments.worker == "train" else score_longest if longest else score
         finish_worker(measure(folder, sizes, arguments.worker))
         return
     journal = Journal(folder / "journal.jsonl", fresh=arguments.fresh)  # beside the adapters it measures
@@ -75,8 +81,13 @@ def main() -> None:
     for repeat in range(arguments.repeats):
         for system in SYSTEMS:
             found[system].append(journal.measure(__file__, [system, *where, "--seed", str(repeat)]))
+    peaks: dict[str, list[float]] = {"one": [], "exact": []}
+    for repeat in range(MEMORY_REPEATS):
+        for system, values in peaks.items():
+            entry = journal.measure(__file__, [system + MEMORY, *where, "--seed", str(repeat)])
+            values.append(entry["peak_memory_bytes"])
     config = sizes | {"max_length": MAX_LENGTH, "groups": GROUPS, "layers": "top_third", "repeats": arguments.repeats}
-    keep_record("inference", config, compare(found), as_json=arguments.json)
+    keep_record("inference", config, compare(found) | compare_peaks(peaks), as_json=arguments.json)
 
 
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -91,13 +102,21 @@ def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for name, key in (("latency", "batch_seconds"), ("single_latency", "single_seconds"))
         for system in AGAINST
     }
-    memory = {f"memory_ratio_{_as_key(s)}": ratio(s, "peak_memory_bytes") for s in ("exact", "exact-all-layers")}
     prices = {key: value for system in CHEAPER for key, value in _compare_rows(found, system).items()}
     spreads = {
         system: {key: spread([entry[key] for entry in entries]) for key in entries[0] if key != "rows"}
         for system, entries in found.items()
     }
-    return {**measured, **memory, **prices, "systems": spreads}
+    return {**measured, **prices, "systems": spreads}
+
+
+def compare_peaks(peaks: dict[str, list[float]]) -> dict[str, Any]:
+    """The exact ensemble's peak memory over one adapter's, by medians over processes."""
+    medians = {system: statistics.median(values) for system, values in peaks.items()}
+    return {
+        "memory_ratio_exact": medians["exact"] / medians["one"],
+        "peak_memory_bytes": {system: spread(values) for system, values in peaks.items()},
+    }
 
 
 def _compare_rows(found: dict[str, list[dict[str, Any]]], system: str) -> dict[str, Any]:
@@ -190,6 +209,21 @@ def score(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
     single_seconds = (time.perf_counter() - started) / len(questions)
     judged = {} if _has_all_layers(system) else _judge(scores, rows.test)
     return {"batch_seconds": batch_seconds, "single_seconds": single_seconds, **judged}
+
+
+def score_longest(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
+    """Score the two tasks with the longest rows, for the peak of memory."""
+    from ensemblelora.ensemble import load_ensemble, predict_ensemble
+
+    name = system.removesuffix(MEMORY)
+    adapted, rows = _load(sizes)
+    ensemble = load_ensemble(folder / "ensemble.json")
+    _load_members(adapted, folder, ensemble, rows, name)
+    order = np.argsort([-float(split.example_lengths.mean()) for split in rows.test])
+    for task in order[:2]:
+        served = _serve(ensemble, int(task), name, 0)
+        predict_ensemble(adapted, served, int(task), rows.test[int(task)], max_tokens="auto")
+    return {"tasks": [rows.names[int(task)] for task in order[:2]]}
 
 
 def _judge(scores: list[np.ndarray], splits: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from ensemblelora.adapters import add_adapter, attach, save_adapter
 from ensemblelora.config import AdapterConfig
 from ensemblelora.ensemble import Ensemble, Member, save_ensemble
-from generate_docs import _render_speed
+from measured import render_measured, summarize_speed
 from tests.tiny import disturb, make_base, make_split
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -141,7 +141,9 @@ def test_ratios_are_against_one_adapter_of_the_same_layout(inference):
         ratios = {key: record[f"{prefix}latency_ratio_{key}"] for key in ("exact", "folded", "exact_all_layers")}
         assert ratios == pytest.approx({"exact": 2.0, "folded": 1.5, "exact_all_layers": 4.0})
         assert f"{prefix}latency_ratio_folded_per_task" in record and f"{prefix}latency_ratio_booster" in record
-    assert record["memory_ratio_exact"] == 1.0
+    assert inference.compare_peaks({"one": [100.0, 90.0, 400.0], "exact": [110.0, 500.0, 90.0]})[
+        "memory_ratio_exact"
+    ] == pytest.approx(1.1)
     assert "rows" not in record["systems"]["exact"] and "accuracy" not in record["systems"]["exact-all-layers"]
 
 
@@ -168,20 +170,31 @@ def make_training(**ratios: float) -> dict[str, Any]:
     return {"config": {"rows_per_task": 16, "seeds": 2}, "systems": systems, **ratios}
 
 
+def write_page(records: dict) -> list[str]:
+    """The page of records that say no more than a test needs."""
+    known = {"machine": {"n_processors": 2}, "command": "python x.py", "commit": "abc"}
+    return list(render_measured({name: known | record for name, record in records.items()}))
+
+
+def test_the_summary_has_one_line_a_ratio():
+    lines = list(summarize_speed({"training": {"speedup_all_layers": 3.96}, "oracle": {}}))
+    assert lines[-1] == "| fine-tuning, every layer | Trainer + PEFT, bf16 | 4.0x as fast |" and len(lines) == 4
+
+
 def test_brackets_stand_where_there_were_several_seeds():
-    lines = list(_render_speed({"training": make_training()}))
+    lines = write_page({"training": make_training()})
     assert "| ensemblelora, every layer, 3 epochs | 100 [100, 100] | 1.000 [0.500, 1.500] | 2.0 GB |" in lines
     assert "| Trainer + PEFT, their defaults, 1 epoch | 100 | 1.000 | 2.0 GB |" in lines
     assert not any("training.together" in line for line in lines)
 
 
 def test_ratios_that_a_record_has_are_told_in_a_line():
-    text = "\n".join(_render_speed({"training": make_training(speedup_together=1.25, speedup_compiled=0.5)}))
+    text = "\n".join(write_page({"training": make_training(speedup_together=1.25, speedup_compiled=0.5)}))
     assert "(`training.together`): 1.25x" in text and "compiling included: 0.50x" in text
 
 
 def test_a_new_record_of_inference_gives_every_row_with_both_latencies(inference):
-    text = "\n".join(_render_speed({"inference": inference.compare(make_measurements(inference))}))
+    text = "\n".join(write_page({"inference": inference.compare(make_measurements(inference))}))
     assert "| exact, top third | 2.00x | 2.00x | - | - |" in text
     assert "| folded, one adapter for all tasks, top third | 1.50x | 1.50x | -50.00 [" in text
     assert "| folded, one adapter for each task (ten), top third |" in text
@@ -192,9 +205,9 @@ def test_a_new_record_of_inference_gives_every_row_with_both_latencies(inference
 def test_an_old_record_of_inference_leaves_out_what_it_does_not_have():
     old = {"latency_ratio_exact": 1.9, "single_latency_ratio_exact": 1.8, "memory_ratio_exact": 1.1}
     old |= {"latency_ratio_folded": 1.06, "accuracy_points_lost_folded": 0.86}  # of one fold per task
-    lines = list(_render_speed({"inference": old}))
+    lines = write_page({"inference": old})
     assert "| exact, top third | 1.90x | 1.80x | - | - |" in lines
-    assert not any("folded" in line or "no difference" in line for line in lines)
+    assert not any("| folded" in line or "no difference" in line for line in lines)
 
 
 @pytest.mark.parametrize("has_differences", [True, False])
@@ -204,7 +217,7 @@ def test_validation_loss_stands_beside_test_loss(has_differences):
         change["validation_nll"] = spread(0.25)
     variants = {"all": {"validation_nll": spread(1.0)}, "frozen-a": {"validation_nll": spread(1.25)}}
     record = {"config": {"seeds": 3}, "differences_to_all": {"frozen-a": change}, "variants": variants}
-    [row] = [line for line in _render_speed({"variants": record}) if "frozen A" in line]
+    [row] = [line for line in write_page({"variants": record}) if "| every layer, frozen A" in line]
     brackets = " [-0.250, +0.750]" if has_differences else ""
     assert row == (
         f"| every layer, frozen A | -1.0 [-1.5, -0.5] | +0.100 [-0.400, +0.600] | +0.250{brackets} | 0.50x |"
