@@ -8,8 +8,9 @@ A fully converged fit is not what a few epochs of AdamW give. Compared are, at d
 * ``ridge``: converged (the smallest penalty), chosen by predicted validation loss, and by a pilot: the penalty at which
   the fit of all tasks is as long as the true fine-tuning of all tasks went.
 * ``fixed norm``: GradEx's, every fit scaled to one length, the pilot's.
-* ``steps``: the linear model trained with the trainer's own steps, rate and schedule; as it is, and with the rate
-  multiplied so that the pilot's distance comes out.
+* ``steps``: the linear model trained with the trainer's own steps, rate and schedule, as far as all trained numbers
+  move together; as far as those with a gradient move alone; and with the rate multiplied so that the pilot's distance,
+  or its losses, come out.
 * features: ``plain``; ``logodds``, gold-token log-odds among the labels instead of class contrasts; ``adam``, every
   coordinate divided by the fourth root of its second moment in 24 batches, AdamW's own geometry; ``warmup``, taken
   after one epoch on all tasks together, where A has a gradient too.
@@ -51,15 +52,13 @@ from ensemblelora.estimation.loss import LinearRows, compute_logits, compute_pro
 from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.progress import track
 from ensemblelora.validation.agreement import compare_predictions
-from ensemblelora.validation.records import TrueRun, read_runs
+from ensemblelora.validation.records import TrueRun, read_all_runs
 from ensemblelora.validation.table import Truth, mean_over_seeds, tabulate
-from ensemblelora.validation.truth import choose_subsets, measure_base, plan_measurements
-from ensemblelora.validation.validate import TRUTH_FILE, VALIDATION_FOLDER
+from ensemblelora.validation.truth import measure_base
+from ensemblelora.validation.validate import TRUTH_FILE, VALIDATION_FOLDER, count_costs
 
 FloatArray = npt.NDArray[np.float64]
 DIM = 400
-MOST_SUBSETS, MOST_SEEDS = 200, 10
-"""of a validated run, as many as there may be"""
 CONVERGED = 1e-3
 """the penalty of a fit that nothing holds back, in curvature units"""
 RESTORED = "restored"
@@ -100,6 +99,7 @@ class Measured:
     truth: Truth
     distances: FloatArray
     """of the first seed's trained weights from theta0, ``(k,)``"""
+    runs: tuple[TrueRun, ...]
     pilot: TrueRun
 
 
@@ -107,12 +107,19 @@ def main() -> None:
     """Predict the measured subsets in every way, and print one table."""
     parser = make_parser(__doc__, rows=None, repeats="forward", n_repeats=20)
     parser.add_argument("run", type=Path, help="a run folder that `ensemblelora validate` has measured")
+    parser.add_argument("--features", default=",".join(FEATURES), help="which kinds of features")
     arguments = parser.parse_args()
     measured = read_measured(arguments.run)
     found: list[dict[str, Any]] = []
-    print("| predictor |", " | ".join([*COLUMNS, "all - alone", "distance ratio"]), "|", file=sys.stderr)
-    print("|---" * (len(COLUMNS) + 3) + "|", file=sys.stderr)
-    for name, predicted, distances, multiplier in predict(arguments.run, measured, n_forward=arguments.forward):
+    print(
+        "| predictor |",
+        " | ".join([*COLUMNS, "the same, above chance", "all - alone", "distance ratio"]),
+        "|",
+        file=sys.stderr,
+    )
+    print("|---" * (len(COLUMNS) + 4) + "|", file=sys.stderr)
+    chosen = [name for name in FEATURES if name in arguments.features.split(",")]
+    for name, predicted, distances, multiplier in predict(arguments.run, measured, chosen, arguments.forward):
         found.append({"predictor": name, "rate": multiplier} | describe(measured, predicted, distances))
         print(format_row(found[-1]), file=sys.stderr, flush=True)
     n_seeds = np.isfinite(measured.truth.nll).any(axis=2).sum(axis=0)
@@ -124,41 +131,40 @@ def main() -> None:
         "pilot_flops": measured.pilot.flops,
         "run": measured.config.model_dump(mode="json", exclude={"out"}),
     }
-    keep_record("calibration", config, {"predictors": found}, as_json=arguments.json)
+    costs = asdict(count_costs(arguments.run, measured.config, measured.runs, measured.truth.tasks))
+    keep_record("calibration", config, {"predictors": found, "costs": costs}, as_json=arguments.json)
 
 
 def read_measured(path: Path) -> Measured:
     """Load the run and its true fine-tunings; nothing is trained."""
     config = load_config(path / artifacts.CONFIG_FILE)
     _, rows, probe = stages.prepare(config)
-    start = stages.identify_start(config, probe)
-    subsets = choose_subsets(len(rows.names), MOST_SUBSETS, config.affinity.subset_size, seed=config.seed)
-    wanted = plan_measurements(subsets, MOST_SEEDS, rows, start, config)
     place = path / VALIDATION_FOLDER / TRUTH_FILE
-    runs = [run for run in read_runs(place, wanted).values() if run.tasks]
+    runs = read_all_runs(place)
     if not runs:
         raise SystemExit(f"{place}: no fine-tunings of this run; first: ensemblelora validate {path}")
     probe = stages.keep_lower_layers(config, path, probe, rows)
-    base = measure_base(place, start, probe, rows, config)
+    base = measure_base(place, stages.identify_start(config, probe), probe, rows, config)
     truth = tabulate(runs, base, tuple(base.nll), confidence=config.evaluation.confidence)
     first = {run.tasks: run for run in runs if run.seed == 0}
     names = [tuple(truth.tasks[i] for i in subset) for subset in truth.subsets]
     distances = np.array([first[name].distance if name in first else np.nan for name in names])
-    return Measured(config, rows, probe, truth, distances, first[truth.tasks])
+    return Measured(config, rows, probe, truth, distances, runs, first[truth.tasks])
 
 
 Prediction = tuple[str, FloatArray, FloatArray | None, float | None]
 """name, losses ``(k, n)``, distances ``(k,)``, multiplier of the rate"""
 
 
-def predict(path: Path, measured: Measured, *, n_forward: int) -> Iterator[Prediction]:
+def predict(path: Path, measured: Measured, chosen: Sequence[str], n_forward: int) -> Iterator[Prediction]:
     """Yield every way's predictions of all measured subsets; NaN where one was not tried."""
     truth = measured.truth
     shape = (len(truth.subsets), 1)
     yield "base model", np.tile(truth.base_nll, shape), None, None
     yield "mean over all true fine-tunings", np.tile(np.nanmean(mean_over_seeds(truth.nll), axis=0), shape), None, None
-    folder = path / VALIDATION_FOLDER / "variants"
-    for name in FEATURES:
+    folders = {"plain": path / artifacts.FEATURES_FOLDER}
+    for name in chosen:
+        folder = folders.get(name, path / VALIDATION_FOLDER / "variants" / name)
         variant = make_variant(name, folder, measured.config, measured.rows, measured.probe)
         features, budget = cut(variant.features, DIM), variant.budget
         yield from predict_ridge(name, features, measured)
@@ -183,11 +189,11 @@ def predict_ridge(name: str, features: TaskFeatures, measured: Measured) -> Iter
     subsets = measured.truth.subsets
 
     def fit(penalty: float) -> SubsetScores:
-        return Oracle((features,), penalty, EstimationConfig()).score(subsets)
+        return Oracle((features,), penalty, EstimationConfig(method="ridge")).score(subsets)
 
     scores = fit(CONVERGED)
     yield f"{name}: ridge, converged", scores.nll, scores.distances, None
-    chosen = build_oracle([features], EstimationConfig(), subsets=subsets).l2_penalty
+    chosen = build_oracle([features], EstimationConfig(method="ridge"), subsets=subsets).l2_penalty
     scores = fit(chosen)
     yield f"{name}: ridge, by validation ({chosen:g})", scores.nll, scores.distances, None
     scores = pick(measured, (fit(penalty) for penalty in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)))
@@ -214,6 +220,8 @@ def predict_steps(
 
     scores = simulate(1.0, subsets)
     yield f"{name}: steps", scores.nll, scores.distances, 1.0
+    scores = simulate(1 / budget.reach, subsets)
+    yield f"{name}: steps, numbers with a gradient alone", scores.nll, scores.distances, 1 / budget.reach
     everything = [tuple(range(len(measured.truth.tasks)))]
     rates = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
     errors = [pilot_error(measured, simulate(rate, everything).nll[0]) for rate in rates]
@@ -258,7 +266,7 @@ def ask(features: TaskFeatures, weights: FloatArray) -> FloatArray:
 def restore(features: TaskFeatures, measured: Measured, *, n_subsets: int) -> Prediction:
     """Run the model at theta0 plus the ridge's step, expanded by its dual variables, for some of the subsets."""
     truth, config = measured.truth, measured.config
-    penalty = build_oracle([features], EstimationConfig(), subsets=truth.subsets).l2_penalty
+    penalty = build_oracle([features], EstimationConfig(method="ridge"), subsets=truth.subsets).l2_penalty
     fit = fit_subsets(features.train, truth.subsets, l2_penalty=penalty)
     losses, distances = np.full((len(truth.subsets), len(truth.tasks)), np.nan), np.full(len(truth.subsets), np.nan)
     chosen = np.unique(np.linspace(0, len(truth.subsets) - 1, n_subsets).round().astype(int))
@@ -285,13 +293,23 @@ def restore(features: TaskFeatures, measured: Measured, *, n_subsets: int) -> Pr
 def find_duals(block: FeatureBlock, weights: FloatArray, scale: float) -> FloatArray:
     """Alpha ``(n, c)`` of one task's rows; at the optimum ``w = sum_s alpha_s J_s`` over all rows of the subset."""
     rows = LinearRows.from_block(block)
-    residual = compute_probabilities(compute_logits(rows, weights[None])[:, :, None])[0][:, :, 0]
+    residual = compute_probabilities(compute_logits(rows, weights[None]))[0][:, :, 0]
     residual[np.arange(len(rows.labels)), rows.labels] -= 1.0
     return -(residual @ rows.decoder) / scale
 
 
 def describe(measured: Measured, predicted: FloatArray, distances: FloatArray | None) -> dict[str, Any]:
-    """How well predicted losses agree with the measured ones that were asked for."""
+    """How predicted losses agree with the measured ones: of all tasks, and of those above chance."""
+    found: dict[str, Any] = {"n_subsets": int(np.isfinite(predicted).any(axis=1).sum())}
+    for name, marked in (("all tasks", ()), ("above chance", measured.truth.marked)):
+        found[name] = compare(measured, predicted, marked)
+    if distances is not None:
+        found["distance_ratio"] = float(np.nanmean(distances / measured.distances))
+    return found
+
+
+def compare(measured: Measured, predicted: FloatArray, marked: Sequence[int]) -> dict[str, Any]:
+    """Figures by size of subset, without the marked tasks."""
     truth = measured.truth
     asked = np.isfinite(predicted).any(axis=1)
     subsets = [subset for subset, is_asked in zip(truth.subsets, asked, strict=True) if is_asked]
@@ -300,18 +318,16 @@ def describe(measured: Measured, predicted: FloatArray, distances: FloatArray | 
         np.where(np.isfinite(predicted[asked]), predicted[asked], 0.0),
         subsets,
         truth.base_nll,
-        marked=truth.marked,
+        marked=marked,
         confidence=measured.config.evaluation.confidence,
         seed=measured.config.seed,
     )
-    found: dict[str, Any] = {"n_subsets": len(subsets)}
+    found: dict[str, Any] = {}
     for place, figures in (("all sizes", agreement.overall), *agreement.by_size.items()):
         found[str(place)] = {name: asdict(getattr(figures, name)) for name in FIGURES}
     if agreement.one_or_all is not None:
         both = {"predicted": agreement.one_or_all.predicted_mean, "true": agreement.one_or_all.true_mean}
         found["all_together_minus_alone"] = {name: asdict(estimate) for name, estimate in both.items()}
-    if distances is not None:
-        found["distance_ratio"] = float(np.nanmean(distances / measured.distances))
     return found
 
 
@@ -321,8 +337,10 @@ def format_row(entry: dict[str, Any]) -> str:
     def show(value: float | None, form: str = ".3f") -> str:
         return "" if value is None else format(value, form)
 
-    cells = [entry.get(place, {}).get(name, {}).get("value") for place, name in COLUMNS.values()]
-    signs = entry.get("all_together_minus_alone")
+    every, some = entry["all tasks"], entry["above chance"]
+    cells = [every.get(place, {}).get(name, {}).get("value") for place, name in COLUMNS.values()]
+    cells.append(some.get("3", {}).get("within_pearson", {}).get("value"))
+    signs = every.get("all_together_minus_alone")
     told = f"{signs['predicted']['value']:+.3f} (true {signs['true']['value']:+.3f})" if signs else ""
     return (
         f"| {entry['predictor']} | " + " | ".join([*map(show, cells), told, show(entry.get("distance_ratio"))]) + " |"

@@ -107,12 +107,12 @@ def measure_rate(system: str, n_rows: int) -> dict[str, Any]:
 
 def make_features(adapted: Any, batches: Any) -> Callable[[Any], object]:
     """The features stage's own pass."""
-    from ensemblelora.adapters import THETA0, trainable_linears
+    from ensemblelora.adapters import THETA0, trainable_layers
     from ensemblelora.gradients.collect import compute_features
     from ensemblelora.gradients.projection import Projector
 
     projector = Projector("rademacher", PROJ_DIM, 0)
-    linears = {name: layer for name, layer in trainable_linears(adapted, THETA0).items() if "lora_B" in name}
+    linears = {name: layer for name, layer in trainable_layers(adapted, THETA0).items() if "lora_B" in name}
     return lambda batch: compute_features(adapted, linears, projector, batch, "margin")
 
 
@@ -138,7 +138,7 @@ def make_step(adapted: Any, batches: Any) -> Callable[[Any], object]:
 def make_own_step(adapted: Any, batches: Any) -> Callable[[Any], object]:
     """The training stage's pass, without what surrounds it."""
     from ensemblelora.adapters import THETA0
-    from ensemblelora.lora import fused
+    from ensemblelora.fusion import fused
     from ensemblelora.passes import score
     from ensemblelora.scoring import cross_entropy
 

@@ -245,7 +245,7 @@ def fit_small(arguments: Any) -> dict[str, Any]:
     subsets = draw_subsets(20, 3, 200)
     fixed = draw_features(20, arguments.rows, 50, seed=arguments.seed)
     zero = draw_features(20, arguments.rows, 50, seed=arguments.seed, has_offsets=False)
-    grid = EstimationConfig(l2_grid=PENALTIES, tolerance=1e-4)
+    grid = EstimationConfig(method="ridge", l2_grid=PENALTIES, tolerance=1e-4)
     chosen, _ = choose_l2_penalty(fixed.train, fixed.validation, subsets, grid)
     ridges = {}
     for penalty in PENALTIES:
@@ -327,7 +327,9 @@ def _loosen(
 def fit_together(problem: OneByOne, penalty: float, tolerance: float) -> tuple[float, float]:
     """Ours, from blocks of features to predictions; the gap is measured afterwards, by their objective."""
     started = time.perf_counter()
-    oracle = Oracle((problem.features,), penalty, EstimationConfig(l2_penalty=penalty, tolerance=tolerance))
+    oracle = Oracle(
+        (problem.features,), penalty, EstimationConfig(method="ridge", l2_penalty=penalty, tolerance=tolerance)
+    )
     oracle.score(problem.subsets)
     seconds = time.perf_counter() - started
     fit = fit_subsets(problem.features.train, problem.subsets, l2_penalty=penalty, tolerance=tolerance)
@@ -339,7 +341,7 @@ def fit_large() -> dict[str, Any]:
     features = draw_features(500, 20, 5, seed=0)
     subsets = draw_subsets(500, 10, 2000)
     started = time.perf_counter()
-    oracle = Oracle((features,), 10.0, EstimationConfig(l2_penalty=10.0))
+    oracle = Oracle((features,), 10.0, EstimationConfig(method="ridge", l2_penalty=10.0))
     oracle.solve(subsets)
     solved = time.perf_counter() - started
     scores = oracle.score(subsets)

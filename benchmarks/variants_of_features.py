@@ -19,7 +19,7 @@ from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state,
 from ensemblelora.config import RunConfig
 from ensemblelora.estimation import TaskFeatures, TrainingBudget
 from ensemblelora.gradients import collect
-from ensemblelora.gradients.collect import collect_features, find_active_linears, make_projector
+from ensemblelora.gradients.collect import collect_features, find_active_layers, make_projector
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.passes import score
 from ensemblelora.scoring import cross_entropy
@@ -75,19 +75,22 @@ class ScaledProjector:
 
 
 def make_variant(name: str, folder: Path, config: RunConfig, rows: Rows, probe: AdaptedModel) -> Variant:
-    """Take the features of a variant, or read them back."""
-    store, record = FeatureStore(folder / name), folder / name / "variant.json"
-    settings = config.gradients.model_copy(update={"output": "logodds"} if name == "logodds" else {})
-    shared = artifacts.fingerprint(probe.base.fingerprint, config.adapter, config.seed, settings, name)
-    wanted = {key: artifacts.fingerprint(shared, identity) for key, identity in rows.identities.items()}
-    if not (record.exists() and all(store.has(*key, identity) for key, identity in wanted.items())):
+    """Take the features of a variant, or read them back; ``plain`` ones are the run's own, in its features folder."""
+    store, record = FeatureStore(folder), folder / "variant.json"
+    known = folder.parent / artifacts.FEATURE_HEALTH_FILE if name == "plain" else record
+    if not known.exists():
+        settings = config.gradients.model_copy(update={"output": "logodds"} if name == "logodds" else {})
+        names = {key: f"{name} {identity}" for key, identity in rows.identities.items()}
         with at_variant(name, folder, config, rows, probe) as n_effective:
-            health = collect_features(probe, rows.learning, store, settings, seed=config.seed, fingerprints=wanted)
+            health = collect_features(probe, rows.learning, store, settings, seed=config.seed, fingerprints=names)
         record.write_text(json.dumps({"n_coordinates": n_effective or health.n_coordinates}), encoding="utf-8")
     train, validation = (tuple(store.read(task, split) for task in rows.names) for split in ("train", "validation"))
-    known = json.loads(record.read_text(encoding="utf-8"))
-    budget = replace(plan_budget(config, rows, probe, n_coordinates=1), n_coordinates=known["n_coordinates"])
-    if name == "adam":  # the longest gradient that is not cut, in the new coordinates
+    n_coordinates = json.loads(known.read_text(encoding="utf-8"))["n_coordinates"]
+    budget = plan_budget(config, rows, probe, n_coordinates=n_coordinates)
+    if name == "adam":  # second moments take the place of p', and the reach is that of the plain coordinates
+        n_plain = json.loads((folder.parents[2] / artifacts.FEATURE_HEALTH_FILE).read_text())["n_coordinates"]
+        budget = replace(budget, n_trained=(budget.n_trained or n_plain) / n_plain * n_coordinates)
+        # The longest gradient that is not cut, in the new coordinates.
         new = np.mean([(np.asarray(block.features, np.float64) ** 2).sum(axis=(1, 2)).mean() for block in train])
         old = np.mean([np.asarray(block.squared_norms).mean() for block in train])
         budget = replace(budget, max_grad_norm=budget.max_grad_norm * float((new / old) ** 0.5))
@@ -124,7 +127,7 @@ def measure_second_moments(config: RunConfig, rows: Rows, probe: AdaptedModel) -
     plan = StepPlan([job], config.training, seed=seed, layout=layout, pad_token_id=probe.base.pad_token_id)
     moments: dict[str, Tensor] = {}
     with activate(probe, THETA0, trainable=True), torch.enable_grad():
-        linears = find_active_linears(probe, rows.learning)
+        linears = find_active_layers(probe, rows.learning)
         for step in range(N_BATCHES):
             probe.peft.zero_grad(set_to_none=True)
             batch = plan[step][0].batch

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -31,8 +31,11 @@ from transformers import (
 )
 
 from ensemblelora.accounting import formulas
-from ensemblelora.accounting.formulas import AdapterShape, ModelShape, Workload, adapter_shape, model_shape
+from ensemblelora.accounting.adapter_shapes import AdapterShape, bottleneck_shape, lora_shape, scaling_shape
+from ensemblelora.accounting.formulas import Workload
 from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts, StageRecord
+from ensemblelora.accounting.shapes import ModelShape, model_shape
+from ensemblelora.bottleneck import BottleneckConfig
 from ensemblelora.errors import ModelError, StoreError
 
 N_ROWS, WIDTH, N_LABELS, RANK, VOCAB = 3, 20, 3, 4, 150
@@ -73,10 +76,20 @@ def build(family: str) -> tuple[nn.Module, ModelShape]:
 def attach(model: nn.Module, targets: list[str], layers: list[int] | None = None) -> nn.Module:
     is_conv1d = model.config.model_type == "gpt2"  # type: ignore[union-attr]
     settings = LoraConfig(r=RANK, target_modules=targets, layers_to_transform=layers, fan_in_fan_out=is_conv1d)
+    return wrap(model, settings)
+
+
+def wrap(model: nn.Module, settings: PeftConfig) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name it is about to drop
         adapted: nn.Module = get_peft_model(model, settings).get_base_model()
     return adapted
+
+
+def full_names(model: nn.Module, target: str, layer: int) -> list[str]:
+    names = [name for name, _ in model.named_modules() if re.search(rf"\.{layer}\.(.*\.)?{re.escape(target)}$", name)]
+    assert names
+    return names
 
 
 def run_forward(model: nn.Module) -> Tensor:
@@ -128,7 +141,7 @@ def test_full_training_step_agrees_with_torch(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_adapter_forward_and_step_agree_with_torch(family: str, layers: list[int] | None) -> None:
     model, shape = build(family)
-    adapter = adapter_shape(shape, RANK, ATTENTION[family], layers=layers)
+    adapter = lora_shape(shape, RANK, ATTENTION[family], layers=layers)
     adapted = attach(model, ATTENTION[family], layers)
     work = work_of(family)
     with torch.no_grad():
@@ -140,15 +153,62 @@ def test_adapter_forward_and_step_agree_with_torch(family: str, layers: list[int
 @pytest.mark.parametrize(("family", "target"), [(family, target) for family in SINGLES for target in SINGLES[family]])
 def test_one_adapted_matrix_stops_the_backward_pass_where_torch_stops(family: str, target: str) -> None:
     model, shape = build(family)
-    adapter = adapter_shape(shape, RANK, [target], layers=[1])
+    adapter = lora_shape(shape, RANK, [target], layers=[1])
     adapted = attach(model, [target], [1])
     counted = count(lambda: train_step(adapted))
     assert agrees(formulas.count_training_step_flops(shape, work_of(family), adapter), counted)
 
 
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        ("llama", "self_attn.o_proj"),
+        ("llama", "mlp.down_proj"),
+        ("llama", "self_attn"),
+        ("llama", "mlp"),
+        ("llama", "k_proj"),
+        ("llama", "gate_proj"),
+        ("gpt2", "attn.c_proj"),
+        ("gpt2", "mlp"),
+        ("gptj", "out_proj"),
+        ("gptj", "fc_out"),
+        ("bert", "attention.output.dense"),
+        ("bert", "intermediate.dense"),
+    ],
+)
+def test_one_bottleneck_costs_what_torch_counts(family: str, target: str) -> None:
+    model, shape = build(family)
+    names = full_names(model, target, 1)
+    adapter, work = bottleneck_shape(shape, 4, names), work_of(family)
+    assert adapter == bottleneck_shape(shape, 4, [target], layers=[1])
+    adapted = wrap(model, BottleneckConfig(target_modules=names, reduction=4))
+    with torch.no_grad():
+        forward = count(lambda: run_forward(adapted))
+    assert agrees(formulas.count_forward_flops(shape, work, adapter), forward)
+    assert agrees(formulas.count_training_step_flops(shape, work, adapter), count(lambda: train_step(adapted)))
+    trained = [p.numel() for p in adapted.parameters() if p.requires_grad]
+    assert adapter.n_parameters == sum(trained)
+
+
+@pytest.mark.parametrize("scales_input", [True, False])
+@pytest.mark.parametrize("target", ["self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_one_scaling_vector_costs_what_torch_counts(target: str, scales_input: bool) -> None:
+    model, shape = build("llama")
+    names = full_names(model, target, 1)
+    inputs, work = names if scales_input else [], work_of("llama")
+    adapter = scaling_shape(shape, names, scaled_inputs=inputs)
+    adapted = wrap(model, IA3Config(target_modules=names, feedforward_modules=inputs))
+    with torch.no_grad():
+        forward = count(lambda: run_forward(adapted))
+    assert agrees(formulas.count_forward_flops(shape, work, adapter), forward)
+    assert agrees(formulas.count_training_step_flops(shape, work, adapter), count(lambda: train_step(adapted)))
+    trained = [p.numel() for p in adapted.parameters() if p.requires_grad]
+    assert adapter.n_parameters == adapter.n_output_parameters == sum(trained)
+
+
 def test_a_trained_classifier_is_counted() -> None:
     model, shape = build("bert")
-    adapter = adapter_shape(shape, RANK, ATTENTION["bert"])
+    adapter = lora_shape(shape, RANK, ATTENTION["bert"])
     adapted = attach(model, ATTENTION["bert"])
     plain = count(lambda: train_step(adapted))
     adapted.classifier.weight.requires_grad_(True)  # type: ignore[union-attr]
@@ -189,7 +249,7 @@ def collect_projected_gradients(model: nn.Module, n_backwards: int, proj_dim: in
 @pytest.mark.parametrize("family", CONFIGS)
 def test_gradient_pass_agrees_with_torch(family: str, layers: list[int] | None, n_backwards: int) -> None:
     model, shape = build(family)
-    adapter = adapter_shape(shape, RANK, ATTENTION[family], layers=layers)
+    adapter = lora_shape(shape, RANK, ATTENTION[family], layers=layers)
     adapted = attach(model, ATTENTION[family], layers)
     counted = count(lambda: collect_projected_gradients(adapted, n_backwards, 16))
     expected = formulas.count_gradient_pass_flops(
@@ -218,7 +278,7 @@ def test_parameter_counts_are_the_models_own(family: str) -> None:
     assert shape.block_parameters == sum(matrices)
     embedding = model.get_input_embeddings().weight.numel()  # type: ignore[operator]
     assert shape.n_parameters == sum(matrices) + embedding
-    adapter = adapter_shape(shape, RANK, ATTENTION[family], layers=[0, 2])
+    adapter = lora_shape(shape, RANK, ATTENTION[family], layers=[0, 2])
     adapted = attach(model, ATTENTION[family], [0, 2])
     sizes = {name: p.numel() for name, p in adapted.named_parameters() if "lora_" in name}
     assert adapter.n_parameters == sum(sizes.values())
@@ -234,7 +294,7 @@ def test_the_rules_of_thumb_hold_for_wide_models() -> None:
     )
     assert shape.n_parameters == pytest.approx(7.5e9, rel=0.01)
     work = Workload(n_rows=1, n_tokens=512, n_pairs=0, n_logits=0)
-    adapter = adapter_shape(shape, 8, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    adapter = lora_shape(shape, 8, ["q_proj", "k_proj", "v_proj", "o_proj"])
     forward, step = formulas.count_forward_flops(shape, work), formulas.count_training_step_flops(shape, work, adapter)
     assert forward == 2 * shape.block_parameters * 512
     assert step == pytest.approx(512 * (4 * shape.block_parameters + 6 * adapter.n_parameters), rel=0.01)
@@ -243,16 +303,16 @@ def test_the_rules_of_thumb_hold_for_wide_models() -> None:
 
 def test_full_names_and_ends_of_names_find_the_same_matrices() -> None:
     shape = build("llama")[1]
-    short = adapter_shape(shape, 4, ["q_proj", "o_proj"], layers=[1])
-    full = adapter_shape(shape, 4, ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"])
+    short = lora_shape(shape, 4, ["q_proj", "o_proj"], layers=[1])
+    full = lora_shape(shape, 4, ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"])
     assert short == full
-    assert adapter_shape(build("bert")[1], 4, ["bert.encoder.layer.0.output.dense"]).n_parameters == 4 * (80 + 32)
+    assert lora_shape(build("bert")[1], 4, ["bert.encoder.layer.0.output.dense"]).n_parameters == 4 * (80 + 32)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "model.layers.9.self_attn.q_proj", "proj", ""])
 def test_unknown_targets_are_named(target: str) -> None:
     with pytest.raises(ModelError, match=r"adapter target.*self_attn\.q_proj"):
-        adapter_shape(build("llama")[1], 4, [target])
+        lora_shape(build("llama")[1], 4, [target])
 
 
 def test_unknown_families_and_missing_sizes_are_named() -> None:
@@ -267,7 +327,7 @@ def test_workloads_add_up() -> None:
     assert a + b == formulas.measure_workload([2, 3, 4], n_logits=6)
     assert a * 3 == a + a + a
     shape = build("gpt2")[1]
-    adapter = adapter_shape(shape, 2, ["c_attn"])
+    adapter = lora_shape(shape, 2, ["c_attn"])
     step = formulas.count_training_step_flops
     assert step(shape, a + b, adapter) == step(shape, a, adapter) + step(shape, b, adapter)
 
@@ -275,7 +335,7 @@ def test_workloads_add_up() -> None:
 def test_an_adapter_on_nothing_costs_nothing_more() -> None:
     shape = build("llama")[1]
     work = work_of("llama")
-    empty = AdapterShape(4, ((), (), ()))
+    empty = AdapterShape(((), (), ()))
     forward = formulas.count_forward_flops(shape, work)
     assert formulas.count_training_step_flops(shape, work, empty) == forward
 

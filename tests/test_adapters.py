@@ -26,7 +26,7 @@ from ensemblelora.adapters import (
     remove_adapter,
     save_adapter,
     set_adapter_state,
-    trainable_linears,
+    trainable_layers,
 )
 from ensemblelora.config import AdapterConfig
 from ensemblelora.errors import ModelError, StoreError
@@ -58,7 +58,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def adapted_layers(adapted: AdaptedModel) -> set[str]:
-    return {name.partition(".lora_")[0] for name in trainable_linears(adapted, THETA0) if ".lora_" in name}
+    return {name.partition(".lora_")[0] for name in trainable_layers(adapted, THETA0) if ".lora_" in name}
 
 
 @pytest.mark.parametrize(("family", "head"), ALL)
@@ -197,7 +197,7 @@ def test_a_damaged_folder_is_refused_and_nothing_is_added(damage, tmp_path: Path
     adapted = make_adapted("llama")
     save_adapter(adapted, THETA0, tmp_path / "a")
     damage(tmp_path / "a")
-    with pytest.raises(StoreError, match=r"adapter folder .*: (can't be read|made with r None)"):
+    with pytest.raises(StoreError, match=r"adapter folder .*: (can't be read|made with peft_type None)"):
         load_adapter(adapted, "loaded", tmp_path / "a")
     assert list(adapted.peft.peft_config) == [THETA0]
 
@@ -289,7 +289,7 @@ def test_removing_an_adapter_leaves_the_others() -> None:
 def test_trainable_layers_have_the_same_neutral_names_for_every_adapter(family: str, head: str) -> None:
     adapted = make_adapted(family, head=head)
     add_adapter(adapted, "group-1")
-    first, second = trainable_linears(adapted, THETA0), trainable_linears(adapted, "group-1")
+    first, second = trainable_layers(adapted, THETA0), trainable_layers(adapted, "group-1")
     assert first.keys() == second.keys()
     assert not any(THETA0 in name or "group-1" in name for name in [*first, *second])
     n_bytes = sum(4 * p.numel() for module in first.values() for p in module.parameters())

@@ -198,7 +198,7 @@ def test_what_is_not_there_yet_is_said_with_the_command_that_makes_it(tmp_path):
         load_run(tmp_path / "tasks")
     run = load_run(tmp_path / "run")
     # Another ridge makes another plan; everything after it is gone until it is made again.
-    pipeline.run(read_config(recipe, estimation={"l2_penalty": 3.0}), until="affinity")
+    pipeline.run(read_config(recipe, estimation={"method": "ridge", "l2_penalty": 3.0}), until="affinity")
     assert run.ask([TASKS[0]])[TASKS[0]]["nll"] > 0
     for call, stage in (
         (lambda: run.plan, "group"),

@@ -17,7 +17,7 @@ from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
 from ensemblelora.estimation import TaskFeatures, build_oracle
-from ensemblelora.gradients.collect import collect_features, compute_features, find_active_linears, make_projector
+from ensemblelora.gradients.collect import collect_features, compute_features, find_active_layers, make_projector
 from ensemblelora.gradients.health import _measure_distortion, _pair_up
 from ensemblelora.gradients.output import choose_mode, compute_outputs
 from ensemblelora.gradients.projection import Projector
@@ -34,7 +34,7 @@ CLASSIFICATION = {"lm": "verbalizer", "sequence_classification": "classification
 
 def autograd_features(adapted, split: EncodedSplit, mode: str) -> tuple[np.ndarray, np.ndarray]:
     """Outputs (n, c) and unprojected gradients (n, c, p') by one backward pass per example and output."""
-    linears = find_active_linears(adapted, [split])
+    linears = find_active_layers(adapted, [split])
     outputs, gradients = [], []
     with activate(adapted, THETA0, trainable=True):
         for example in range(split.n_examples):
@@ -61,7 +61,7 @@ def autograd_features(adapted, split: EncodedSplit, mode: str) -> tuple[np.ndarr
 
 def hook_features(adapted, split: EncodedSplit, mode: str, config=EXACT, examples=None):
     projector = make_projector(config, seed=0)
-    linears = find_active_linears(adapted, [split])
+    linears = find_active_layers(adapted, [split])
     chosen = range(split.n_examples) if examples is None else examples
     with activate(adapted, THETA0):
         batch = collate([(split, e) for e in chosen], adapted.base.pad_token_id)
@@ -118,9 +118,9 @@ def test_ragged_choices_equal_autograd() -> None:
 
 def test_a_has_no_gradient_at_the_start_and_has_one_after_a_warm_up() -> None:
     adapted, split = make_adapted(), make_split("verbalizer")
-    assert all(".lora_B" in name for name in find_active_linears(adapted, [split]))
+    assert all(".lora_B" in name for name in find_active_layers(adapted, [split]))
     disturb(adapted)
-    names = find_active_linears(adapted, [split])
+    names = find_active_layers(adapted, [split])
     assert any(".lora_A" in name for name in names)
     assert any(".lora_B" in name for name in names)
     outputs, gradients = autograd_features(adapted, split, "contrast")
@@ -149,7 +149,7 @@ def test_projected_features_are_the_exact_ones_projected(kind: str, family: str,
     exact = hook_features(adapted, split, "contrast").features
     fast = hook_features(adapted, split, "contrast", config).features
     projector, expected, start = make_projector(config, seed=0), 0.0, 0
-    for name, module in find_active_linears(adapted, [split]).items():
+    for name, module in find_active_layers(adapted, [split]).items():
         for part, shape in layer_parts(name, module):
             size = int(np.prod(shape))
             expected = expected + exact[:, :, start : start + size] @ projector.matrix(part, shape)
@@ -211,7 +211,7 @@ def test_every_decoder_family_gives_features(family: str) -> None:
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_a_classifier_head_counts_among_the_trained_coordinates(family: str) -> None:
     adapted = make_adapted(family, head="sequence_classification")
-    names = find_active_linears(adapted, [make_split("classification")])
+    names = find_active_layers(adapted, [make_split("classification")])
     assert any("classifier" in name or "score" in name for name in names)
 
 
@@ -253,7 +253,7 @@ def test_splits_with_other_numbers_of_choices_meet_in_one_oracle(widest: str, tm
     blocks = [store.read("t", split) for split in ("train", "validation")]
     assert [block.mode for block in blocks] == ["contrast", "contrast"]
     features = TaskFeatures(*((block,) for block in blocks))
-    scores = build_oracle([features], EstimationConfig(l2_penalty=1.0)).score([(), (0,)])
+    scores = build_oracle([features], EstimationConfig(method="ridge", l2_penalty=1.0)).score([(), (0,)])
     batch = collate([(splits[1], e) for e in range(8)], adapted.base.pad_token_id)
     with torch.no_grad():
         z = score_batch(adapted.network, batch).z
@@ -285,7 +285,7 @@ def health_of(splits: list[EncodedSplit], folder: Path, **config):
 def test_health_of_a_float32_model(tmp_path: Path) -> None:
     health = health_of([make_split("verbalizer", n=12)], tmp_path)
     assert health.precision_cosine is None
-    linears = find_active_linears(make_adapted(), [make_split("verbalizer")])
+    linears = find_active_layers(make_adapted(), [make_split("verbalizer")])
     assert health.n_coordinates == sum(m.weight.numel() for m in linears.values())
     assert (health.form, health.proj_dim) == ("projected", 400)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ensemblelora.accounting.adapter_shapes import lora_shape
 from ensemblelora.accounting.formulas import count_gram_flops
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, activate, attach
@@ -22,7 +23,7 @@ from ensemblelora.counting import (
     read_costs,
 )
 from ensemblelora.data.batching import Batch, collate
-from ensemblelora.gradients.backward import find_active_linears, list_parts
+from ensemblelora.gradients.backward import find_active_layers, list_parts
 from ensemblelora.gradients.collect import collect_features, make_projector
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.passes import score
@@ -153,7 +154,7 @@ def test_the_ledger_has_the_projection_of_every_output(kind, tmp_path):
             store, prints = FeatureStore(tmp_path / name), {("t", "train"): name}
             collect_features(adapted, [split], store, config, seed=0, fingerprints=prints, meter=meters[name])
     p = adapted.costs.adapter.n_output_parameters
-    parts = list_parts(find_active_linears(adapted, [split]))
+    parts = list_parts(find_active_layers(adapted, [split]))
     expected = {
         "rademacher": 10 * 2 * p * 8,
         "sjlt": 10 * 2 * p * 4,
@@ -175,7 +176,7 @@ def test_one_generated_token_costs_the_pass_over_its_context():
 
 def test_a_family_without_a_formula_is_counted_in_tokens(caplog):
     with caplog.at_level(logging.WARNING):
-        costs = read_costs({"model_type": "unheard-of"}, 4, ["q_proj"])
+        costs = read_costs({"model_type": "unheard-of"}, lambda shape: lora_shape(shape, 4, ["q_proj"]))
     assert costs is None and "unheard-of" in caplog.text
     adapted, meter = make_adapted(), Meter("t")
     batch = make_batch(adapted, "verbalizer")

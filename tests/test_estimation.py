@@ -41,7 +41,7 @@ from ensemblelora.estimation.loss import LinearRows, compute_curvature_trace, co
 from ensemblelora.store import FeatureBlock, helmert
 
 MODES = ("margin", "contrast", "logodds", "sequence")
-CONFIG = EstimationConfig(l2_penalty=0.3, tolerance=1e-10)
+CONFIG = EstimationConfig(method="ridge", l2_penalty=0.3, tolerance=1e-10)
 
 
 def make_block(
@@ -342,7 +342,9 @@ def test_the_oracle_is_exact_where_the_model_is_linear() -> None:
         return -log_softmax(logits, axis=1)[np.arange(len(y)), y].mean() + 0.5 * ridge * theta @ theta
 
     tuned = minimize(training_loss, np.zeros(15), method="BFGS", options={"gtol": 1e-7}).x.reshape(5, 3)
-    scores = score_subsets(train, validation, [subset], EstimationConfig(l2_penalty=0.05, tolerance=1e-10))
+    scores = score_subsets(
+        train, validation, [subset], EstimationConfig(method="ridge", l2_penalty=0.05, tolerance=1e-10)
+    )
     for i in range(3):
         logits = inputs["validation"][i] @ (base + tuned)
         truth = answers["validation"][i]
@@ -411,7 +413,7 @@ def test_separable_rows_converge_at_the_smallest_penalty() -> None:
 def test_a_fit_that_runs_out_of_steps_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     features = make_features("margin", "contrast")
     with caplog.at_level(logging.WARNING):
-        scores = Oracle((features,), 1e-4, EstimationConfig(max_iter=2)).score([(0,), ()])
+        scores = Oracle((features,), 1e-4, EstimationConfig(method="ridge", max_iter=2)).score([(0,), ()])
     assert scores.converged.tolist() == [False, True]
     assert "raise estimation.max_iter" in caplog.text
 
@@ -522,7 +524,9 @@ def test_the_oracle_counts_the_rows_its_fits_went_through(evaluated) -> None:
 
 def test_the_fits_that_a_penalty_is_chosen_from_are_counted_too(evaluated) -> None:
     features = make_features("margin", "contrast", "margin")
-    oracle = build_oracle([features], EstimationConfig(l2_grid=(0.1, 1.0, 10.0)), subsets=[(0, 1), (1, 2)])
+    oracle = build_oracle(
+        [features], EstimationConfig(method="ridge", l2_grid=(0.1, 1.0, 10.0)), subsets=[(0, 1), (1, 2)]
+    )
     assert sum(trial.row_iterations for trial in oracle.penalty_table) == sum(evaluated) > 0
     assert [trial.n_fits for trial in oracle.penalty_table] == [6, 6, 6], "two subsets, three singles, and all"
     assert oracle.row_iterations == 0
@@ -531,7 +535,7 @@ def test_the_fits_that_a_penalty_is_chosen_from_are_counted_too(evaluated) -> No
 def test_auto_penalty_is_the_grid_value_with_the_least_validation_loss() -> None:
     features = make_features("margin", "contrast", "margin", n=60)
     subsets = [(0, 1), (1, 2)]
-    config = EstimationConfig(l2_grid=(10.0, 0.1, 1000.0, 1.0), tolerance=1e-10)
+    config = EstimationConfig(method="ridge", l2_grid=(10.0, 0.1, 1000.0, 1.0), tolerance=1e-10)
     penalty, table = choose_l2_penalty(features.train, features.validation, subsets, config)
     assert [trial.l2_penalty for trial in table] == [0.1, 1.0, 10.0, 1000.0]
     assert np.all(np.diff([trial.distance for trial in table]) < 0), "a larger ridge gives shorter weights"
@@ -543,13 +547,15 @@ def test_auto_penalty_is_the_grid_value_with_the_least_validation_loss() -> None
     assert penalty == min(table, key=lambda trial: trial.nll).l2_penalty
     assert build_oracle([features], config, subsets=subsets).l2_penalty == penalty
     assert score_subsets(features.train, features.validation, subsets, config).l2_penalty == penalty
-    assert build_oracle([features], EstimationConfig(l2_penalty=2.5)).penalty_table == ()
+    assert build_oracle([features], EstimationConfig(method="ridge", l2_penalty=2.5)).penalty_table == ()
 
 
 def test_small_penalties_are_left_out_once_the_loss_only_rises() -> None:
     features = make_features("margin", "margin", n=15, d=20)
     grid = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
-    penalty, table = choose_l2_penalty(features.train, features.validation, [], EstimationConfig(l2_grid=grid))
+    penalty, table = choose_l2_penalty(
+        features.train, features.validation, [], EstimationConfig(method="ridge", l2_grid=grid)
+    )
     everything = [Oracle((features,), p, CONFIG).score([(0,), (1,), (0, 1)]).nll for p in grid]
     losses = [np.mean([nll[0, 0], nll[1, 1], nll[2].mean()]) for nll in everything]
     assert penalty == grid[int(np.argmin(losses))]
@@ -562,7 +568,9 @@ def test_equal_losses_choose_the_largest_penalty() -> None:
     silent = TaskFeatures(
         features.train, tuple(replace(b, features=np.zeros_like(b.features)) for b in features.validation)
     )
-    penalty, _ = choose_l2_penalty(silent.train, silent.validation, [], EstimationConfig(l2_grid=(0.1, 1.0, 10.0)))
+    penalty, _ = choose_l2_penalty(
+        silent.train, silent.validation, [], EstimationConfig(method="ridge", l2_grid=(0.1, 1.0, 10.0))
+    )
     assert penalty == 10.0
 
 

@@ -19,7 +19,7 @@ from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ConfigError, OutputError, StoreError
 from ensemblelora.estimation import Oracle, TaskFeatures, TrainingBudget, build_oracle
 from ensemblelora.gradients import collect, exact
-from ensemblelora.gradients.collect import FeatureHealth, collect_features, find_active_linears, plan_features
+from ensemblelora.gradients.collect import FeatureHealth, collect_features, find_active_layers, plan_features
 from ensemblelora.gradients.exact import (
     choose_form,
     compute_gram,
@@ -204,7 +204,7 @@ def test_ridge_fits_predict_what_coordinates_predict(penalty: float, both) -> No
     # The unit of a penalty is the mean curvature of a dimension: the same ridge is another number in fewer of them.
     kept, explicit = both
     ratio = kept.train[0].proj_dim / explicit.train[0].proj_dim
-    settings = EstimationConfig(l2_penalty=penalty, tolerance=1e-8)
+    settings = EstimationConfig(method="ridge", l2_penalty=penalty, tolerance=1e-8)
     relative = settings.model_copy(update={"l2_penalty": penalty * ratio})
     assert_same_scores(build_oracle([kept], relative), build_oracle([explicit], settings), 1e-5)
 
@@ -298,7 +298,7 @@ def test_blocks_of_two_computations_never_pass_for_one_store(tmp_path: Path, mon
 
 def test_a_full_disk_is_refused_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted, splits = make_adapted(), make_splits()
-    plan = plan_features(find_active_linears(adapted, splits), splits, EXACT)
+    plan = plan_features(find_active_layers(adapted, splits), splits, EXACT)
     needed = 4 * plan.n_rows * plan.n_coordinates
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(exact.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))

@@ -31,7 +31,8 @@ from ensemblelora.ensemble import Ensemble, Member, load_ensemble, predict_ensem
 from ensemblelora.errors import DataError, OutputError, StoreError, UsageError
 from ensemblelora.exporting import TOLERANCE, Export, export_run
 from ensemblelora.exporting.notes import BaseNote, describe_fold
-from ensemblelora.models import EMBEDDED_ORIGIN, load_base, prepare_base
+from ensemblelora.gguf import EMBEDDED_ORIGIN
+from ensemblelora.models import load_base, prepare_base
 from ensemblelora.prediction import member_nll, predict_members
 from tests.tiny import disturb, make_network
 from tests.tiny_run import TASKS, edit_rows, finished_run, make_inputs, read_config
@@ -336,16 +337,6 @@ def test_a_merged_model_in_low_precision_is_measured_as_it_is_written(make, expo
     with pytest.raises(UsageError, match="rounded to bfloat16 weights it raises the mean validation loss by 1;"):
         export_run(run, tmp_path / "refused", format="merged", task=TASKS[0])
     assert not (tmp_path / "refused").exists()
-
-
-def test_nothing_is_merged_into_quantised_weights(make, tmp_path, monkeypatch):
-    run = make()
-    adapted = load_run(run)._model[0]
-    monkeypatch.setattr(adapted.base.model.config, "quantization_config", {"bits": 4}, raising=False)
-    monkeypatch.setattr("ensemblelora.exporting.write.load_members", lambda *a, **k: adapted)
-    monkeypatch.setattr("ensemblelora.exporting.write.Judge.ask", lambda *a, **k: pytest.fail("rows were scored"))
-    with pytest.raises(UsageError, match=r"its weights are quantised, and .* give --format folded"):
-        export_run(run, tmp_path / "out", format="merged", tolerance=ALL)
 
 
 def test_every_member_is_exported_as_it_is(make, export):

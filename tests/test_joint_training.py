@@ -20,11 +20,12 @@ from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state,
 from ensemblelora.config import AdapterConfig, TrainingConfig
 from ensemblelora.data.batching import collate
 from ensemblelora.errors import ModelError, StoreError, TrainingError
-from ensemblelora.lora import MemberSwitch, can_mix, fused
+from ensemblelora.fusion import can_mix, fused
 from ensemblelora.passes import with_cache
 from ensemblelora.progress import announcing
 from ensemblelora.scoring import score_batch
 from ensemblelora.stages import learning
+from ensemblelora.switch import MemberSwitch
 from ensemblelora.training import TrainedAdapter, TrainingJob, fine_tune, fine_tune_together, steps
 from ensemblelora.training.steps import StepPlan, plan_passes
 from tests.test_training import DyingMeter, Killed, make_dropping

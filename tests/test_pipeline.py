@@ -217,12 +217,12 @@ def test_a_changed_setting_runs_its_stage_again_and_what_follows(changes, again,
 
 def test_what_belongs_to_an_old_plan_is_gone_before_the_new_one_is_made(tmp_path, carried_out):
     recipe = copy_run(tmp_path)
-    pipeline.run(read_config(recipe, estimation={"l2_penalty": 3.0}), until="affinity")
+    pipeline.run(read_config(recipe, estimation={"method": "ridge", "l2_penalty": 3.0}), until="affinity")
     assert carried_out == ["affinity"]
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left.isdisjoint({"plan.json", "ensemble.json", "results.json", "report.html", "report.md"})
     carried_out.clear()
-    pipeline.run(read_config(recipe, estimation={"l2_penalty": 3.0}))
+    pipeline.run(read_config(recipe, estimation={"method": "ridge", "l2_penalty": 3.0}))
     # The new plan has the same groups, so their adapters are as good as new; its predictions are not.
     assert carried_out == ["group", "combine", "evaluate", "report"]
     predicted = read_json(tmp_path, "plan.json")["predicted"]["plan"]["nll"]

@@ -76,7 +76,7 @@ def make_features(
 
 
 def make_oracle(*features: TaskFeatures, penalty: float = 0.1) -> Oracle:
-    return Oracle(features, penalty, EstimationConfig(l2_penalty=penalty))
+    return Oracle(features, penalty, EstimationConfig(method="ridge", l2_penalty=penalty))
 
 
 def affinity_of(oracle: Oracle) -> np.ndarray:
@@ -449,7 +449,7 @@ def test_warnings_say_what_speaks_against_the_plan() -> None:
     set_to_2 = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), n_groups=2, max_groups=3)
     (told,) = (warning for warning in set_to_2.warnings if warning.startswith(better))
     assert told.endswith("; set grouping.n_groups to auto and grouping.max_groups to 4 or more to allow it.")
-    rushed = Oracle((make_features(OPPOSED),), 1e-3, EstimationConfig(max_iter=2))
+    rushed = Oracle((make_features(OPPOSED),), 1e-3, EstimationConfig(method="ridge", max_iter=2))
     slow = plan_for(rushed, max_groups=2)
     assert any("fits did not converge" in warning for warning in slow.warnings)
     assert "training seeds" in slow.warnings[-1], "what holds for every plan comes after what holds for this one"

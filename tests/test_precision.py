@@ -54,7 +54,7 @@ def blur(features: TaskFeatures, seed: int) -> TaskFeatures:
     return TaskFeatures(tuple(map(blurred, features.train)), tuple(map(blurred, features.validation)))
 
 
-CONFIG = EstimationConfig(l2_penalty=0.1)
+CONFIG = EstimationConfig(method="ridge", l2_penalty=0.1)
 
 
 def estimate(oracle: Oracle, config: AffinityConfig) -> tuple[np.ndarray, np.ndarray]:

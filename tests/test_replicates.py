@@ -19,7 +19,7 @@ from ensemblelora.errors import ConfigError, StoreError
 from ensemblelora.estimation import Oracle, compute_clustered_se
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.stages.choosing import _identify_projection
-from ensemblelora.stages.learning import _settle_boosting
+from ensemblelora.stages.learning import settle_boosting
 from ensemblelora.store import FeatureStore
 from ensemblelora.workspace import Workspace
 from tests.tiny_run import TASKS, copy_run, finished_run, read_config, read_json
@@ -106,7 +106,7 @@ def test_boosting_is_ruled_by_the_same_ridge_however_many_projections():
     features, targets = rng.normal(size=(30, 1, 4)).astype(np.float32), rng.normal(size=(30, 1))
     recipe = finished_run() / "recipe.yaml"
     one, three = (
-        _settle_boosting(read_config(recipe, gradients={"n_projections": n}, boosting={"l2_penalty": 0.7}))
+        settle_boosting(read_config(recipe, gradients={"n_projections": n}, boosting={"l2_penalty": 0.7}))
         for n in (1, 3)
     )
     w, alpha = fit_residual(features, targets, one.l2_penalty)

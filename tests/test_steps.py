@@ -65,6 +65,17 @@ def train_with_torch(features, subset, budget, n_steps) -> list[np.ndarray]:
     return path
 
 
+def test_numbers_without_a_gradient_lengthen_the_way() -> None:
+    features = make_features(*MODES, d=5)
+    subsets = [(0,), (0, 2)]
+
+    def train(**changes) -> np.ndarray:
+        return simulate_training(features.train, features.validation, subsets, make_budget(3, **changes))
+
+    np.testing.assert_array_equal(train(n_coordinates=2.0, n_trained=8.0), train(n_coordinates=2.0, learning_rate=0.1))
+    np.testing.assert_array_equal(train(n_coordinates=2.0, n_trained=2.0), train(n_coordinates=2.0))
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("clip", [1e9, 0.1])
 def test_one_coordinate_is_trained_as_torch_would(schedule: str, clip: float) -> None:

@@ -1,43 +1,39 @@
 """Adapters on one shared base: attach, copy, switch, save, load.
 
 Every adapter of a run starts from the same point theta0, the adapter named :data:`THETA0`, at which the features
-are taken. Files are plain PEFT folders; ``peft.PeftModel.from_pretrained`` reads them without this package.
+are taken. What differs by the kind of adapter is asked of :mod:`ensemblelora.adaptermethods`. Files are plain PEFT
+folders; ``peft.PeftModel.from_pretrained`` reads them without this package, except that bottlenecks, which PEFT does
+not bring, need ``import ensemblelora.bottleneck`` first.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    TaskType,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from peft.tuners.lora.layer import LoraLayer
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ensemblelora.adaptermethods import METHODS, AbstractMethod, TrainedLayer, choose_targets
 from ensemblelora.config import AdapterConfig
 from ensemblelora.counting import PassCosts, read_costs
 from ensemblelora.data.encoding import Layout
 from ensemblelora.errors import ModelError, StoreError
-from ensemblelora.models import BaseModel, find_blocks, find_origin, find_target_modules, forked_generators
+from ensemblelora.gguf import find_origin
+from ensemblelora.models import BaseModel, forked_generators
 from ensemblelora.prefix import FrozenPrefix, find_prefix
+from ensemblelora.quantization import squared_norm
 from ensemblelora.seeding import seed_for
 from ensemblelora.sharing import can_share_context
 
@@ -49,20 +45,19 @@ __all__ = [
     "adapter_state",
     "add_adapter",
     "attach",
+    "count_trained",
     "keep_head_in_float32",
     "load_adapter",
     "measure_distance",
     "remove_adapter",
     "save_adapter",
     "set_adapter_state",
-    "trainable_linears",
+    "trainable_layers",
 ]
 
 THETA0 = "theta0"
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _SETTINGS_FILE = "adapter_config.json"
-_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern")
-"""settings that change what the same tensors compute"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +66,16 @@ class AdaptedModel:
 
     base: BaseModel
     peft: PeftModel
+    method: AbstractMethod
+    """the kind of adapter"""
+    frozen: tuple[str, ...]
+    """parts of the paths of tensors that are never trained, such as an A that all adapters share"""
     costs: PassCosts | None
     """what a pass costs; none for a family without a formula"""
     prefix: FrozenPrefix | None
     """the blocks below the lowest adapted one; none if that is the first"""
     shares_context: bool
     """whether the choices of a question can share a row"""
-    trains_a: bool
-    """whether A is trained, or B alone"""
 
     @property
     def network(self) -> nn.Module:
@@ -92,13 +89,13 @@ class AdaptedModel:
         return self.base.device
 
     @cached_property
-    def lora_layers(self) -> tuple[Any, ...]:
+    def adapter_layers(self) -> tuple[Any, ...]:
         """The layers that carry adapters, any number of them."""
-        return tuple(module for module in self.network.modules() if isinstance(module, LoraLayer))
+        return tuple(module for module in self.network.modules() if isinstance(module, self.method.layer_type))
 
     @cached_property
     def trains_whole_modules(self) -> bool:
-        """Whether an adapter comes with modules of its own beside LoRA, such as a classifier head."""
+        """Whether an adapter comes with modules of its own beside its layers, such as a classifier head."""
         return any(isinstance(module, ModulesToSaveWrapper) for module in self.peft.modules())
 
     @cached_property
@@ -113,45 +110,43 @@ class AdaptedModel:
 
 
 def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel:
-    """Put the start adapter theta0 on the base model.
-
-    LoRA starts with B = 0, so theta0 computes what the base computes, and only B has a gradient there.
+    """Put the start adapter theta0 on the base model; it computes what the base computes.
 
     Args:
         base: Frozen base model; it is changed in place (adapter layers are inserted).
         config: Adapter settings in PEFT's words.
-        seed: The run's root seed; A is drawn from it.
+        seed: The run's root seed; what does not begin at zero or one is drawn from it (LoRA's A, a bottleneck's
+            down-projection).
 
     Raises:
-        ModelError: If a named target module is not in the model.
+        ModelError: If a named target module is not in the model, or is not of a kind that the method adapts.
     """
-    targets = _target_modules(base, config)
+    method = METHODS[config.method]
+    targets = choose_targets(base, config, method)
     shares_context = base.head == "lm" and can_share_context(base.model)
-    settings = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if base.head == "lm" else TaskType.SEQ_CLS,
-        r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it by r; fractions are fine
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        fan_in_fan_out=_uses_conv1d(base.model, targets),
-    )
     try:
         with forked_generators(base.device), _without_known_warnings():
             torch.manual_seed(seed_for(seed, "adapter", THETA0) % 2**31)
-            model = get_peft_model(base.model, settings, adapter_name=THETA0)
+            model = get_peft_model(base.model, method.make_settings(base, config, targets), adapter_name=THETA0)
     except ValueError as error:
         raise ModelError(f"adapter.target_modules {config.target_modules!r}: {str(error).splitlines()[0]}") from error
     model.eval()
     prefix = find_prefix(base.model)
-    depth = prefix.depth if prefix else 0
     adapted = AdaptedModel(
         base=base,
         peft=model,
-        costs=read_costs(base.model.config.to_dict(), config.r, targets, trains_a=config.train_A, n_lower=depth),
+        method=method,
+        frozen=method.list_frozen(config),
+        costs=read_costs(
+            base.model.config.to_dict(),
+            lambda shape: method.read_shape(shape, config, targets),
+            n_lower=prefix.depth if prefix else 0,
+        ),
         prefix=prefix,
         shares_context=shares_context,
-        trains_a=config.train_A,
     )
+    for layer in adapted.adapter_layers:
+        method.settle(layer, THETA0)
     keep_head_in_float32(adapted, THETA0)
     _switch(adapted, THETA0, trainable=True)
     return adapted
@@ -221,7 +216,9 @@ def save_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
     save_file(adapter_state(adapted, name), folder / _WEIGHTS_FILE, metadata={"format": "pt"})
     settings = _copy_settings(adapted, name)
     settings.inference_mode = True
-    settings.target_modules = sorted(settings.target_modules or ())  # a set would be written in any order
+    for key, value in list(vars(settings).items()):
+        if isinstance(value, set):  # would be written in any order
+            setattr(settings, key, sorted(value))
     if (origin := find_origin(adapted.base.name)) is not None:  # PEFT would name a folder of this machine's cache
         settings.base_model_name_or_path = origin
     settings.save_pretrained(str(folder))
@@ -241,34 +238,47 @@ def load_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"adapter folder {folder}: can't be read ({error}); train it again") from error
     ours = _copy_settings(adapted, THETA0)
-    for key in _SETTINGS:
-        found, expected = getattr(settings, key, None), getattr(ours, key)
+    for key in ("peft_type", *adapted.method.settings):
+        found, expected = (_as_written(getattr(some, key, None)) for some in (settings, ours))
         if found != expected:
             raise StoreError(f"adapter folder {folder}: made with {key} {found!r}, this run has {expected!r}")
     add_adapter(adapted, name, state)
 
 
-def trainable_linears(adapted: AdaptedModel, name: str) -> dict[str, nn.Linear]:
-    """The linear layers that make up one adapter, by a name that doesn't depend on the adapter's own.
+def trainable_layers(adapted: AdaptedModel, name: str) -> dict[str, TrainedLayer]:
+    """What makes up one adapter, by names that don't depend on the adapter's own: linear layers, and scaling vectors.
 
     Raises:
-        ModelError: If the adapter trains anything but linear layers, whose gradient blocks are not known here.
+        ModelError: If the adapter trains anything else, whose gradient blocks are not known here.
     """
     with activate(adapted, name, trainable=True):
         wanted = {id(p) for p in adapted.peft.parameters() if p.requires_grad}
-    linears: dict[str, nn.Linear] = {}
+    layers: dict[str, TrainedLayer] = {}
     for path, module in adapted.network.named_modules():
         if isinstance(module, nn.Linear) and id(module.weight) in wanted:
-            linears[_neutral_name(path, name)] = module
+            layers[_neutral_name(path, name)] = module
             wanted -= {id(p) for p in module.parameters(recurse=False)}
+        elif isinstance(module, adapted.method.layer_type):
+            for inner, scaling in adapted.method.find_scalings(module, name):
+                layers[_neutral_name(f"{path}.{inner}", name)] = scaling
+                wanted.discard(id(scaling.weight))
     if wanted:
-        raise ModelError(f"adapter {name!r}: {len(wanted)} of its tensors are not weights of linear layers; use LoRA")
-    return linears
+        raise ModelError(
+            f"adapter {name!r}: {len(wanted)} of its tensors are neither weights of linear layers nor vectors that "
+            "scale activations; adapt linear layers alone"
+        )
+    return layers
 
 
 def adapter_bytes(adapted: AdaptedModel, name: str = THETA0) -> int:
     """Bytes of one adapter's tensors as saved."""
     return sum(t.numel() * t.element_size() for t in adapter_state(adapted, name).values())
+
+
+def count_trained(adapted: AdaptedModel, name: str = THETA0) -> int:
+    """How many numbers of an adapter are trained."""
+    with activate(adapted, name, trainable=True):
+        return sum(p.numel() for p in adapted.peft.parameters() if p.requires_grad)
 
 
 def measure_distance(adapted: AdaptedModel, name: str) -> dict[str, float]:
@@ -280,11 +290,11 @@ def measure_distance(adapted: AdaptedModel, name: str) -> dict[str, float]:
     start, end = adapter_state(adapted, THETA0), adapter_state(adapted, name)
     moved = sum(float((end[key].double() - start[key].double()).pow(2).sum()) for key in start) ** 0.5
     init = sum(float(tensor.double().pow(2).sum()) for tensor in start.values()) ** 0.5
-    adapters = tuple(f".{adapter}." for adapter in adapted.peft.peft_config)
+    adapters = set(adapted.peft.peft_config)
     squares = [
-        float(parameter.detach().float().pow(2).sum())
+        squared_norm(parameter)
         for path, parameter in adapted.peft.named_parameters()
-        if not any(adapter in path for adapter in adapters)
+        if adapters.isdisjoint(path.split("."))
     ]
     full = sum(squares) ** 0.5
     return {"absolute": moved, "relative_to_model": moved / full, "relative_to_adapter_init": moved / init}
@@ -292,55 +302,10 @@ def measure_distance(adapted: AdaptedModel, name: str) -> dict[str, float]:
 
 def _switch(adapted: AdaptedModel, name: str, *, trainable: bool) -> None:
     adapted.peft.set_adapter(name, inference_mode=not trainable)
-    if trainable and not adapted.trains_a:
+    if trainable and adapted.frozen:
         for path, parameter in adapted.peft.named_parameters():
-            if ".lora_A." in path:
+            if any(part in path for part in adapted.frozen):
                 parameter.requires_grad_(False)
-
-
-def _target_modules(base: BaseModel, config: AdapterConfig) -> list[str]:
-    """The adapted modules, by their last names where these say it all, as PEFT's own configs do."""
-    layers = _choose_layers(base, config.layers_to_transform)
-    if config.target_modules == "auto":
-        names = find_target_modules(base.model, layers)
-    else:
-        names = _find_named_modules(base, config.target_modules, layers)
-    short = sorted({name.rpartition(".")[2] for name in names})
-    matches = {name for name, _ in base.model.named_modules() if name.rpartition(".")[2] in short}
-    return short if matches == set(names) else names
-
-
-def _choose_layers(base: BaseModel, layers: str | Sequence[int] | None) -> Sequence[int] | None:
-    if not isinstance(layers, str):
-        return layers
-    n_blocks = len(find_blocks(base.model)[1])
-    n_adapted = -(-n_blocks // {"top_half": 2, "top_third": 3}[layers])
-    return range(n_blocks - n_adapted, n_blocks)
-
-
-def _find_named_modules(base: BaseModel, targets: Sequence[str], layers: Sequence[int] | None) -> list[str]:
-    every = [name for name, _ in base.model.named_modules()]
-    found = {target: [n for n in every if n == target or n.endswith(f".{target}")] for target in targets}
-    missing = [target for target, names in found.items() if not names]
-    if missing:
-        known = sorted({name.rpartition(".")[2] for name in find_target_modules(base.model)})
-        raise ModelError(f"adapter.target_modules: no module is named {missing}; auto would take {known}")
-    names = [name for name in every if any(name in group for group in found.values())]
-    if layers is None:
-        return names
-    find_target_modules(base.model, layers)  # refuses layers that the model does not have
-    kept = [name for name in names if _layer_index(name) in layers]
-    if not kept:
-        raise ModelError(f"adapter.target_modules: none of {list(targets)} is in layers {list(layers)}")
-    return kept
-
-
-def _layer_index(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _uses_conv1d(model: nn.Module, targets: Sequence[str]) -> bool:
-    return any(isinstance(m, Conv1D) and name.endswith(tuple(targets)) for name, m in model.named_modules())
 
 
 def keep_head_in_float32(adapted: AdaptedModel, name: str) -> None:
@@ -363,8 +328,13 @@ def _check_shapes(adapted: AdaptedModel, name: str, state: dict[str, Tensor]) ->
         )
 
 
-def _copy_settings(adapted: AdaptedModel, name: str) -> LoraConfig:
-    return copy.deepcopy(cast("LoraConfig", adapted.peft.peft_config[name]))
+def _copy_settings(adapted: AdaptedModel, name: str) -> Any:
+    return copy.deepcopy(adapted.peft.peft_config[name])
+
+
+def _as_written(value: Any) -> Any:
+    """A setting as its file has it."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def _live_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import typer
 
 from ensemblelora import __version__
 from ensemblelora.artifacts import CONFIG_FILE
+from ensemblelora.cli_study import add_study_commands
 from ensemblelora.config import RunConfig
 from ensemblelora.console import describe_failure, say, show_json, show_rows, show_table, talking
 from ensemblelora.errors import DataError, UsageError
@@ -171,59 +172,6 @@ def ask(
 
 @app.command(rich_help_panel=_USE)
 @spread
-def validate(
-    run: RunPath,
-    *,
-    subsets: Annotated[
-        int, typer.Option("--subsets", metavar="N", help="Distinct subsets: all tasks, each alone, and others.")
-    ] = 50,
-    seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", help="Fine-tunings of each; two or more measure the noise.")
-    ] = 1,
-    device: Device = None,
-    as_json: AsJson = False,
-    talk: Talk,
-) -> None:
-    """Fine-tune subsets of a run's tasks for hours, and compare with what its oracle predicts."""
-    with talking(**asdict(talk)):
-        from ensemblelora.validation.validate import validate_run
-
-        try:
-            found = validate_run(run, n_subsets=subsets, n_seeds=seeds, device=device)
-        except KeyboardInterrupt:
-            say("interrupted; what was fine-tuned is kept: give the same command again")
-            raise
-    if as_json:
-        return show_json(found.to_dict())
-    from ensemblelora.verdict import render_validation
-
-    show_table(*render_validation(found))
-
-
-@app.command(rich_help_panel=_USE)
-@spread
-def reproduce(
-    exhibit: Annotated[str, typer.Argument(metavar="EXHIBIT", help="table2, table3, table5 or figure2.")],
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Validated run folders.")],
-    as_json: AsJson = False,
-    *,
-    talk: Talk,
-) -> None:
-    """Make a table of the paper from validated runs, its own numbers beside ours."""
-    with talking(**asdict(talk)):
-        from ensemblelora.reproduction.tables import reproduce as make
-
-        made = make(exhibit, runs)
-    if as_json:
-        return show_json(made)
-    for row in made.rows:
-        show_rows(dict(row), title=f"{made.exhibit}: {made.title}")
-    for line in made.notes:
-        typer.echo(line)
-
-
-@app.command(rich_help_panel=_USE)
-@spread
 def export(
     run: RunPath,
     *,
@@ -263,6 +211,9 @@ def export(
 
         made = load_run(run).export(out, format=format, task=task, rank=rank, tolerance=tolerance)
     show_json(made) if as_json else _show_export(made)
+
+
+add_study_commands(app)
 
 
 @app.command(rich_help_panel=_SETUP)

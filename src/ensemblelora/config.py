@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeFloat, ValidationError, model_validator
 
+from ensemblelora.config_adapter import AdapterConfig, keep_own_keys
 from ensemblelora.config_errors import list_faults
+from ensemblelora.config_stage import Stage
 from ensemblelora.errors import ConfigError
 
 __all__ = [
@@ -42,16 +44,11 @@ MAX_PROJ_DIM = 20_000
 MaxTokens = Literal["auto"] | Annotated[int, Field(ge=1)]
 """padded tokens of a pass that keeps no activations; auto: by the memory that is free"""
 
-_Layers = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, title="a list of one or more layer numbers")]
+_Names = Annotated[tuple[str, ...], Field(min_length=1)]
+_Pair = Annotated[tuple[str, ...], Field(min_length=2)]
 
 
-class _Stage(BaseModel):
-    """Common rules: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(_Stage):
+class DataConfig(Stage):
     """Which tasks, and how many rows of each."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="Names of shipped cards, card files, or folders.")
@@ -68,9 +65,10 @@ class DataConfig(_Stage):
     overlap: Literal["refuse", "report"] = Field(
         "report", description="What to do with rows shared by splits or tasks."
     )
+    seed: int | None = Field(None, ge=0, description="Of the choice and split of rows; none: the run's seed.")
 
 
-class ModelConfig(_Stage):
+class ModelConfig(Stage):
     """The base model: a hub id, a local folder, a .gguf file, or ``smollm2-135m``."""
 
     name: str = Field("smollm2-135m", description="Hub id, folder, .gguf file, or the embedded default.")
@@ -78,6 +76,12 @@ class ModelConfig(_Stage):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 where the processor computes in it; adapters stay float32."
     )
+    quantization: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: the blocks' weights in 4 bits, as in QLoRA, by bitsandbytes (extra `quantization`). "
+        "`smollm2-135m` is a dequantised 4-bit file (Q4_1): on it, LoRA against QLoRA compares two quantised bases.",
+    )
+    bnb_4bit_use_double_quant: bool = Field(True, description="Of nf4: keep its scales in 8 bits, as in QLoRA.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best.")
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="auto: on a processor eager, which is faster there for rows of up to 1,024 tokens."
@@ -90,21 +94,7 @@ class ModelConfig(_Stage):
     )
 
 
-class AdapterConfig(_Stage):
-    """The adapter, in PEFT's own words."""
-
-    method: Literal["lora"] = Field("lora", description="The only one so far.")
-    r: int = Field(8, ge=1, description="The paper uses 4 on 8B models; small models need more.")
-    lora_alpha: float = Field(16.0, gt=0, description="Scale of the adapter is lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="In training only; features are taken without.")
-    target_modules: Literal["auto"] | tuple[str, ...] = Field("auto", description="auto: the attention projections.")
-    layers_to_transform: Literal["top_half", "top_third"] | _Layers | None = Field(
-        None, description="Adapt only these layers; none: all. What lies below is then computed once a row."
-    )
-    train_A: bool = Field(True, description="False: every adapter keeps theta0's A and trains B alone.")
-
-
-class GradientsConfig(_Stage):
+class GradientsConfig(Stage):
     """Projected gradients at the base model."""
 
     output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = Field(
@@ -120,11 +110,11 @@ class GradientsConfig(_Stage):
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")
 
 
-class EstimationConfig(_Stage):
+class EstimationConfig(Stage):
     """The subset oracle's fit of the linear model."""
 
-    method: Literal["ridge", "steps"] = Field(
-        "ridge", description="ridge: the convex fit, paper; steps: as many optimiser steps as the training would take."
+    method: Literal["steps", "ridge"] = Field(
+        "steps", description="steps: as many optimiser steps as the training would take; ridge: the convex fit, paper."
     )
     l2_penalty: Literal["auto"] | NonNegativeFloat = Field(
         "auto", description="In curvature units, scaled with 1/N_S; auto: by validation."
@@ -135,7 +125,7 @@ class EstimationConfig(_Stage):
     tolerance: float = Field(1e-6, gt=0, description="Largest gradient norm of a finished fit.")
 
 
-class AffinityConfig(_Stage):
+class AffinityConfig(Stage):
     """Which subsets are asked about, and what of the answers enters the matrix."""
 
     subset_size: int = Field(3, ge=1, description="Paper: 3.")
@@ -148,7 +138,7 @@ class AffinityConfig(_Stage):
     )
 
 
-class GroupingConfig(_Stage):
+class GroupingConfig(Stage):
     """How many groups, which, and when not to group at all."""
 
     n_groups: Literal["auto"] | int = Field("auto", description="auto: by predicted performance; may be 1.")
@@ -160,9 +150,23 @@ class GroupingConfig(_Stage):
     refine: bool = Field(True, description="Let a local search on predicted performance improve the rounded groups.")
     max_memory_bytes: int | None = Field(None, ge=1, description="Refuse group counts whose adapters need more.")
     max_latency_ratio: float | None = Field(None, ge=1, description="Inference forward passes against one adapter.")
+    min_group_size: int = Field(1, ge=1, description="Tasks of a group, at least.")
+    max_group_size: int | None = Field(None, ge=1, description="Tasks of a group, at most; none: no limit.")
+    must_link: tuple[_Pair, ...] = Field((), description="Lists of tasks, by name, that share a group.")
+    cannot_link: tuple[_Pair, ...] = Field((), description="Lists of tasks no two of which share a group.")
+    groups: tuple[_Names, ...] | None = Field(
+        None, description="Groups given by hand, as lists of tasks, every task once; they are judged as any others."
+    )
+
+    @property
+    def n_groups_asked(self) -> int | None:
+        """The number of groups that was set, by itself or with the groups; none where it is to be chosen."""
+        if self.groups is not None:
+            return len(self.groups)
+        return None if self.n_groups == "auto" else self.n_groups
 
 
-class TrainingConfig(_Stage):
+class TrainingConfig(Stage):
     """Fine-tuning one adapter, in transformers' own words."""
 
     learning_rate: float = Field(5e-4, gt=0, description="Paper: 2e-5 at 8B; this suits 135M.")
@@ -190,7 +194,7 @@ class TrainingConfig(_Stage):
     report_to: tuple[str, ...] = Field((), description="Experiment trackers, as transformers names them.")
 
 
-class BoostingConfig(_Stage):
+class BoostingConfig(Stage):
     """Adapters added where a group still errs."""
 
     n_rounds: int = Field(1, ge=0, description="At most; stops earlier where held-out loss does not drop. Paper: 1.")
@@ -207,7 +211,7 @@ class BoostingConfig(_Stage):
     tolerance: float = Field(1e-4, ge=0, description="Smallest relative drop of training loss that counts.")
 
 
-class EnsembleConfig(_Stage):
+class EnsembleConfig(Stage):
     """How members are combined."""
 
     weights: Literal["task", "global", "uniform", "own"] = Field(
@@ -224,7 +228,7 @@ class EnsembleConfig(_Stage):
     )
 
 
-class EvaluationConfig(_Stage):
+class EvaluationConfig(Stage):
     """The final table."""
 
     baselines: tuple[Literal["base", "shared"], ...] = Field(
@@ -239,9 +243,9 @@ class EvaluationConfig(_Stage):
 
 _PAPER: Mapping[str, Mapping[str, Any]] = {
     "data": {"validation_fraction": 0.1},
-    "adapter": {"r": 4},
+    "adapter": {"r": 4, "reduction": 256},
     "gradients": {"output": "logodds", "proj_type": "gaussian", "proj_dim": 400},
-    "estimation": {"balance": "example"},
+    "estimation": {"method": "ridge", "balance": "example"},
     "affinity": {"subset_size": 3, "n_subsets": 200, "min_pair_count": 0, "score": "nll", "row_scale": "none"},
     "grouping": {"max_groups": 6, "rounding": "threshold", "threshold": 1.0, "refine": False},
     "training": {"learning_rate": 2e-5, "num_train_epochs": 10, "loss": "vocab_softmax", "sampling": "proportional"},
@@ -251,7 +255,7 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
 """The paper's values and readings, also where our defaults are the same; their sources are in docs/decisions."""
 
 
-class RunConfig(_Stage):
+class RunConfig(Stage):
     """Everything one run needs."""
 
     out: str = Field("runs/latest", description="The run folder.")
@@ -282,7 +286,8 @@ class RunConfig(_Stage):
             given = values.get(stage, {})
             keys = given.model_dump(exclude_unset=True) if isinstance(given, BaseModel) else given
             if isinstance(keys, dict):  # anything else is refused as it arrived
-                filled[stage] = {**preset, **keys}
+                own = keep_own_keys(preset, keys.get("method", "lora")) if stage == "adapter" else preset
+                filled[stage] = {**own, **keys}
         return filled
 
 

@@ -66,6 +66,8 @@ def _describe(where: str, fault: Any, model: type[BaseModel]) -> str:
         return f"{where}: unknown key; {_suggest_key(where, model)}"
     if fault["type"] == "missing":
         return f"{where}: missing"
+    if fault["type"] == "value_error":  # raised by a section of ours, about several of its keys
+        return f"{where}: {fault['ctx']['error']}"
     told = fault["msg"].replace("tuple", "list").replace("Tuple", "List")  # YAML has lists
     return f"{where}: got {fault['input']!r}: {told[0].lower()}{told[1:]}"
 

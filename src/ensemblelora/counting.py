@@ -8,28 +8,32 @@ below is entered by :func:`count_lower` where it was run, which for a kept row i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ensemblelora.accounting.adapter_shapes import AdapterShape
 from ensemblelora.accounting.formulas import (
     Workload,
+    count_dequantization_flops,
     count_forward_flops,
+    count_full_step_flops,
     count_gradient_pass_flops,
     count_gram_flops,
     count_training_step_flops,
     measure_workload,
 )
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.accounting.shapes import AdapterShape, ModelShape, adapter_shape, model_shape
+from ensemblelora.accounting.shapes import ModelShape, model_shape
 from ensemblelora.data.batching import Batch
 from ensemblelora.errors import ModelError
 
 __all__ = [
     "PassCosts",
     "count_forward",
+    "count_full_training",
     "count_generation",
     "count_gradients",
     "count_gram",
@@ -49,6 +53,8 @@ class PassCosts:
     adapter: AdapterShape
     n_lower: int = 0
     """blocks below the lowest adapted one, which are run and counted apart"""
+    is_packed: bool = False
+    """whether every pass unpacks the weights of its blocks from 4 bits"""
 
     @property
     def upper(self) -> PassCosts:
@@ -68,12 +74,18 @@ class PassCosts:
 
 
 def read_costs(
-    config: Mapping[str, Any], r: int, target_modules: Iterable[str], *, trains_a: bool = True, n_lower: int = 0
+    config: Mapping[str, Any], read_adapter: Callable[[ModelShape], AdapterShape], *, n_lower: int = 0
 ) -> PassCosts | None:
-    """Read the sizes off a model's config; none, with a warning, for a family without a formula."""
+    """Read the sizes off a model's config; none, with a warning, where there is no formula.
+
+    Args:
+        config: The model's.
+        read_adapter: Gives the adapter's sizes, which depend on the model's.
+        n_lower: Blocks below the lowest adapted one.
+    """
     try:
         shape = model_shape(config)
-        return PassCosts(shape, adapter_shape(shape, r, target_modules, trains_a=trains_a), n_lower)
+        return PassCosts(shape, read_adapter(shape), n_lower, is_packed=bool(config.get("quantization_config")))
     except ModelError as error:
         logger.warning("FLOPs are not counted: %s", error)
         return None
@@ -84,19 +96,36 @@ def count_lower(meter: Meter | None, costs: PassCosts | None, batch: Batch) -> N
     if meter is not None and costs is not None:
         rows, width = batch.input_ids.shape
         meter.add_flops(count_forward_flops(costs.lower, measure_workload(np.full(rows, width), n_logits=0)))
+        _count_unpacking(meter, costs, costs.lower)
 
 
 def count_forward(
-    meter: Meter | None, costs: PassCosts | None, batch: Batch, *, times: int = 1, normalize: bool = False
+    meter: Meter | None,
+    costs: PassCosts | None,
+    batch: Batch,
+    *,
+    times: int = 1,
+    n_passes: int | None = None,
+    normalize: bool = False,
 ) -> None:
-    """Enter forward passes of one batch, such as one for each member; ``normalize`` as in :func:`count_training`."""
+    """Enter forward passes of one batch.
+
+    Args:
+        meter: What is told.
+        costs: Sizes; none counts tokens only.
+        batch: What is run.
+        times: How often, such as once for each member.
+        n_passes: In how many passes, where members share them: what each unpacks of a 4-bit base; none: ``times``.
+        normalize: As in :func:`count_training`.
+    """
     if meter is None:
         return
     meter.add_tokens(times * batch.n_real_tokens, times * batch.n_padded_tokens)
     if costs is not None:
         upper = costs.upper
         work = _workload(upper, batch, normalize=normalize)
-        meter.add_flops(times * count_forward_flops(upper.shape, work, upper.adapter))
+        meter.add_flops(times * (count_forward_flops(upper.shape, work, upper.adapter) + upper.adapter.flops_per_pass))
+        _count_unpacking(meter, costs, upper.shape, times if n_passes is None else n_passes)
 
 
 def count_training(meter: Meter | None, costs: PassCosts | None, batch: Batch, *, normalize: bool = False) -> None:
@@ -115,7 +144,17 @@ def count_training(meter: Meter | None, costs: PassCosts | None, batch: Batch, *
     if costs is not None:
         upper = costs.upper
         work = _workload(upper, batch, normalize=normalize)
-        meter.add_flops(count_training_step_flops(upper.shape, work, upper.adapter))
+        meter.add_flops(count_training_step_flops(upper.shape, work, upper.adapter) + upper.adapter.flops_per_pass)
+        _count_unpacking(meter, costs, upper.shape, 2)
+
+
+def count_full_training(meter: Meter | None, costs: PassCosts | None, batch: Batch, *, normalize: bool = False) -> None:
+    """Enter a forward and a backward pass that train every weight; arguments as in :func:`count_training`."""
+    if meter is None:
+        return
+    meter.add_tokens(batch.n_real_tokens, batch.n_padded_tokens)
+    if costs is not None:
+        meter.add_flops(count_full_step_flops(costs.shape, _workload(costs, batch, normalize=normalize)))
 
 
 def count_gradients(
@@ -143,16 +182,16 @@ def count_gradients(
     if costs is not None:
         upper = costs.upper
         work = _workload(upper, batch)
-        meter.add_flops(
-            count_gradient_pass_flops(
-                upper.shape,
-                work,
-                upper.adapter,
-                n_backwards=n_backwards,
-                n_outputs=n_outputs,
-                projection_flops=projection_flops,
-            )
+        flops = count_gradient_pass_flops(
+            upper.shape,
+            work,
+            upper.adapter,
+            n_backwards=n_backwards,
+            n_outputs=n_outputs,
+            projection_flops=projection_flops,
         )
+        meter.add_flops(flops + upper.adapter.flops_per_pass)
+        _count_unpacking(meter, costs, upper.shape, 1 + n_backwards)
 
 
 def count_gram(meter: Meter | None, costs: PassCosts | None, *, n_rows: int, n_coordinates: int) -> None:
@@ -182,7 +221,14 @@ def count_generation(
     if costs is not None:
         seen = width**2 + sum(width + step for step in range(1, n_steps))
         work = Workload(rows, n_tokens, n_pairs=rows * seen, n_logits=rows * n_steps * costs.shape.vocab_size)
-        meter.add_flops(times * count_forward_flops(costs.shape, work, costs.adapter))
+        passes = count_forward_flops(costs.shape, work, costs.adapter) + n_steps * costs.adapter.flops_per_pass
+        meter.add_flops(times * passes)
+        _count_unpacking(meter, costs, costs.shape, times * n_steps)
+
+
+def _count_unpacking(meter: Meter, costs: PassCosts, shape: ModelShape, n_passes: int = 1) -> None:
+    if costs.is_packed:
+        meter.add_dequantization(count_dequantization_flops(shape, n_passes))
 
 
 def _workload(costs: PassCosts, batch: Batch, *, normalize: bool = False) -> Workload:

@@ -54,7 +54,15 @@ def examine(*, device: str = "auto", self_test: bool = True) -> list[Finding]:
         device: Where the self-test runs, as in ``model.device``.
         self_test: Whether to run the method on a tiny random model, which takes some seconds.
     """
-    findings = [*_find_versions(), _find_device(), _find_memory(), _find_disk(), *_find_caches(), _find_demo()]
+    findings = [
+        *_find_versions(),
+        _find_quantization(),
+        _find_device(),
+        _find_memory(),
+        _find_disk(),
+        *_find_caches(),
+        _find_demo(),
+    ]
     findings.append(_find_data())
     if self_test:
         findings.append(_run_self_test(device))
@@ -141,6 +149,24 @@ def _find_versions() -> Iterator[Finding]:
     yield Finding("packages", "fail" if missing else "ok", ", ".join(found), remedy)
 
 
+def _find_quantization() -> Finding:
+    """Say whether a base model can be packed in 4 bits, by doing it to one small weight."""
+    name, remedy = "4-bit bases", "for model.quantization: pip install 'ensemblelora[quantization]'"
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "note", "bitsandbytes is not installed", remedy)
+    try:
+        import torch
+
+        from ensemblelora.quantization import measure_packing_error
+
+        error = measure_packing_error(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except Exception as fault:  # a native library that does not fit this machine fails in many ways
+        return Finding(name, "note", f"bitsandbytes {version} does not work here: {fault}", f"reinstall it; {remedy}")
+    return Finding(name, "ok", f"bitsandbytes {version}; a weight packed and unpacked is off by {error:.0%}")
+
+
 def _find_device() -> Finding:
     try:
         import torch
@@ -175,7 +201,7 @@ def _find_caches() -> Iterator[Finding]:
     from datasets import config as datasets_config
     from huggingface_hub import constants
 
-    from ensemblelora.models import cache_folder
+    from ensemblelora.gguf import cache_folder
 
     caches = {
         "converted models": cache_folder(),

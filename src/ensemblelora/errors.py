@@ -16,6 +16,7 @@ __all__ = [
     "StoreError",
     "TrainingError",
     "UsageError",
+    "first_line",
 ]
 
 
@@ -61,3 +62,14 @@ class SolverError(EnsembleLoraError):
 
 class TrainingError(EnsembleLoraError):
     """Fine-tuning diverged or produced something unusable."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of another library's message, to be quoted in one of ours.
+
+    Example:
+        >>> first_line(ValueError("no such file.\nStack of the caller: ..."))
+        'no such file'
+    """
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(" .") if text else type(error).__name__

@@ -153,6 +153,8 @@ def _share(lost: float, whole: float) -> float:
 
 
 def _check_states(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> None:
+    if states and states[0] and not _list_modules(states[0]):
+        raise ModelError(f"adapter 0: folding knows LoRA's A and B alone, not {next(iter(states[0]))!r}")
     if not states or len(states) != len(weights) or not _list_modules(states[0]):
         raise StoreError(
             f"{len(states)} adapters and {len(weights)} weights: expected one weight for each LoRA adapter"

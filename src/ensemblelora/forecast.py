@@ -10,7 +10,6 @@ if all rows fitted ``model.prefix_cache_gb``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ from ensemblelora.counting import (
 from ensemblelora.data.batching import Batch, collate, iterate_batches, plan_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.generation import list_contexts
-from ensemblelora.gradients.collect import count_outputs, feature_layout, find_active_linears, plan_features
+from ensemblelora.gradients.collect import count_outputs, feature_layout, find_active_layers, plan_features
 from ensemblelora.gradients.exact import gram_bytes, scratch_bytes
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.passes import FILL_TOKENS, choose_max_tokens, score
@@ -71,6 +70,8 @@ class _Rates:
     """work a second of training steps"""
     bytes_per_token: float
     """of activations that a training step keeps for one padded token"""
+    forward_bytes_per_token: float
+    """that a forward pass holds at its fullest, for one padded token"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class _Passes:
     disk_bytes: int = 0
     batch_tokens: int = 0
     """padded tokens of the largest batch that keeps activations"""
+    forward_tokens: int = 0
+    """padded tokens of the largest batch that keeps none"""
     held_bytes: int = 0
     """of what is in memory beside the model when there are no activations"""
 
@@ -97,18 +100,21 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
     """
     step = config.training.max_tokens_per_batch
     rates, resident = _measure_rates(probe, rows, step), psutil.Process().memory_info().rss
-    asked = config.grouping.n_groups
-    most_groups = min(config.grouping.max_groups, len(rows.names)) if asked == "auto" else asked
+    asked = config.grouping.n_groups_asked
+    most_groups = min(config.grouping.max_groups, len(rows.names)) if asked is None else asked
     one, n_boosters = adapter_bytes(probe), config.boosting.n_rounds
-    validated = _count_forward(probe, rows.validation, _prediction_tokens(config, probe))
+    predicted = _prediction_tokens(config, probe)
+    validated = _count_forward(probe, rows.validation, predicted)
     training, checking = _count_training(config, probe, rows)
     passes = {
         "features": _count_features(config, probe, rows),
-        "train": _Passes(training, checking, most_groups * one, step),
+        "train": _Passes(training, checking, most_groups * one, step, 2 * step),
         "boost": _count_boosting(config, probe, rows),
-        "combine": _Passes(forward=_times(validated, most_groups + n_boosters + bool(n_boosters))),
-        "baselines": _Passes(training, checking, one, step),
-        "evaluate": _Passes(forward=_count_evaluation(config, probe, rows, most_groups)),
+        "combine": _Passes(
+            forward=_times(validated, most_groups + n_boosters + bool(n_boosters)), forward_tokens=predicted
+        ),
+        "baselines": _Passes(training, checking, one, step, 2 * step),
+        "evaluate": _Passes(forward=_count_evaluation(config, probe, rows, most_groups), forward_tokens=predicted),
     }
     if "shared" not in config.evaluation.baselines:
         del passes["baselines"]
@@ -123,7 +129,12 @@ def _predict(passes: _Passes, rates: _Rates, resident: int) -> StageForecast:
         flops=both.flops,
         n_tokens=both.n_tokens,
         disk_bytes=passes.disk_bytes,
-        memory_bytes=resident + max(round(rates.bytes_per_token * passes.batch_tokens), passes.held_bytes),
+        memory_bytes=resident
+        + max(
+            round(rates.bytes_per_token * passes.batch_tokens),
+            round(rates.forward_bytes_per_token * passes.forward_tokens),
+            passes.held_bytes,
+        ),
     )
 
 
@@ -154,7 +165,7 @@ def _count_training(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple
 
 def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
     settings, meter = config.gradients, Meter("features")
-    plan = plan_features(find_active_linears(probe, rows.learning), rows.learning, settings)
+    plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, settings)
     modes = choose_modes(rows.learning, settings.output)
     for split in rows.learning:
         width = count_outputs(split, modes[split.task])
@@ -173,7 +184,8 @@ def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Pass
     if plan.form == "gram":
         count_gram(meter, probe.costs, n_rows=plan.n_rows, n_coordinates=plan.n_coordinates)
         disk, held = disk + scratch_bytes(plan.n_rows, plan.n_coordinates), gram_bytes(plan.n_rows)
-    return _Passes(meter.record, lower, disk, settings.max_tokens_per_batch, held)
+    filled = FILL_TOKENS if probe.prefix else 0
+    return _Passes(meter.record, lower, disk, settings.max_tokens_per_batch, filled, held)
 
 
 def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
@@ -269,24 +281,25 @@ def _measure_rates(probe: AdaptedModel, rows: Rows, max_tokens: int) -> _Rates:
     """Time a forward pass and a training step on a few middling rows, after one of each to warm up."""
     split = max(rows.train, key=lambda s: s.n_examples)
     batch = collate([(split, e) for e in _choose_timed(split, max_tokens)], probe.base.pad_token_id)
-    before = psutil.Process().memory_info().rss
+    before, peaks = psutil.Process().memory_info().rss, {"forward": 0, "training": 0}
     seconds = {"forward": 0.0, "training": 0.0}
     for _ in range(2):
         for kind in seconds:
-            started = time.perf_counter()
-            _pass_once(probe, batch, is_training=kind == "training")
-            seconds[kind] = time.perf_counter() - started
+            with Meter(kind) as meter:  # what a pass holds at its fullest is let go at its end
+                _pass_once(probe, batch, is_training=kind == "training")
+            seconds[kind] = meter.record.wall_seconds
+            peaks[kind] = peaks[kind] or max(meter.record.peak_memory_bytes - before, 0)
     meters = {kind: Meter(kind) for kind in seconds}
     if probe.prefix:
         for meter in meters.values():
             count_lower(meter, probe.costs, batch)
     count_forward(meters["forward"], probe.costs, batch)
     count_training(meters["training"], probe.costs, batch)
-    grown = max(psutil.Process().memory_info().rss - before, 0)
     return _Rates(
         forward=_measure_work(meters["forward"].record) / seconds["forward"],
         training=_measure_work(meters["training"].record) / seconds["training"],
-        bytes_per_token=grown / batch.n_padded_tokens,
+        bytes_per_token=peaks["training"] / batch.n_padded_tokens,
+        forward_bytes_per_token=peaks["forward"] / batch.n_padded_tokens,
     )
 
 

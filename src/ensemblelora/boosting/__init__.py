@@ -13,7 +13,18 @@ Cost of a round: one weighted backward pass and a handful of forward passes over
 from __future__ import annotations
 
 from ensemblelora.boosting.residual import fit_residual, residual_targets
-from ensemblelora.boosting.rounds import BoostRound, boost, search_length
-from ensemblelora.boosting.state import BoostTask
+from ensemblelora.boosting.rounds import Boosting, BoostRound, boost, boost_once, search_length, start_boosting
+from ensemblelora.boosting.state import BoostTask, Setup
 
-__all__ = ["BoostRound", "BoostTask", "boost", "fit_residual", "residual_targets", "search_length"]
+__all__ = [
+    "BoostRound",
+    "BoostTask",
+    "Boosting",
+    "Setup",
+    "boost",
+    "boost_once",
+    "fit_residual",
+    "residual_targets",
+    "search_length",
+    "start_boosting",
+]

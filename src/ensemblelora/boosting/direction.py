@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, set_adapter_state, trainable_linears
+from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, set_adapter_state, trainable_layers
 from ensemblelora.blocks import OutputMode
 from ensemblelora.boosting.residual import fit_residual, guess_length, residual_targets
 from ensemblelora.boosting.state import GroupState, Setup
@@ -25,7 +25,7 @@ from ensemblelora.counting import count_training
 from ensemblelora.data.batching import collate, iterate_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import StoreError
-from ensemblelora.gradients.collect import find_active_linears
+from ensemblelora.gradients.collect import find_active_layers
 from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.tap import layer_parts
@@ -35,7 +35,7 @@ from ensemblelora.seeding import seed_for
 __all__ = ["find_direction", "sum_gradients"]
 
 _LayerSteps = Mapping[str, tuple[Tensor | None, Tensor | None]]
-"""(weight, bias) of each linear layer"""
+"""(weight, bias) of each trained layer; a vector that scales activations has no bias"""
 
 
 def find_direction(setup: Setup, name: str, state: GroupState) -> tuple[dict[str, Tensor], float]:
@@ -102,7 +102,7 @@ def sum_gradients(
         max_tokens: Padded tokens of a pass.
         meter: Told what every pass costs.
     """
-    linears = trainable_linears(adapted, name)
+    layers = trainable_layers(adapted, name)
     with activate(adapted, name, trainable=True), torch.enable_grad():
         for split, mode, alpha in weighted:
             for batch in iterate_batches(split, max_tokens, adapted.base.pad_token_id, layout=adapted.layout):
@@ -113,17 +113,17 @@ def sum_gradients(
                 weights = torch.from_numpy(alpha[batch.examples, : outputs.shape[1]]).to(z)
                 (outputs * weights).sum().backward()
                 count_training(meter, adapted.costs, batch)
-        gradients = {n: (m.weight.grad, None if m.bias is None else m.bias.grad) for n, m in linears.items()}
+        gradients = {n: (m.weight.grad, None if m.bias is None else m.bias.grad) for n, m in layers.items()}
         adapted.peft.zero_grad(set_to_none=True)
     return _as_state(adapted, name, gradients)
 
 
 def _expand(adapted: AdaptedModel, projector: Projector, state: GroupState, w: npt.NDArray[np.float64]) -> _LayerSteps:
     """``P w``, layer by layer; the coordinates themselves where nothing was projected."""
-    linears = find_active_linears(adapted, state.splits("train"))
+    layers = find_active_layers(adapted, state.splits("train"))
     weights, start = torch.from_numpy(w.astype(np.float32)), 0
     steps: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for name, module in linears.items():
+    for name, module in layers.items():
         parts: list[Tensor | None] = []
         for part, shape in layer_parts(name, module):
             size = math.prod(shape)
@@ -184,13 +184,12 @@ def _as_state(adapted: AdaptedModel, name: str, steps: _LayerSteps) -> dict[str,
     """Rename per-layer steps to the keys of the saved adapter, by writing them through the layers themselves."""
     before = adapter_state(adapted, name)
     set_adapter_state(adapted, name, {key: torch.zeros_like(tensor) for key, tensor in before.items()})
-    linears = trainable_linears(adapted, name)
+    layers = trainable_layers(adapted, name)
     with torch.no_grad():
         for layer, (weight, bias) in steps.items():
-            if weight is not None:
-                linears[layer].weight.copy_(weight)
-            if bias is not None:
-                linears[layer].bias.copy_(bias)
+            for part, step in ((layers[layer].weight, weight), (layers[layer].bias, bias)):
+                if part is not None and step is not None:
+                    part.copy_(step)
     found = adapter_state(adapted, name)
     set_adapter_state(adapted, name, before)
     return found

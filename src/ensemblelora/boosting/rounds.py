@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.progress import note
 
-__all__ = ["BoostRound", "boost", "search_length"]
+__all__ = ["BoostRound", "Boosting", "boost", "boost_once", "search_length", "start_boosting"]
 
 _MOST_LENGTHS = 4  # forward passes over the training rows in one line search
 
@@ -44,6 +44,29 @@ class BoostRound:
     heldout_nll_after: float
     accepted: bool
     reason: str
+
+
+@dataclass(eq=False)
+class Boosting:
+    """Groups that are being boosted; made by :func:`start_boosting`."""
+
+    setup: Setup
+    members: tuple[str, ...]
+    states: dict[int, GroupState]
+    """groups that may still be boosted"""
+    suffix: str
+    rounds: list[BoostRound] = field(default_factory=list)
+
+    @property
+    def n_accepted(self) -> int:
+        """Boosters kept so far."""
+        return sum(entry.accepted for entry in self.rounds)
+
+    def enter(self, entry: BoostRound) -> None:
+        """Add a round to the record; a group whose round was rejected is left alone from then on."""
+        self.rounds.append(entry)
+        if not entry.accepted:
+            del self.states[entry.group]
 
 
 def boost(
@@ -78,23 +101,59 @@ def boost(
         StoreError: If a task's features are not in the order of its rows.
         SolverError: If features are all zero or not finite.
     """
-    setup = Setup(adapted, config, projector, max_tokens, seed, meter)
+    if not config.n_rounds:
+        return ()
+    boosting = start_boosting(Setup(adapted, config, projector, max_tokens, seed, meter), members, groups)
+    while boosting.n_accepted < config.n_rounds and boost_once(boosting) is not None:
+        pass
+    return tuple(boosting.rounds)
+
+
+def start_boosting(
+    setup: Setup,
+    members: Sequence[str],
+    groups: Sequence[Sequence[BoostTask]],
+    *,
+    earlier: Sequence[BoostRound] = (),
+    suffix: str = "boost",
+) -> Boosting:
+    """Score every group, for rounds that are then carried out one by one.
+
+    Args:
+        setup: The model with every member, and what :func:`boost` is told besides; the number of rounds in its config
+            is not looked at.
+        members: The group adapters' names.
+        groups: Each group's tasks; free-text tasks are passed over.
+        earlier: Rounds carried out before, in their order, whose kept boosters are in the model. What comes next is
+            what would have come without a break.
+        suffix: In the boosters' names, between member and number.
+    """
     states = {
         g: GroupState.start(setup, members[g], tasks)
         for g, every in enumerate(groups)
-        if config.n_rounds and (tasks := [task for task in every if task.train.kind != "sequence"])
+        if (tasks := [task for task in every if task.train.kind != "sequence"])
     }
-    rounds: list[BoostRound] = []
-    while states and sum(r.accepted for r in rounds) < config.n_rounds:
-        g = max(states, key=lambda g: (states[g].nll("train"), states[g].n_rows))
-        n_before = sum(r.group == g for r in rounds)
-        result = _try_round(setup, f"{members[g]}-boost-{n_before + 1}", g, states[g])
-        rounds.append(result)
-        note(f"boosting {result.name}: {result.reason}")
-        if not result.accepted:
-            remove_adapter(adapted, result.name)
-            del states[g]
-    return tuple(rounds)
+    boosting = Boosting(setup, tuple(members), states, suffix)
+    for entry in earlier:
+        if entry.accepted:
+            states[entry.group].add(setup, entry.name, entry.rate)
+        boosting.enter(entry)
+    return boosting
+
+
+def boost_once(boosting: Boosting) -> BoostRound | None:
+    """Carry out the next round; none if every group was left alone. A kept adapter stays in the model."""
+    states, members = boosting.states, boosting.members
+    if not states:
+        return None
+    g = max(states, key=lambda g: (states[g].nll("train"), states[g].n_rows))
+    n_before = sum(entry.group == g for entry in boosting.rounds)
+    result = _try_round(boosting.setup, f"{members[g]}-{boosting.suffix}-{n_before + 1}", g, states[g])
+    note(f"boosting {result.name}: {result.reason}")
+    if not result.accepted:
+        remove_adapter(boosting.setup.adapted, result.name)
+    boosting.enter(result)
+    return result
 
 
 def search_length(loss_at: Callable[[float], float], loss_at_zero: float, *, guess: float = 1.0) -> float:

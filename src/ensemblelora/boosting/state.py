@@ -87,6 +87,11 @@ class GroupState:
         means = [mean_nll(values, split.labels) for values, split in zip(found, self.splits(part), strict=True)]
         return float(np.average(means, weights=sizes))
 
+    def add(self, setup: Setup, booster: str, rate: float) -> None:
+        """Move F by a booster that was kept."""
+        found = {part: [values[0] for values in setup.predict(self.splits(part), [booster])] for part in self.scores}
+        self.scores = {part: self.moved(part, new, rate) for part, new in found.items()}
+
     def moved(self, part: Part, new: Scores, rate: float) -> Scores:
         """F plus ``rate`` times the change from the base to the new adapter; absent choices stay absent."""
         with np.errstate(invalid="ignore"):  # -inf - -inf, where it is not used

@@ -60,7 +60,7 @@ def load_tasks(config: DataConfig, *, seed: int) -> TaskSet:
 
     Args:
         config: Which tasks, how many rows, what to do about overlaps.
-        seed: The run's seed; each task derives its own from it.
+        seed: The run's seed, for a config without a seed of its own; each task derives its own from it.
 
     Returns:
         Tasks in the config's order, with what their splits share.
@@ -79,7 +79,7 @@ def load_tasks(config: DataConfig, *, seed: int) -> TaskSet:
     _check_variables(cards)
     for card in progress.track(cards, description="loading tasks"):
         try:
-            tasks.append(load_task(card, config, seed=seed))
+            tasks.append(load_task(card, config, seed=seed if config.seed is None else config.seed))
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -206,7 +206,8 @@ def _choose_rows(
         if source is None:
             continue
         parts = fractions if split == "train" else {split: 1.0}
-        pool = draw_pool(len(tables[source]), _size_pool(parts, limits), seed=seed_for(seed, source))
+        size, n_dealt = _size_pool(parts, limits), card.part[1] if card.part else 1
+        pool = draw_pool(len(tables[source]), size and size * n_dealt, seed=seed_for(seed, source))
         candidates = list(_look_at(card, source, tables[source], pool, renderers[source]))
         strata = [candidate.stratum for candidate in candidates]
         groups = [candidate.group for candidate in candidates]
@@ -245,7 +246,9 @@ def _look_at(
             for k, inner in enumerate(explode_row(row, card.explode)):
                 name = f"{source}:{number}" if card.explode is None else f"{source}:{number}.{k}"
                 stratum = "" if card.doc_to_choice is None else str(renderer.target(inner))
-                yield _Candidate(name, inner, stratum, renderer.group(inner) or name)
+                group = renderer.group(inner) or name
+                if card.part is None or seed_for(0, "part", group) % card.part[1] == card.part[0]:
+                    yield _Candidate(name, inner, stratum, group)
         except DataError as error:
             raise DataError(f"task {card.task!r}: row {source}:{number}: {error}") from None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 __all__ = ["SPLITS", "Example", "Kind", "Overlap", "Task", "TaskCard", "TaskSet"]
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 
 
 class TaskCard(BaseModel):
-    """One task, in lm-evaluation-harness's keys; the last five are ours.
+    """One task, in lm-evaluation-harness's keys; the last six are ours.
 
     ``doc_to_text``, ``doc_to_target``, ``doc_to_choice`` and ``group`` are each a column's name or a Jinja template.
     """
@@ -51,6 +51,9 @@ class TaskCard(BaseModel):
     group: str | None = Field(None, description="Rows that agree here stay in one split. None: each row by itself.")
     explode: str | None = Field(None, description="Dotted path of nested lists; every innermost element is an example.")
     head: Literal["lm", "sequence_classification"] = "lm"
+    part: tuple[NonNegativeInt, PositiveInt] | None = Field(
+        None, description="[k, n]: of the rows, dealt by group into n parts, only those of part k, counted from 0."
+    )
 
     @field_validator("task")
     @classmethod
@@ -87,6 +90,8 @@ class TaskCard(BaseModel):
             raise ValueError(
                 "training_split, validation_split and test_split must differ; leave one out to have it cut"
             )
+        if self.part is not None and self.part[0] >= self.part[1]:
+            raise ValueError(f"part {list(self.part)}: of n parts the last is n - 1")
         return self
 
 

@@ -6,7 +6,10 @@ that the trainer would evaluate are kept, as it keeps its best checkpoint. In: t
 a :class:`TrainingBudget`. Out: weights ``(k, d)``. No torch.
 
 AdamW divides every coordinate of the gradient by the root of its second moment. In projected coordinates only the mean
-over coordinates is known, which is ``||g||^2 / p'``, so one number divides them all.
+over coordinates is known, which is ``||g||^2 / p'``, so one number divides them all. It moves every trained number by
+about the rate, also those that have no gradient at theta0 (LoRA's A) as soon as the others have moved, and these add to
+what the training does. The expansion can't see them; going farther along the gradients by ``sqrt(p / p')``, so that the
+distance is that of all p trained numbers, stands for them (docs/decisions/0009).
 
 Cost: 6 E N_S c d flops a subset, linear in the rows. Memory: 4 c d bytes for each row of the batches of the subsets
 that are simulated at once (``block_bytes``); training blocks are read where they lie.
@@ -50,6 +53,7 @@ class TrainingBudget:
         steps_per_epoch: Optimiser steps that each task alone takes in one epoch; those of a subset add up.
         n_coordinates: p', the trained numbers that have a gradient.
         seed: Of the order of rows.
+        n_trained: p, all trained numbers; none: those with a gradient.
     """
 
     learning_rate: float
@@ -62,6 +66,12 @@ class TrainingBudget:
     steps_per_epoch: tuple[float, ...]
     n_coordinates: float
     seed: int = 0
+    n_trained: float | None = None
+
+    @property
+    def reach(self) -> float:
+        """How much farther than the numbers with a gradient all trained numbers move, ``sqrt(p / p')``."""
+        return 1.0 if self.n_trained is None else math.sqrt(self.n_trained / self.n_coordinates)
 
 
 def simulate_training(
@@ -213,13 +223,14 @@ def _deal(rows: _Rows, subset: Subset, n_steps: int, generator: np.random.Genera
 
 
 def _rate_at(step: npt.NDArray[np.int64], n_steps: npt.NDArray[np.int64], budget: TrainingBudget) -> FloatArray:
-    """The learning rate of a step, counted from 0, as transformers has it."""
+    """The learning rate of a step, counted from 0, as transformers has it, times the reach."""
     # A constant rate has no warm-up there.
     n_warmup = np.round(budget.warmup_ratio * n_steps) * (budget.lr_scheduler_type != "constant")
     rising = step / np.maximum(1, n_warmup)
     share = np.clip((step - n_warmup) / np.maximum(1, n_steps - n_warmup), 0.0, 1.0)
     falling = {"linear": 1 - share, "cosine": 0.5 * (1 + np.cos(math.pi * share)), "constant": np.ones_like(share)}
-    return np.asarray(budget.learning_rate * np.where(step < n_warmup, rising, falling[budget.lr_scheduler_type]))
+    peak = budget.reach * budget.learning_rate
+    return np.asarray(peak * np.where(step < n_warmup, rising, falling[budget.lr_scheduler_type]))
 
 
 def _steps_per_epoch(subset: Subset, budget: TrainingBudget) -> int:

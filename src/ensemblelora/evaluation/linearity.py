@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
+from ensemblelora.adaptermethods import TrainedLayer
+from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_layers
 from ensemblelora.blocks import OutputMode
 from ensemblelora.counting import count_forward, count_gradients
 from ensemblelora.data.batching import Batch, collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.gradients.collect import compute_features, find_active_linears
+from ensemblelora.gradients.collect import compute_features, find_active_layers
 from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.passes import score
 
@@ -82,12 +83,12 @@ def measure_linearity(
     """
     members = list(dict.fromkeys(member_of))
     with activate(adapted, THETA0):
-        linears = find_active_linears(adapted, validation)
-        steps = _Steps(_collect_steps(adapted, members, list(linears)), proj_dim=len(members))
+        layers = find_active_layers(adapted, validation)
+        steps = _Steps(_collect_steps(adapted, members, list(layers)), proj_dim=len(members))
         found = []
         for split, member in zip(validation, member_of, strict=True):
             batches = _spread_batches(split, max_rows, max_tokens, adapted.base.pad_token_id)
-            outputs = _iterate_outputs(adapted, linears, steps, batches, modes[split.task], member, meter)
+            outputs = _iterate_outputs(adapted, layers, steps, batches, modes[split.task], member, meter)
             found.append(_summarise(outputs, members.index(member)))
         return tuple(found)
 
@@ -106,7 +107,7 @@ class _Outputs:
 
 def _iterate_outputs(
     adapted: AdaptedModel,
-    linears: Mapping[str, torch.nn.Linear],
+    layers: Mapping[str, TrainedLayer],
     steps: _Steps,
     batches: Iterable[Batch],
     mode: OutputMode,
@@ -114,7 +115,7 @@ def _iterate_outputs(
     meter: Meter,
 ) -> Iterator[_Outputs]:
     for batch in batches:
-        base = compute_features(adapted, linears, steps, batch, mode, meter=meter)  # type: ignore[arg-type]  # projects, like one
+        base = compute_features(adapted, layers, steps, batch, mode, meter=meter)  # type: ignore[arg-type]  # projects, like one
         with activate(adapted, member), torch.inference_mode():
             z = score(adapted, batch, meter=meter).z
             labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
@@ -156,13 +157,13 @@ def _summarise(batches: Iterable[_Outputs], column: int) -> Linearity:
 
 def _collect_steps(adapted: AdaptedModel, members: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
     """Each member's change from theta0 in the coordinates that have a gradient there, ``(rows, m)`` per layer part."""
-    start = trainable_linears(adapted, THETA0)
-    ends = [trainable_linears(adapted, member) for member in members]
+    start = trainable_layers(adapted, THETA0)
+    ends = [trainable_layers(adapted, member) for member in members]
     steps: dict[str, Tensor] = {}
     for layer in layers:
-        weights = [(end[layer].weight - start[layer].weight).detach().float().flatten() for end in ends]
-        steps[f"{layer}.weight"] = torch.stack(weights, dim=1)
-        if start[layer].bias is not None:
-            biases = [(end[layer].bias - start[layer].bias).detach().float().flatten() for end in ends]
-            steps[f"{layer}.bias"] = torch.stack(biases, dim=1)
+        for part in ("weight", "bias"):
+            begin = getattr(start[layer], part)
+            if begin is not None:
+                moved = [(getattr(end[layer], part) - begin).detach().float().flatten() for end in ends]
+                steps[f"{layer}.{part}"] = torch.stack(moved, dim=1)
     return steps

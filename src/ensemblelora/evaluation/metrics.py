@@ -27,6 +27,7 @@ __all__ = [
     "compute_chance_p_value",
     "compute_row_correct",
     "compute_row_nll",
+    "resample_means",
     "score_predictions",
     "score_sequences",
 ]
@@ -253,6 +254,26 @@ def compare_paired_tasks(
     return Difference(difference=float(np.mean(points)), low=float(low), high=float(high))
 
 
+def resample_means(
+    columns: npt.ArrayLike, groups: npt.ArrayLike, *, n_bootstrap: int = 2000, seed: int = 0, task: int = 0
+) -> Array:
+    """Average columns ``(n, c)`` of one task's rows over draws of its groups, as :func:`compare_paired_tasks` draws.
+
+    Args:
+        columns: Each row's value under each of c methods.
+        groups: Codes of rows that belong together ``(n,)``.
+        n_bootstrap: Draws of groups with replacement.
+        seed: Root seed of the draws.
+        task: The task's place among those that are compared.
+
+    Returns:
+        Means ``(n_bootstrap, c)``; NaN where there is only one group to draw from.
+    """
+    table = _sum_by_group(list(np.asarray(columns, dtype=np.float64).T), groups)
+    sums = _draw_sums(table, n_bootstrap, seed, task)
+    return sums[:, 1:] / (sums[:, :1] if len(table) > 1 else np.nan)
+
+
 def compute_chance_p_value(correct: npt.ArrayLike, labels: npt.ArrayLike, groups: npt.ArrayLike) -> float:
     """Return the one-sided p-value of being right more often than the most frequent label is.
 
@@ -345,15 +366,19 @@ def _from_sums(sums: Array) -> Array:
 
 def _bootstrap(table: Array, n_bootstrap: int, seed: int, *names: int) -> Array:
     """Return the metrics of draws of groups with replacement; NaN where there is only one group to draw from."""
+    drawn = _from_sums(_draw_sums(table, n_bootstrap, seed, *names))
+    return drawn if len(table) > 1 else np.full_like(drawn, np.nan)
+
+
+def _draw_sums(table: Array, n_bootstrap: int, seed: int, *names: int) -> Array:
+    """Add up groups drawn with replacement, ``(n_bootstrap, 1 + columns)``."""
     n_groups = len(table)
-    if n_groups == 1:
-        return np.full_like(_from_sums(table), np.nan).repeat(n_bootstrap, axis=0)
     rng = generator_for(seed, "bootstrap", n_groups, *names)
     draws = []
     for size in _block_sizes(n_bootstrap, max(1, _MAX_DRAWN_NUMBERS // n_groups)):
         drawn = rng.integers(0, n_groups, (size, n_groups)) + n_groups * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * n_groups).reshape(size, n_groups)
-        draws.append(_from_sums(counts @ table))
+        draws.append(counts @ table)
     return np.concatenate(draws)
 
 

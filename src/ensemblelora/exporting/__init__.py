@@ -2,6 +2,7 @@
 
 ``peft``: every member as a plain PEFT folder, with the weights; nothing is lost. ``folded``: one LoRA in their place,
 each member's change times its weight, at the rank of one adapter. ``merged``: that adapter inside the base weights.
+Only LoRA can be folded or merged; members of another kind stay what they are.
 An ensemble averages outputs and a fold averages weights. The two agree as far as the model is linear in its adapters,
 so the difference is measured, and a fold that hurts is refused before anything is written.
 In 16 bits a row's scores depend a little on its batch, so that a loss over few rows is good to about 0.01 nats.

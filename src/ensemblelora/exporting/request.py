@@ -68,6 +68,11 @@ def read_request(
         config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
     ensemble = load_ensemble(record)
     _check_arguments(ensemble.task_names, format, task, rank, tolerance)
+    if format != "peft" and config.adapter.method != "lora":
+        raise UsageError(
+            f"format {format}: only LoRA adapters add up to one, and this run's are of method {config.adapter.method}; "
+            "give --format peft"
+        )
     place = run.path / _FOLDER / (format if task is None else f"{format}-{task}") if out is None else Path(out)
     place = place if place.name not in ("", "..") else place.resolve()
     _check_place(place)

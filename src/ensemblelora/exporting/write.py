@@ -23,6 +23,7 @@ from ensemblelora.exporting.notes import ROUNDING, BaseNote, describe_fold, desc
 from ensemblelora.exporting.request import PEFT_FILES, TOLERANCE, Format, Request, holding, read_request
 from ensemblelora.members import load_members
 from ensemblelora.models import BaseModel, Head, prepare_base
+from ensemblelora.quantization import dequantize_layers, find_packed_layers
 
 __all__ = ["Export", "export_run"]
 
@@ -83,8 +84,8 @@ def export_run(
         device: Where to measure; none: as the run's config says.
 
     Raises:
-        UsageError: If the arguments contradict each other or the run, the base model is not the run's or is
-            quantised and to be merged into, or the fold hurts more than ``tolerance``.
+        UsageError: If the arguments contradict each other or the run, the base model is not the run's, or the
+            fold hurts more than ``tolerance``.
         OutputError: If ``folder`` is no run, or ``out`` can't be written or holds something.
         DataError: If the rows are no longer those the run had.
         StoreError: If a file of the run is damaged.
@@ -107,14 +108,13 @@ def _export_members(request: Request) -> Export:
         if start is not None:
             save_adapter(_load_model(request, base), start, scratch / start)
         shutil.copyfile(request.run.path / artifacts.ENSEMBLE_FILE, scratch / artifacts.ENSEMBLE_FILE)
-        return _close(scratch, request, base, describe_members(base, ensemble, start))
+        note = describe_members(base, ensemble, start, method=request.config.adapter.method)
+        return _close(scratch, request, base, note)
 
 
 def _export_fold(request: Request) -> Export:
     tasks, base = _load_rows(request), _describe_base(request)
     adapted = _load_model(request, base)
-    if request.format == "merged":
-        _check_mergeable(adapted.base)
     config, ensemble = request.config, request.ensemble
     splits = _encode_rows(request, tasks, adapted.base)
     weights = weigh_adapters(ensemble, splits)
@@ -138,7 +138,7 @@ def _export_fold(request: Request) -> Export:
 
 def _write_merged(request: Request, base: BaseNote, adapted: AdaptedModel, judge: Judge, fold: Fold) -> Export:
     """Merge, measure what came out, and write it; the model's adapters are gone afterwards."""
-    tokenizer = adapted.base.tokenizer
+    tokenizer, adapted = adapted.base.tokenizer, _make_mergeable(request, adapted, fold)
     adapted.peft.set_adapter(_FOLDED)  # the one whose classifier head stays
     network = adapted.peft.merge_and_unload(safe_merge=True, adapter_names=[_FOLDED])
     merged = prepare_base(base.name, network, tokenizer, head=base.head)
@@ -155,6 +155,19 @@ def _write_merged(request: Request, base: BaseNote, adapted: AdaptedModel, judge
         tokenizer.save_pretrained(scratch)
         note = describe_merged(base, fold.weights, _tabulate(changes), len(fold.averaged))
         return _close(scratch, request, base, note, fold, changes)
+
+
+def _make_mergeable(request: Request, adapted: AdaptedModel, fold: Fold) -> AdaptedModel:
+    """Unpack a base that is in 4 bits: what is merged into it would be lost in rounding."""
+    base = adapted.base
+    if not find_packed_layers(base.model):
+        return adapted
+    network = adapted.peft.unload()
+    dequantize_layers(network)
+    plain = prepare_base(base.name, network, base.tokenizer, head=base.head)
+    unpacked = attach(plain, request.config.adapter, seed=request.config.seed)
+    add_fold(unpacked, _FOLDED, fold.cut.state)
+    return unpacked
 
 
 def _load_model(request: Request, base: BaseNote) -> AdaptedModel:
@@ -195,24 +208,18 @@ def _read_tasks(request: Request) -> list[dict[str, Any]]:
 def _describe_base(request: Request) -> BaseNote:
     path = request.run.path
     cards = [entry["card"] for entry in _read_tasks(request)]
+    made_with = artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]
     head: Head = cards[0]["head"]
     settings = artifacts.read_json(request.run.adapter(request.ensemble.members[0].name) / PEFT_FILES[0])
     return BaseNote(
         name=request.config.model.name,
         location=settings["base_model_name_or_path"],
-        dtype=artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]["dtype"],
+        dtype=made_with["dtype"],
         head=head,
         n_labels=max(len(card["doc_to_choice"] or ()) for card in cards),
+        quantization=made_with.get("quantization"),
+        is_packed_on_loading=request.config.model.quantization != "none",
     )
-
-
-def _check_mergeable(base: BaseModel) -> None:
-    is_quantised = getattr(base.model.config, "quantization_config", None) is not None
-    if is_quantised or not all(tensor.is_floating_point() for tensor in base.model.parameters()):
-        raise UsageError(
-            f"model {base.name!r}: its weights are quantised, and rounding would lose an adapter merged into them; "
-            "give --format folded"
-        )
 
 
 def _explain_refusal(request: Request, changes: Sequence[TaskChange], fold: Fold, uncut: float | None) -> str:

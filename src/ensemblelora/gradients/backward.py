@@ -1,8 +1,8 @@
 """Outputs of one batch of examples and their gradients: one forward pass, and the backward passes.
 
 Examples don't interact in evaluation mode, so one backward pass of a sum gives every example's own gradient; hooks
-on the adapter's linear layers turn ``(input, output gradient)`` into the weight's gradient, combine and project it
-at once. Nothing of size examples x parameters, or parameters x proj_dim, ever exists.
+on the adapter's layers turn ``(input, output gradient)`` into the weight's gradient, combine and project it at once.
+Nothing of size examples x parameters, or parameters x proj_dim, ever exists.
 
 Where every choice is a row of its own (``options``), one backward pass serves all classes; tasks with one row an
 example take one pass per output.
@@ -18,16 +18,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_linears
+from ensemblelora.adaptermethods import TrainedLayer
+from ensemblelora.adapters import THETA0, AdaptedModel, activate, trainable_layers
 from ensemblelora.blocks import OutputMode
 from ensemblelora.data.batching import Batch, collate
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.errors import ModelError
 from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.gradients.projection import Projector
+from ensemblelora.gradients.silent import find_silent
 from ensemblelora.gradients.tap import layer_parts, tapped
 from ensemblelora.passes import score, without_cache
 
@@ -37,7 +39,7 @@ __all__ = [
     "count_coordinates",
     "count_outputs",
     "feature_layout",
-    "find_active_linears",
+    "find_active_layers",
     "list_parts",
 ]
 
@@ -56,8 +58,10 @@ class Features:
     """(c, n, n) exact inner products of the unprojected gradients of each output; empty unless asked for"""
 
 
-def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -> dict[str, nn.Linear]:
-    """Keep the adapter's linear layers whose gradient at theta0 is not identically zero (LoRA: the B matrices).
+def find_active_layers(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -> dict[str, TrainedLayer]:
+    """Keep the adapter's layers whose gradient at theta0 is not identically zero.
+
+    Of LoRA those are the B matrices, of a bottleneck the up-projections with their biases; vectors that scale all are.
 
     Args:
         adapted: The model; its adapter theta0 is looked at.
@@ -66,27 +70,27 @@ def find_active_linears(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) -
     Raises:
         ModelError: If no layer has a gradient.
     """
-    linears = trainable_linears(adapted, THETA0)
+    layers = trainable_layers(adapted, THETA0)
     longest = np.argsort(splits[0].example_lengths, kind="stable")[-2:]
     batch = collate([(splits[0], int(e)) for e in longest], adapted.base.pad_token_id)
     with activate(adapted, THETA0, trainable=True), torch.enable_grad():
         z = score(without_cache(adapted), batch).z
         z.masked_fill(torch.isinf(z), 0.0).pow(2).sum().backward()
-        active = {name: m for name, m in linears.items() if m.weight.grad is not None and bool(m.weight.grad.any())}
+        active = {name: layer for name, layer in layers.items() if _has_gradient(layer)}
         adapted.peft.zero_grad(set_to_none=True)
     if not active:
         raise ModelError("no adapter weight has a gradient at the start point; check adapter.target_modules")
     return active
 
 
-def list_parts(linears: Mapping[str, nn.Linear]) -> list[tuple[str, tuple[int, ...]]]:
+def list_parts(layers: Mapping[str, TrainedLayer]) -> list[tuple[str, tuple[int, ...]]]:
     """Names by which the layers' parameters are projected, and their shapes."""
-    return [part for name, module in linears.items() for part in layer_parts(name, module)]
+    return [part for name, layer in layers.items() for part in layer_parts(name, layer)]
 
 
-def count_coordinates(linears: Mapping[str, nn.Linear]) -> int:
-    """p': how many numbers the layers of :func:`find_active_linears` hold, an example's gradient unprojected."""
-    return sum(math.prod(shape) for _, shape in list_parts(linears))
+def count_coordinates(layers: Mapping[str, TrainedLayer]) -> int:
+    """p': how many numbers the layers of :func:`find_active_layers` hold, an example's gradient unprojected."""
+    return sum(math.prod(shape) for _, shape in list_parts(layers))
 
 
 def count_outputs(split: EncodedSplit, mode: OutputMode) -> int:
@@ -96,7 +100,7 @@ def count_outputs(split: EncodedSplit, mode: OutputMode) -> int:
 
 def compute_features(
     adapted: AdaptedModel,
-    linears: Mapping[str, nn.Linear],
+    layers: Mapping[str, TrainedLayer],
     projector: Projector,
     batch: Batch,
     mode: OutputMode,
@@ -109,7 +113,7 @@ def compute_features(
 
     Args:
         adapted: The model, theta0 active.
-        linears: Layers from :func:`find_active_linears`.
+        layers: From :func:`find_active_layers`.
         projector: The random projection.
         batch: Examples of one task, in the layout that :func:`feature_layout` names.
         mode: Which outputs to differentiate.
@@ -121,7 +125,7 @@ def compute_features(
     Returns:
         Rows in the batch's own order of examples.
     """
-    with tapped(linears, projector) as tap, torch.enable_grad():
+    with tapped(layers, projector, find_silent(adapted, layers)) as tap, torch.enable_grad():
         z = score(adapted, batch, meter=meter).z
         labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
         outputs = compute_outputs(z, labels, n_choices, mode)  # (n, c)
@@ -165,3 +169,10 @@ def _backward_passes(
         combine = z.new_zeros(n, c, rows)
         combine[row_example, k, torch.arange(rows, device=z.device)] = 1.0
         yield outputs[:, k].sum(), combine.reshape(n * c, rows), k == c - 1
+
+
+def _has_gradient(layer: TrainedLayer) -> bool:
+    """Whether any number of the layer has one: of a bottleneck whose units are all off, only the bias does."""
+    return any(
+        part is not None and part.grad is not None and bool(part.grad.any()) for part in (layer.weight, layer.bias)
+    )

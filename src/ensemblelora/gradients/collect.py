@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
+from ensemblelora.adaptermethods import TrainedLayer
 from ensemblelora.adapters import THETA0, AdaptedModel, activate
 from ensemblelora.blocks import OutputMode
 from ensemblelora.config import GradientsConfig
@@ -35,7 +36,7 @@ from ensemblelora.gradients.backward import (
     count_coordinates,
     count_outputs,
     feature_layout,
-    find_active_linears,
+    find_active_layers,
     list_parts,
 )
 from ensemblelora.gradients.exact import (
@@ -64,7 +65,7 @@ __all__ = [
     "count_coordinates",
     "count_outputs",
     "feature_layout",
-    "find_active_linears",
+    "find_active_layers",
     "make_projector",
     "plan_features",
 ]
@@ -104,7 +105,7 @@ class _Pass:
     """What every batch of the gradient pass shares."""
 
     adapted: AdaptedModel
-    linears: Mapping[str, nn.Linear]
+    layers: Mapping[str, TrainedLayer]
     projector: Projector
     plan: FeaturePlan
     max_tokens: int
@@ -116,7 +117,7 @@ class _Pass:
         """Differentiate a batch and enter its cost."""
         adapted, layout = self.adapted, feature_layout(self.adapted, split)
         batch = collate([(split, int(e)) for e in examples], adapted.base.pad_token_id, layout=layout)
-        found = compute_features(adapted, self.linears, self.projector, batch, mode, into=into, meter=self.meter)
+        found = compute_features(adapted, self.layers, self.projector, batch, mode, into=into, meter=self.meter)
         count_gradients(
             self.meter,
             adapted.costs,
@@ -142,12 +143,12 @@ def make_projector(config: GradientsConfig, *, seed: int) -> Projector:
 
 
 def plan_features(
-    linears: Mapping[str, nn.Linear], splits: Sequence[EncodedSplit], config: GradientsConfig
+    layers: Mapping[str, TrainedLayer], splits: Sequence[EncodedSplit], config: GradientsConfig
 ) -> FeaturePlan:
     """Decide what is kept of the gradients, before any is taken.
 
     Args:
-        linears: Layers from :func:`find_active_linears`.
+        layers: From :func:`find_active_layers`.
         splits: All train and validation splits of a run.
         config: Outputs and projection.
 
@@ -157,10 +158,10 @@ def plan_features(
     """
     modes = choose_modes(splits, config.output)
     n_rows = sum(count_outputs(split, modes[split.task]) * split.n_examples for split in splits)
-    n_coordinates, projector = count_coordinates(linears), make_projector(config, seed=0)
+    n_coordinates, projector = count_coordinates(layers), make_projector(config, seed=0)
     form = choose_form(config.proj_type, n_coordinates=n_coordinates, n_rows=n_rows)
     widths = {"projected": projector.proj_dim, "coordinates": n_coordinates, "gram": n_rows}
-    return FeaturePlan(form, n_rows, n_coordinates, widths[form], projector.count_flops(list_parts(linears)))
+    return FeaturePlan(form, n_rows, n_coordinates, widths[form], projector.count_flops(list_parts(layers)))
 
 
 def collect_features(
@@ -199,12 +200,12 @@ def collect_features(
     kinds = [(split, modes[split.task]) for split in splits]
     clear_scratch(store.folder)
     with activate(adapted, THETA0):
-        linears = find_active_linears(adapted, splits)
-        plan, projector = plan_features(linears, splits, config), make_projector(config, seed=seed)
-        job = _Pass(adapted, linears, projector, plan, config.max_tokens_per_batch, meter)
+        layers = find_active_layers(adapted, splits)
+        plan, projector = plan_features(layers, splits, config), make_projector(config, seed=seed)
+        job = _Pass(adapted, layers, projector, plan, config.max_tokens_per_batch, meter)
         if plan.form == "gram":
             return _collect_gram(job, kinds, store, fingerprints)
-        health = check_health(adapted, linears, projector, kinds, config.max_tokens_per_batch)
+        health = check_health(adapted, layers, projector, kinds, config.max_tokens_per_batch)
         for split, mode in kinds:
             identity = fingerprints[split.task, split.split]
             if not store.has(split.task, split.split, identity):
@@ -224,14 +225,14 @@ def _collect_gram(
     few = replace(job.projector, proj_type="rademacher")
     is_kept = [store.has(s.task, s.split, fingerprints[s.task, s.split]) for s, _ in kinds]
     if all(is_kept):
-        health, first = check_health(adapted, job.linears, few, kinds, job.max_tokens), kinds[0][0]
+        health, first = check_health(adapted, job.layers, few, kinds, job.max_tokens), kinds[0][0]
         width = store.read(first.task, first.split).proj_dim
         return replace(health, form="gram", proj_dim=width, projection_error=None)
     cache = adapted.prefix.cache if adapted.prefix else None
     reserved = cache.bytes_to_come if cache else 0
     sizes = {"n_rows": job.plan.n_rows, "n_coordinates": job.plan.n_coordinates}
     with open_scratch(store.folder, **sizes, reserved_bytes=reserved) as scratch:
-        health = check_health(adapted, job.linears, few, kinds, job.max_tokens)
+        health = check_health(adapted, job.layers, few, kinds, job.max_tokens)
         parts: list[_Written] = []
         start = 0
         for split, mode in kinds:

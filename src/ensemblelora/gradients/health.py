@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ensemblelora.adaptermethods import TrainedLayer
 from ensemblelora.adapters import AdaptedModel
 from ensemblelora.blocks import OutputMode
 from ensemblelora.data.batching import collate, plan_batches
@@ -52,7 +53,7 @@ class FeatureHealth:
 
 def check_health(
     adapted: AdaptedModel,
-    linears: Mapping[str, nn.Linear],
+    layers: Mapping[str, TrainedLayer],
     projector: Projector,
     splits: Sequence[tuple[EncodedSplit, OutputMode]],
     max_tokens: int,
@@ -61,7 +62,7 @@ def check_health(
 
     Args:
         adapted: The model, theta0 active.
-        linears: Layers with a gradient.
+        layers: Layers with a gradient.
         projector: The random projection.
         splits: All splits, and which of their outputs are differentiated.
         max_tokens: Padded tokens of a batch, where two examples fit.
@@ -78,7 +79,7 @@ def check_health(
     def features_of(split: EncodedSplit, mode: OutputMode, examples: Sequence[int]) -> Features:
         layout = feature_layout(uncached, split)
         batch = collate([(split, int(e)) for e in examples], uncached.base.pad_token_id, layout=layout)
-        return compute_features(uncached, linears, projector, batch, mode, with_gram=True)
+        return compute_features(uncached, layers, projector, batch, mode, with_gram=True)
 
     kinds = {(split.kind, mode): (split, mode) for split, mode in reversed(splits)}
     errors = [
@@ -94,7 +95,7 @@ def check_health(
     few = _spread(splits[0][0], 6)
     low = features_of(*splits[0], few)
     return FeatureHealth(
-        n_coordinates=count_coordinates(linears),
+        n_coordinates=count_coordinates(layers),
         form="coordinates" if projector.proj_type == "none" else "projected",
         proj_dim=low.features.shape[2],
         batch_error=worst,
@@ -125,19 +126,24 @@ def _measure_batch_error(features_of: Callable[[Sequence[int]], Features], examp
 
 
 def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable[[], Features]) -> float | None:
-    tensors = [*adapted.network.parameters(), *adapted.network.buffers()]
+    tensors = _list_floats(adapted.network)
     dtypes = [tensor.dtype for tensor in tensors]
-    is_quantized = getattr(adapted.base.model.config, "quantization_config", None) is not None
-    is_exact = all(p.dtype == torch.float32 for p in adapted.network.parameters())
-    if is_exact or is_quantized or 4 * sum(t.numel() for t in tensors) > _PRECISION_BYTES:
+    is_exact = all(p.dtype == torch.float32 for p in adapted.network.parameters() if p.is_floating_point())
+    if is_exact or 4 * sum(t.numel() for t in tensors) > _PRECISION_BYTES:
         return None
-    adapted.network.float()  # exact, and undone exactly below
+    # Exact, and undone exactly below. Weights packed in 4 bits stay: they are unpacked in their input's precision.
+    # The model's own method refuses this for quantised models.
+    nn.Module.float(adapted.network)
     try:
         high = recompute()
     finally:
-        for tensor, dtype in zip([*adapted.network.parameters(), *adapted.network.buffers()], dtypes, strict=True):
+        for tensor, dtype in zip(_list_floats(adapted.network), dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
     return float(_cosines(low.features, high.features).min())
+
+
+def _list_floats(network: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
 
 
 def _pair_up(split: EncodedSplit, layout: Layout, max_tokens: int) -> list[list[int]]:

@@ -1,8 +1,9 @@
 """Gradients of a layer's weight for every row of a batch, taken from one backward pass by hooks.
 
-A linear layer's weight gradient is ``sum_t delta_t (x) x_t``, with x its input and delta the gradient of its output.
-Rows of a batch don't interact, so both can be read off per row while the backward pass of a sum goes by. Each layer's
-gradients are combined from rows to outputs, projected and let go at once.
+A linear layer's weight gradient is ``sum_t delta_t (x) x_t``, with x its input and delta the gradient of its output;
+that of a vector v which multiplies activations, y = v * x, is ``sum_t delta_t * x_t``, elementwise. Rows of a batch
+don't interact, so both can be read off per row while the backward pass of a sum goes by. Each layer's gradients are
+combined from rows to outputs, projected and let go at once.
 
 Cost: T n_out n_in multiply-adds for a weight's gradient over T tokens, then those of :mod:`.projection`.
 """
@@ -11,18 +12,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from ensemblelora.adaptermethods import Scaling, TrainedLayer
+from ensemblelora.forwards import replaced_forwards
 from ensemblelora.gradients.projection import Projector
+from ensemblelora.gradients.silent import make_silent_forward
 
 __all__ = ["Tap", "layer_parts", "tapped"]
 
-_Hook = Callable[[nn.Linear, tuple[Tensor, ...], Tensor], Tensor]
+_Take = Callable[[Tensor], None]
+"""receives the gradient of an activation, float32"""
 
 
 @dataclass(eq=False)
@@ -90,45 +97,104 @@ class Tap:
 
 
 @contextmanager
-def tapped(linears: Mapping[str, nn.Linear], projector: Projector) -> Iterator[Tap]:
-    """Hook the layers; inside, a backward pass feeds the tap and no parameter gets a gradient."""
+def tapped(
+    layers: Mapping[str, TrainedLayer], projector: Projector, silent: Mapping[str, Any] | None = None
+) -> Iterator[Tap]:
+    """Hook the layers; inside, a backward pass feeds the tap and no parameter gets a gradient.
+
+    Args:
+        layers: Whose gradients are taken, by name.
+        projector: The random projection.
+        silent: Of :func:`~ensemblelora.gradients.silent.find_silent`: those of them that a pass can do without.
+    """
     width, offsets = projector.proj_dim, dict[str, int]()
     if projector.proj_type == "none":
-        shapes = dict(part for name, module in linears.items() for part in layer_parts(name, module))
+        shapes = dict(part for name, layer in layers.items() for part in layer_parts(name, layer))
         starts = np.cumsum([0, *map(math.prod, shapes.values())])
         width, offsets = int(starts[-1]), dict(zip(shapes, map(int, starts), strict=False))
     tap = Tap(projector, width, offsets)
-    handles = [module.register_forward_hook(_make_hook(tap, name)) for name, module in linears.items()]
-    try:
+    left_out = silent or {}
+    with ExitStack() as stack:
+        stack.enter_context(_silenced(tap, left_out))
+        for name, layer in layers.items():
+            if name in left_out:
+                continue
+            handle = _hook_scaling(tap, name, layer) if isinstance(layer, Scaling) else _hook_linear(tap, name, layer)
+            stack.callback(handle.remove)
         yield tap
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def layer_parts(name: str, module: nn.Linear) -> Iterator[tuple[str, tuple[int, ...]]]:
+def layer_parts(name: str, layer: TrainedLayer) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the names by which a layer's parameters are projected, and their shapes."""
-    yield f"{name}.weight", tuple(module.weight.shape)
-    if module.bias is not None:
-        yield f"{name}.bias", tuple(module.bias.shape)
+    yield f"{name}.weight", tuple(layer.weight.shape)
+    if layer.bias is not None:
+        yield f"{name}.bias", tuple(layer.bias.shape)
 
 
-def _make_hook(tap: Tap, name: str) -> _Hook:
-    def after_forward(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+@contextmanager
+def _silenced(tap: Tap, layers: Mapping[str, Any]) -> Iterator[None]:
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def make(layer: Any) -> Callable[..., Tensor]:
+        part = f"{names[id(layer)]}.weight"
+
+        def watch(output: Tensor, low: Tensor) -> Tensor:
+            return _watch(output, lambda delta: tap.add(part, _multiply_outer(delta, low)))
+
+        return make_silent_forward(layer, watch)
+
+    with replaced_forwards(list(layers.values()), make):
+        yield
+
+
+def _hook_linear(tap: Tap, name: str, layer: Any) -> RemovableHandle:
+    def after_forward(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0].detach().float()
-        if not output.requires_grad:  # nothing below is trainable: the graph starts here
-            output = output.detach().requires_grad_(True)
 
-        def on_backward(delta: Tensor) -> None:
-            delta = delta.float()
+        def take(delta: Tensor) -> None:
             tap.add(f"{name}.weight", _multiply_outer(delta, x))
             if module.bias is not None:
                 tap.add(f"{name}.bias", delta if delta.dim() == 2 else delta.sum(1))
 
-        output.register_hook(on_backward)
-        return output
+        return _watch(output, take)
 
-    return after_forward
+    handle: RemovableHandle = layer.register_forward_hook(after_forward)
+    return handle
+
+
+def _hook_scaling(tap: Tap, name: str, layer: Scaling) -> RemovableHandle:
+    """Hook where the product y = v * x is seen; x is y / v, since no vector has a zero at the start point."""
+
+    def take_from(product: Tensor, seen: Tensor) -> Tensor:
+        x = product.detach().float() / layer.weight.detach().float().flatten()
+
+        def take(delta: Tensor) -> None:
+            gradients = delta * x  # ([b,] t, n)
+            tap.add(f"{name}.weight", (gradients if delta.dim() == 2 else gradients.sum(1)).unflatten(1, shape))
+
+        return _watch(seen, take)
+
+    def before_forward(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return take_from(inputs[0], inputs[0]), *inputs[1:]
+
+    def after_forward(module: Any, inputs: Any, options: Mapping[str, Any], output: Tensor) -> Tensor:
+        if layer.place == "output":
+            return take_from(output, output)
+        base, bias = options["base_result"], options["base_layer"].bias
+        return take_from(output + (base if bias is None else base - bias), output)
+
+    shape = tuple(layer.weight.shape)
+    if layer.place == "input":
+        return layer.module.register_forward_pre_hook(before_forward)
+    return layer.module.register_forward_hook(after_forward, with_kwargs=True)
+
+
+def _watch(activation: Tensor, take: _Take) -> Tensor:
+    """Have an activation's gradient told when the backward pass comes by."""
+    if not activation.requires_grad:  # nothing below is trainable: the graph starts here
+        activation = activation.detach().requires_grad_(True)
+    activation.register_hook(lambda delta: take(delta.float()))
+    return activation
 
 
 def _multiply_outer(delta: Tensor, x: Tensor) -> Tensor:

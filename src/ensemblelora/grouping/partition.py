@@ -68,10 +68,20 @@ def compute_density(affinity: FloatArray, groups: Partition) -> float:
     return (compute_objective(affinity, groups) - level) / len(groups)
 
 
-def centre_affinity(affinity: FloatArray) -> FloatArray:
-    """Remove row and column means, which add the same to every partition's objective."""
-    means = affinity.mean(axis=0)
-    return np.asarray(affinity - means[:, None] - means + means.mean())
+def centre_affinity(affinity: FloatArray, roots: npt.NDArray[np.floating[Any]] | None = None) -> FloatArray:
+    """Remove row and column means, which add the same to every partition's objective.
+
+    Args:
+        affinity: Symmetric, shape ``(n, n)``.
+        roots: The direction to remove, square roots of the sizes of units; none: ones, and so the means.
+    """
+    if roots is None:
+        means = affinity.mean(axis=0)
+        return np.asarray(affinity - means[:, None] - means + means.mean())
+    n_tasks = roots @ roots
+    along = affinity @ roots / n_tasks
+    pulled = np.outer(along - roots @ along / n_tasks / 2 * roots, roots)
+    return np.asarray(affinity - pulled - pulled.T)
 
 
 def measure_scale(affinity: FloatArray, centred: FloatArray) -> float:

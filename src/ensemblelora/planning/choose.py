@@ -16,8 +16,15 @@ from ensemblelora.affinity import sample_subsets
 from ensemblelora.config import AffinityConfig, GroupingConfig
 from ensemblelora.errors import ConfigError
 from ensemblelora.estimation import Oracle
-from ensemblelora.grouping import Partition, cluster, compute_density, compute_objective
+from ensemblelora.grouping import Constraints, Partition, cluster, compute_density, compute_objective
 from ensemblelora.planning.budget import Budget
+from ensemblelora.planning.demand import (
+    check_demands,
+    find_budget_fault,
+    list_group_numbers,
+    read_constraints,
+    read_groups,
+)
 from ensemblelora.planning.describe import (
     describe_choice,
     describe_request,
@@ -42,6 +49,9 @@ __all__ = ["choose_groups"]
 
 FloatArray = npt.NDArray[np.float64]
 
+_GIVEN = 0
+"""Where a contest has groups given by hand, beside numbers of groups."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Contest:
@@ -52,17 +62,23 @@ class _Contest:
         halves: The same on each half of them.
         judged: The halves' partitions, each judged by the other half.
         paired: The judged losses side by side, in the order of the numbers.
+        constraints: What all partitions meet but the one group for all, which need not; none: nothing.
     """
 
     found: Mapping[int, Found]
     halves: tuple[Mapping[int, Found], Mapping[int, Found]]
     judged: Mapping[int, JudgedRows]
     paired: PairedMeans
+    constraints: Constraints | None = None
 
     def compare(self, one: int, other: int) -> tuple[float, float | None]:
         """Return by how much ``other`` groups lower the mean loss of ``one``, and the standard error."""
         sizes = list(self.judged)
         return self.paired.compare(sizes.index(one), sizes.index(other))
+
+    def allows(self, groups: Partition) -> bool:
+        """Whether a partition meets the constraints."""
+        return self.constraints is None or self.constraints.allows(groups)
 
 
 def choose_groups(
@@ -81,12 +97,13 @@ def choose_groups(
     For every number of groups up to ``max_groups``, a partition is found on all validation rows. What the number gives
     is judged without that partition: one is found on each half of the rows and judged on the other half. Of the numbers
     within budget whose gain over one adapter exceeds its standard error, the smallest is taken that is within one
-    standard error of the best (the paper fixes the number by hand or by a trace penalty; section 3.3).
+    standard error of the best (the paper fixes the number by hand or by a trace penalty; section 3.3). Where the
+    constraints rule one adapter out, it is the smallest of all that are within one standard error of the best.
 
     Args:
         matrix: Symmetric affinity over all validation rows, higher is better together, shape ``(n_tasks, n_tasks)``.
         oracle: Predicts the loss of any group.
-        config: Numbers of groups, rounding, budgets.
+        config: Numbers of groups, rounding, constraints, budgets.
         affinity_config: How ``matrix`` was made, to make it again on each half; none: the defaults.
         bytes_per_adapter: Memory of one adapter.
         n_boosters: Boosting adapters that will be added.
@@ -97,19 +114,21 @@ def choose_groups(
         The plan; plain values only.
 
     Raises:
-        ConfigError: If ``n_groups`` is above the number of tasks, or breaks a budget.
+        ConfigError: If ``n_groups`` is above the number of tasks, breaks a budget, or no partition meets what is asked.
         SolverError: If a relaxation can't be solved.
     """
     budget = Budget(bytes_per_adapter, n_boosters, config.max_memory_bytes, config.max_latency_ratio)
-    sizes = _list_sizes(config, oracle.n_tasks, budget)
+    check_demands(config, oracle.task_names)
+    if fault := find_budget_fault(config, oracle.task_names, budget):
+        raise ConfigError(fault)
     affinity, judge = np.asarray(matrix, dtype=np.float64), make_judge(oracle, seed=seed)
-    contest = _hold_contest(affinity, judge, sizes, config, affinity_config or AffinityConfig(), seed, max_solves)
-    curve = {m: _describe_candidate(contest, m, affinity, judge, budget) for m in sizes}
+    contest = _hold_contest(affinity, judge, config, affinity_config or AffinityConfig(), seed, max_solves)
+    curve = {m: _describe_candidate(contest, m, affinity, judge, budget) for m in contest.judged}
     auto, reason = _choose(contest, curve, config, budget)
-    asked = None if config.n_groups == "auto" else config.n_groups
-    chosen = auto if asked is None else asked
+    asked = config.n_groups_asked
+    chosen = auto if asked is None else asked if config.groups is None else _GIVEN
     if asked is not None and oracle.n_tasks > 1:
-        reason = describe_request(asked, curve[chosen], curve[auto])
+        reason = describe_request(asked, curve[chosen], curve[auto], is_given=chosen == _GIVEN)
     singles = judge.judge(tuple((i,) for i in range(oracle.n_tasks)))
     comparisons = _compare(contest, curve, chosen, judge, singles, config, seed)
     ways = (contest.judged[chosen], contest.judged[1], singles, judge.judge_base())
@@ -132,39 +151,35 @@ def choose_groups(
     )
 
 
-def _list_sizes(config: GroupingConfig, n_tasks: int, budget: Budget) -> list[int]:
-    """Return the numbers of groups to look at: 1 to the most allowed, and the one asked for."""
-    sizes = set(range(1, min(config.max_groups, n_tasks) + 1))
-    if config.n_groups != "auto":
-        if not 1 <= config.n_groups <= n_tasks:
-            raise ConfigError(f"grouping.n_groups {config.n_groups}: expected 1 to {n_tasks}, the number of tasks")
-        if faults := budget.list_faults(config.n_groups):
-            raise ConfigError(f"grouping.n_groups {config.n_groups} takes {' and '.join(faults)}; change one of them")
-        sizes.add(config.n_groups)
-    return sorted(sizes)
-
-
 def _hold_contest(
     affinity: FloatArray,
     judge: Judge,
-    sizes: Sequence[int],
     config: GroupingConfig,
     affinity_config: AffinityConfig,
     seed: int,
     max_solves: int,
 ) -> _Contest:
-    n_tasks, share = judge.oracle.n_tasks, max_solves // 3
-    found = search_partitions(affinity, judge, None, sizes, config, seed=seed, max_solves=share)
-    halves = []
+    n_tasks, names = judge.oracle.n_tasks, judge.oracle.task_names
+    constraints, given = read_constraints(config, names), read_groups(config, names)
+    sizes = sorted({1, *list_group_numbers(config, names)})
+
+    def search(matrix: FloatArray, half: int | None) -> dict[int, Found]:
+        share = max_solves // 3
+        found = search_partitions(
+            matrix, judge, half, sizes, config, seed=seed, max_solves=share, constraints=constraints
+        )
+        return found if given is None else {**found, _GIVEN: Found(given, found[len(given)].clustering)}
+
+    found, halves = search(affinity, None), []
     for half in range(2):
         half_affinity = affinity
         if n_tasks > 2 and sizes != [1]:  # else there is one partition of each size, whatever the affinity
             design = sample_subsets(n_tasks, affinity_config, seed=seed)
             half_affinity = estimate_half_affinity(judge, design, half, affinity_config)
-        halves.append(search_partitions(half_affinity, judge, half, sizes, config, seed=seed, max_solves=share))
-    judged = {m: judge.judge(halves[0][m].groups, halves[1][m].groups) for m in sizes}
+        halves.append(search(half_affinity, half))
+    judged = {m: judge.judge(halves[0][m].groups, halves[1][m].groups) for m in found}
     paired = pair_means(judge, list(judged.values()), seed=seed)
-    return _Contest(found, (halves[0], halves[1]), judged, paired)
+    return _Contest(found, (halves[0], halves[1]), judged, paired, constraints)
 
 
 def _describe_candidate(contest: _Contest, m: int, affinity: FloatArray, judge: Judge, budget: Budget) -> Candidate:
@@ -184,7 +199,7 @@ def _describe_candidate(contest: _Contest, m: int, affinity: FloatArray, judge: 
         density=compute_density(affinity, found.groups),
         adapter_bytes=budget.adapter_bytes(n_groups),
         latency_ratio=budget.latency_ratio(n_groups),
-        allowed=not budget.list_faults(n_groups),
+        allowed=not budget.list_faults(n_groups) and contest.allows(found.groups),
         predicted_nll_se=predict(judge, contest.judged[m]).mean_nll_se,
     )
 
@@ -195,13 +210,18 @@ def _choose(
     """Return the number of groups to take by what is predicted, whatever was asked for, and why."""
     if sum(len(group) for group in curve[1].groups) == 1:
         return 1, "There is only one task, so there is nothing to group."
-    rivals = [m for m in curve if curve[m].n_groups > 1 and m <= config.max_groups]
-    better = [m for m in rivals if curve[m].allowed and is_above_error(curve[m].gain, curve[m].gain_se)]
-    if not better:
+    can_share = contest.allows(curve[1].groups)
+    groupings = [m for m in curve if m != _GIVEN and curve[m].n_groups > 1]
+    rivals = [m for m in groupings if m <= config.max_groups]
+    # Where only a number above max_groups was asked for, it is all there is.
+    eligible = [m for m in (rivals if can_share else rivals or groupings) if curve[m].allowed]
+    if can_share:
+        eligible = [m for m in eligible if is_above_error(curve[m].gain, curve[m].gain_se)]
+    if not eligible:
         return 1, explain_one_adapter([curve[m] for m in rivals], budget)
-    best = max(better, key=lambda m: curve[m].gain)
-    chosen = min(m for m in better if not is_above_error(*contest.compare(m, best)))
-    return chosen, describe_choice(curve[chosen], curve[best], [curve[m] for m in rivals])
+    best = max(eligible, key=lambda m: curve[m].gain)
+    chosen = min(m for m in eligible if not is_above_error(*contest.compare(m, best)))
+    return chosen, describe_choice(curve[chosen], curve[best], [curve[m] for m in rivals], can_share=can_share)
 
 
 def _compare(
@@ -227,7 +247,8 @@ def _compare(
             spread = float(np.std([way.mean_nll for way in drawn], ddof=1)) if len(drawn) > 1 else None
             ways.append(("random groups", model.n_groups, None, average_rows(drawn), spread))
         cosines = measure_gradient_cosines(judge)
-        groups = cluster(cosines, model.n_groups, seed=seed, is_bound_needed=False).groups
+        found = cluster(cosines, model.n_groups, constraints=contest.constraints, seed=seed, is_bound_needed=False)
+        groups = found.groups
         ways.append(("gradient cosine", model.n_groups, groups, judge.judge(groups), None))
     paired = pair_means(judge, [*(way[3] for way in ways), contest.judged[chosen]], seed=seed)
     return tuple(

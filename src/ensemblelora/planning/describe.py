@@ -45,19 +45,27 @@ def is_above_error(gain: float, gain_se: float | None) -> bool:
     return gain_se is not None and gain > max(gain_se, 0.0)
 
 
-def describe_request(asked: int, chosen: Candidate, auto: Candidate) -> str:
-    """Say that the number of groups was set, and what would have been chosen."""
+def describe_request(asked: int, chosen: Candidate, auto: Candidate, *, is_given: bool = False) -> str:
+    """Say that the number of groups, or the groups themselves, were set, and what would have been chosen."""
+    if is_given:
+        would = "one adapter for all" if auto.n_groups == 1 else f"{auto.n_groups} groups of its own"
+        would = "the same" if auto.groups == chosen.groups else f"{would} ({_describe_gain(auto)})"
+        return (
+            f"Groups were given by hand (grouping.groups); auto would choose {would}. Here: {_describe_gain(chosen)}."
+        )
     would = "the same" if auto.n_groups == chosen.n_groups else f"{auto.n_groups}"
     return f"Groups were set to {asked} (grouping.n_groups); auto would choose {would}. Here: {_describe_gain(chosen)}."
 
 
-def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candidate]) -> str:
-    """Say why a number of groups was accepted."""
+def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candidate], *, can_share: bool = True) -> str:
+    """Say why a number of groups was accepted, and whether one adapter for all was a choice at all."""
     reason = f"{chosen.n_groups} groups: {_describe_gain(chosen)}"
     if chosen != best:
         reason += f"; {best.n_groups} groups are better by less than one standard error"
     if dropped := [str(candidate.n_groups) for candidate in rivals if not candidate.allowed]:
         reason += f"; {', '.join(dropped)} groups are over budget"
+    if not can_share:
+        reason += "; the constraints rule one adapter for all out"
     return f"{reason}."
 
 
@@ -185,8 +193,12 @@ def _describe_gain(candidate: Candidate) -> str:
 
 def _say_how_to_allow(n_groups: int, config: GroupingConfig) -> str:
     """Name the setting that keeps a number of groups from being chosen."""
+    if config.groups is not None:
+        return "leave grouping.groups out to allow it"
     if config.n_groups == "auto":
-        return "raise grouping.max_groups or the budget to allow it"
+        constrained = config.must_link or config.cannot_link or config.min_group_size > 1 or config.max_group_size
+        more = ", or loosen the constraints," if constrained else ""
+        return f"raise grouping.max_groups or the budget{more} to allow it"
     more = f" and grouping.max_groups to {n_groups} or more" if n_groups > config.max_groups else ""
     return f"set grouping.n_groups to auto{more} to allow it"
 

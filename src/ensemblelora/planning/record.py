@@ -74,7 +74,7 @@ class Candidate:
         density: Mean density of the groups after shifting affinities to a zero-mean diagonal.
         adapter_bytes: Memory of the adapters, boosters included.
         latency_ratio: Forward passes at inference against one adapter.
-        allowed: Whether the memory and latency budgets allow it.
+        allowed: Whether the memory and latency budgets and the constraints on groups allow it.
         predicted_nll_se: Standard error of ``predicted_nll``; most of it is common to all numbers of groups.
     """
 
@@ -137,7 +137,8 @@ class Plan:
         comparisons: Other partitions, judged the same way.
         l2_penalty: Relative ridge of the oracle.
         warnings: What to keep in mind, in sentences.
-        n_groups_asked: ``grouping.n_groups`` where it was set; none where the number was left to the prediction.
+        n_groups_asked: The number of groups where it was set, by itself or with the groups; none where it was left to
+            the prediction.
         n_groups_auto: The number of groups that the prediction chooses.
     """
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ensemblelora.affinity import SubsetDesign, affinity_from_scores
 from ensemblelora.config import AffinityConfig, GroupingConfig
 from ensemblelora.estimation import mean_loss_gradients
-from ensemblelora.grouping import Clustering, Partition, cluster, compute_objective, sort_groups, to_labels
+from ensemblelora.grouping import Clustering, Constraints, Partition, cluster, compute_objective, sort_groups
 from ensemblelora.planning.judge import Judge
 
 __all__ = [
@@ -49,6 +49,7 @@ def search_partitions(
     *,
     seed: int,
     max_solves: int,
+    constraints: Constraints | None = None,
 ) -> dict[int, Found]:
     """Find a partition for every number of groups, on what one half of the validation rows says.
 
@@ -60,12 +61,15 @@ def search_partitions(
         config: How to round, and whether to refine.
         seed: The run's seed.
         max_solves: Most subset fits that refining may add, over all sizes.
+        constraints: What partitions must meet; one group for all, which the others are compared with, need not.
     """
     found = {}
     for m in sizes:
+        binding = None if m == 1 else constraints
         clustering = cluster(
             affinity,
             m,
+            constraints=binding,
             rounding=config.rounding,
             threshold=config.threshold,
             n_restarts=config.n_restarts,
@@ -74,13 +78,20 @@ def search_partitions(
         )
         groups = clustering.groups
         if config.refine and config.rounding == "best":
-            groups = refine_partition(groups, affinity, judge, half, max_solves=max_solves // max(1, len(sizes)))
+            share = max_solves // max(1, len(sizes))
+            groups = refine_partition(groups, affinity, judge, half, max_solves=share, constraints=binding)
         found[m] = Found(groups, clustering)
     return found
 
 
 def refine_partition(
-    groups: Partition, affinity: FloatArray, judge: Judge, half: int | None, *, max_solves: int
+    groups: Partition,
+    affinity: FloatArray,
+    judge: Judge,
+    half: int | None,
+    *,
+    max_solves: int,
+    constraints: Constraints | None = None,
 ) -> Partition:
     """Improve a partition by moves and swaps of tasks while the predicted mean loss falls.
 
@@ -93,12 +104,16 @@ def refine_partition(
         judge: Predicts losses.
         half: Rows to predict on; none: all.
         max_solves: Most subset fits to add.
+        constraints: What the partition meets and goes on to meet; tasks that stay together are moved together.
     """
+    constraints = constraints or Constraints(judge.oracle.n_tasks)
+    is_free = constraints.is_free
     limit = judge.oracle.n_fits + max_solves * len(judge.oracle.replicates)
     losses = dict(zip(groups, judge.search_losses(groups, half), strict=True))
     while judge.oracle.n_fits < limit:
-        for steps in (_list_moves(groups), _list_swaps(groups)):
-            better = _take_best_step(groups, _rank_steps(steps, affinity), losses, judge, half)
+        for steps in (_list_moves(groups, constraints), _list_swaps(groups, constraints)):
+            allowed = steps if is_free else [step for step in steps if constraints.allows(step.values())]
+            better = _take_best_step(groups, _rank_steps(allowed, affinity), losses, judge, half)
             if better is not None:
                 break
         if better is None:
@@ -165,24 +180,31 @@ def _rank_steps(steps: Sequence[dict[Group, Group]], affinity: FloatArray) -> li
     return [steps[k] for k in np.argsort(-np.array(gains), kind="stable")[:_STEPS_LOOKED_AT]]
 
 
-def _list_moves(groups: Partition) -> list[dict[Group, Group]]:
-    moves = []
-    for old in groups:
-        for task, new in itertools.product(old if len(old) > 1 else (), groups):
-            if new != old:
-                left = tuple(i for i in old if i != task)
-                moves.append({old: left, new: tuple(sorted((*new, task)))})
-    return moves
+def _list_moves(groups: Partition, constraints: Constraints) -> list[dict[Group, Group]]:
+    """List the ways to move a task, or tasks that stay together, to another group."""
+    homes = _find_homes(groups, constraints)
+    return [
+        {old: tuple(i for i in old if i not in unit), new: tuple(sorted((*new, *unit)))}
+        for unit, old in homes.items()
+        for new in groups
+        if new != old and len(old) > len(unit)
+    ]
 
 
-def _list_swaps(groups: Partition) -> list[dict[Group, Group]]:
-    labels = to_labels(groups)
-    if len(labels) > _MAX_TASKS_FOR_SWAPS:
+def _list_swaps(groups: Partition, constraints: Constraints) -> list[dict[Group, Group]]:
+    """List the ways to exchange two tasks of different groups, or pieces of tasks that stay together."""
+    homes = _find_homes(groups, constraints)
+    if len(homes) > _MAX_TASKS_FOR_SWAPS:
         return []
     swaps = []
-    for i, j in itertools.combinations(range(len(labels)), 2):
-        one, other = groups[labels[i]], groups[labels[j]]
-        if one != other and len(one) + len(other) > 2:
-            exchanged = [tuple(sorted({i, j} ^ set(group))) for group in (one, other)]
+    for (a, one), (b, other) in itertools.combinations(homes.items(), 2):
+        if one != other and len(one) + len(other) > len(a) + len(b):
+            exchanged = [tuple(sorted({*a, *b} ^ set(group))) for group in (one, other)]
             swaps.append({one: exchanged[0], other: exchanged[1]})
     return swaps
+
+
+def _find_homes(groups: Partition, constraints: Constraints) -> dict[Group, Group]:
+    """Map each piece of tasks that stay together to its group."""
+    group_of = {task: group for group in groups for task in group}
+    return {unit: group_of[unit[0]] for unit in constraints.units}

@@ -22,8 +22,8 @@ def draw_curve(curve: Sequence[CurvePoint], n_chosen: int) -> Figure:
     """Draw the predicted loss saved against one adapter over the number of groups, with standard errors."""
     points = [point for point in curve if point.gain is not None]
     traces = [
-        _curve_trace([point for point in points if point.allowed], "within the budget", is_open=False),
-        _curve_trace([point for point in points if not point.allowed], "over the budget", is_open=True),
+        _curve_trace([point for point in points if point.allowed], "allowed", is_open=False),
+        _curve_trace([point for point in points if not point.allowed], "not allowed", is_open=True),
     ]
     chosen = next((point for point in points if point.n_groups == n_chosen), None)
     layout = {

@@ -196,7 +196,7 @@ def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
                 Cell(format_signed(point.gain), _plus_minus(point.gain_se)),
                 Cell(format_number(point.gap)),
                 Cell(format_bytes(point.adapter_bytes)),
-                Cell(_times(point.latency_ratio), tag="" if point.allowed else "over budget"),
+                Cell(_times(point.latency_ratio), tag="" if point.allowed else "not allowed"),
             )
         )
         for point in curve

@@ -11,7 +11,15 @@ stages up to the plan, :mod:`.learning` those that train.
 from __future__ import annotations
 
 from ensemblelora.stages.choosing import choose_plan, estimate_affinity, plan_budget, read_oracle, take_features
-from ensemblelora.stages.learning import boost_groups, combine_members, train_adapter, train_groups
+from ensemblelora.stages.learning import (
+    boost_groups,
+    combine_members,
+    list_boost_tasks,
+    settle_boosting,
+    settle_weights,
+    train_adapter,
+    train_groups,
+)
 from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels, identify_start, prepare
 from ensemblelora.stages.rows import Rows, describe_run, drop_lower_layers, encode_tasks, keep_lower_layers
 
@@ -30,9 +38,12 @@ __all__ = [
     "estimate_affinity",
     "identify_start",
     "keep_lower_layers",
+    "list_boost_tasks",
     "plan_budget",
     "prepare",
     "read_oracle",
+    "settle_boosting",
+    "settle_weights",
     "take_features",
     "train_adapter",
     "train_groups",

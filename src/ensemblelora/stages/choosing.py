@@ -14,13 +14,13 @@ import numpy.typing as npt
 from ensemblelora import __version__, artifacts, planning
 from ensemblelora import affinity as affinities
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
-from ensemblelora.adapters import AdaptedModel, adapter_bytes
+from ensemblelora.adapters import AdaptedModel, adapter_bytes, count_trained
 from ensemblelora.blocks import slice_projections
 from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
 from ensemblelora.data.batching import schedule_training
 from ensemblelora.errors import StoreError
 from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, TrainingBudget, build_oracle
-from ensemblelora.gradients.collect import collect_features, find_active_linears, plan_features
+from ensemblelora.gradients.collect import collect_features, find_active_layers, plan_features
 from ensemblelora.gradients.exact import join_fingerprints
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.planning import Plan
@@ -44,7 +44,7 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
     shared = (__version__, work.start_fingerprint, _identify_projection(config.gradients))
     wanted = {key: artifacts.fingerprint(*shared, modes[key[0]], identity) for key, identity in rows.identities.items()}
     if config.gradients.proj_type == "none":
-        plan = plan_features(find_active_linears(probe, rows.learning), rows.learning, config.gradients)
+        plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, config.gradients)
         wanted = join_fingerprints(wanted) if plan.form == "gram" else wanted
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
@@ -174,6 +174,7 @@ def plan_budget(config: RunConfig, rows: Rows, probe: AdaptedModel, *, n_coordin
         steps_per_epoch=tuple(len(schedule_training([s], epoch, seed=seed, layout=layout)) for s in rows.train),
         n_coordinates=n_coordinates,
         seed=seed,
+        n_trained=count_trained(probe),
     )
 
 

@@ -7,21 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ensemblelora import __version__, artifacts, boosting, progress, training, weighting
 from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
-from ensemblelora.config import BoostingConfig, RunConfig
+from ensemblelora.config import BoostingConfig, EnsembleConfig, RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.ensemble import Ensemble, Member, group_scores, load_ensemble, save_ensemble
+from ensemblelora.fusion import can_mix
 from ensemblelora.gradients.collect import make_projector
-from ensemblelora.lora import can_mix
 from ensemblelora.planning import Plan
 from ensemblelora.prediction import MemberScores, member_nll
 from ensemblelora.stages.rows import Rows
 from ensemblelora.store import FeatureStore
 from ensemblelora.workspace import StageRun, Workspace
 
-__all__ = ["boost_groups", "combine_members", "train_adapter", "train_groups"]
+__all__ = [
+    "boost_groups",
+    "combine_members",
+    "list_boost_tasks",
+    "settle_boosting",
+    "settle_weights",
+    "train_adapter",
+    "train_groups",
+]
 
 _BOOSTING_FILE = "boosting.json"
 _CHECKPOINTS = "checkpoints"
@@ -78,15 +89,11 @@ def boost_groups(
     with work.stage("boost", *inputs, config.boosting, config.gradients) as stage:
         if stage.is_needed:
             _drop_adapters(work, keep=[_SHARED, *members])
-            groups = [
-                [BoostTask(rows.train[i], rows.validation[i], store.read(rows.names[i], "train")) for i in group]
-                for group in plan.groups
-            ]
             found = boosting.boost(
                 probe,
                 members,
-                groups,
-                _settle_boosting(config),
+                list_boost_tasks(plan.groups, rows, store),
+                settle_boosting(config),
                 projector=make_projector(config.gradients, seed=config.seed),
                 max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
                 seed=config.seed,
@@ -136,13 +143,63 @@ def combine_members(
     return load_ensemble(path)
 
 
+def list_boost_tasks(groups: Sequence[Sequence[int]], rows: Rows, store: FeatureStore) -> list[list[BoostTask]]:
+    """What boosting reads of every group's tasks."""
+    return [
+        [BoostTask(rows.train[i], rows.validation[i], store.read(rows.names[i], "train")) for i in group]
+        for group in groups
+    ]
+
+
+def settle_boosting(config: RunConfig) -> BoostingConfig:
+    """A step is fitted to all projections together; the ridge stays what it is beside one of them."""
+    penalty = config.boosting.l2_penalty * config.gradients.n_projections
+    return config.boosting.model_copy(update={"l2_penalty": penalty})
+
+
+def settle_weights(
+    scores: Sequence[MemberScores],
+    splits: Sequence[EncodedSplit],
+    own_groups: Sequence[int],
+    config: EnsembleConfig,
+    *,
+    seed: int,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Every task's weights over m groups, as they are served: fitted, routed where asked for, without small ones.
+
+    Args:
+        scores: What the groups say about every task's validation rows, ``(m, n_rows, K)``.
+        splits: These rows.
+        own_groups: The group each task was trained in.
+        config: How they are fitted, and what of it is served.
+        seed: The run's root seed.
+
+    Returns:
+        Weights ``(n_tasks, m)``, and which tasks could be routed ``(n_tasks,)``.
+    """
+    logits = [
+        weighting.MemberLogits(
+            values=found.values,
+            labels=split.labels,
+            groups=split.groups,
+            row_example=found.row_example if split.kind == "sequence" else None,
+        )
+        for found, split in zip(scores, splits, strict=True)
+    ]
+    fitted = weighting.fit_weights(logits, own_groups, config, seed=seed)
+    weights = fitted.serving_weights if config.route else fitted.weights
+    if config.weights in ("task", "global"):
+        weights = weighting.drop_negligible(weights, config.min_weight)
+    return weights, fitted.routed
+
+
 def _shares_passes(work: Workspace, probe: AdaptedModel, groups: Mapping[str, Sequence[int]]) -> bool:
     """Whether several adapters train in one pass: asked for, and possible for this model."""
     if not work.config.training.together or len(groups) == 1:
         return False
     if can_mix(probe):
         return True
-    progress.note("training.together: adapters with an output layer of their own can't share a pass; one by one")
+    progress.note("training.together: these adapters can't share a pass (by their kind or output layer); one by one")
     return False
 
 
@@ -205,16 +262,13 @@ def _fit_ensemble(
     """Return the ensemble, and every task's validation NLL under its own group alone."""
     owners = {task: g for g, group in enumerate(plan.groups) for task in group}
     own = [owners[task] for task in range(len(rows.names))]
-    fitted = _fit_weights(scores, rows.validation, own, config)
-    weights = fitted.serving_weights if config.ensemble.route else fitted.weights
-    if config.ensemble.weights in ("task", "global"):
-        weights = weighting.drop_negligible(weights, config.ensemble.min_weight)
+    weights, routed = settle_weights(scores, rows.validation, own, config.ensemble, seed=config.seed)
     ensemble = Ensemble(
         task_names=rows.names,
         groups=plan.groups,
         members=members,
         weights=tuple(tuple(float(weight) for weight in row) for row in weights),
-        routed=tuple(bool(is_routed) for is_routed in fitted.routed),
+        routed=tuple(bool(is_routed) for is_routed in routed),
         combine=config.ensemble.combine,
     )
     own_nll = [
@@ -222,27 +276,6 @@ def _fit_ensemble(
         for found, split, group in zip(scores, rows.validation, own, strict=True)
     ]
     return ensemble, own_nll
-
-
-def _fit_weights(
-    scores: Sequence[MemberScores], splits: Sequence[EncodedSplit], groups: Sequence[int], config: RunConfig
-) -> weighting.EnsembleWeights:
-    logits = [
-        weighting.MemberLogits(
-            values=found.values,
-            labels=split.labels,
-            groups=split.groups,
-            row_example=found.row_example if split.kind == "sequence" else None,
-        )
-        for found, split in zip(scores, splits, strict=True)
-    ]
-    return weighting.fit_weights(logits, groups, config.ensemble, seed=config.seed)
-
-
-def _settle_boosting(config: RunConfig) -> BoostingConfig:
-    """A step is fitted to all projections together; the ridge stays what it is beside one of them."""
-    penalty = config.boosting.l2_penalty * config.gradients.n_projections
-    return config.boosting.model_copy(update={"l2_penalty": penalty})
 
 
 def _describe_round(index: int, entry: BoostRound) -> dict[str, Any]:

@@ -10,14 +10,16 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from ensemblelora import artifacts
 from ensemblelora.adapters import AdaptedModel, adapter_bytes, attach
 from ensemblelora.affinity import sample_subsets
-from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, GradientsConfig, RunConfig
+from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, EstimationConfig, GradientsConfig, RunConfig
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, DataError
-from ensemblelora.gradients.collect import find_active_linears, plan_features
+from ensemblelora.gradients.collect import find_active_layers, plan_features
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.models import Head, load_base
 from ensemblelora.planning.budget import Budget
+from ensemblelora.planning.demand import find_budget_fault, list_demand_faults
+from ensemblelora.quantization import check_installed
 from ensemblelora.stages.rows import Rows, encode_tasks
 
 __all__ = ["check_fit", "check_request", "choose_head", "count_labels", "identify_start", "prepare"]
@@ -39,6 +41,7 @@ def prepare(config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
     Raises:
         UsageError: If config, data or model are wrong.
     """
+    check_installed(config.model)
     tasks = load_tasks(config.data, seed=config.seed)
     check_request(config, tasks)
     base = load_base(
@@ -59,7 +62,7 @@ def check_request(config: RunConfig, tasks: TaskSet) -> None:
     """Refuse what config and tasks alone rule out, before the model is loaded.
 
     Raises:
-        ConfigError: If more groups are asked for than there are tasks, or a later stage could not use a value; names
+        ConfigError: If no grouping of the tasks meets what is asked, or a later stage could not use a value; names
             every fault.
         DataError: If tasks with and without a classification head are mixed.
     """
@@ -95,22 +98,17 @@ def count_labels(tasks: TaskSet) -> int:
 
 def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
     """Values that are only found wrong beside others, or beside the tasks."""
-    n_groups, n_tasks = config.grouping.n_groups, len(tasks.tasks)
-    if n_groups != "auto" and not 1 <= n_groups <= n_tasks:
-        yield f"grouping.n_groups {n_groups}: expected 1 to {n_tasks}, the number of tasks"
+    yield from list_demand_faults(config.grouping, tasks.names)
     free_text = [task.name for task in tasks.tasks if task.card.output_type != "multiple_choice"]
     if config.affinity.score == "accuracy" and free_text:
         yield f"affinity.score accuracy: tasks {', '.join(free_text)} answer with free text and have none; use nll"
-    if fault := _find_subset_fault(n_tasks, config.affinity, config.seed):
+    if fault := _find_subset_fault(len(tasks.tasks), config.affinity, config.seed):
         yield fault
     if fault := _find_projection_fault(config.gradients):
         yield fault
-    penalty, grid = config.estimation.l2_penalty, config.estimation.l2_grid
-    if penalty == "auto" and not (grid and min(grid) > 0):
-        yield f"estimation.l2_grid {list(grid)}: expected positive numbers, at least one"
-    if penalty != "auto" and penalty <= 0:
-        yield f"estimation.l2_penalty {penalty}: expected a positive number, or auto"
-    if config.ensemble.weights == "global" and config.ensemble.own_group_prior == 1 and n_groups != 1:
+    yield from _list_estimation_faults(config.estimation)
+    is_one_group = config.grouping.n_groups_asked == 1
+    if config.ensemble.weights == "global" and config.ensemble.own_group_prior == 1 and not is_one_group:
         yield "ensemble.own_group_prior 1: leaves no common weights for tasks of several groups; lower it"
     trackers = config.training.report_to
     for name in trackers if trackers not in (("all",), ("none",)) else ():
@@ -119,6 +117,22 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
             get_reporting_integration_callbacks([name])[0]()
         except (ImportError, RuntimeError, ValueError) as error:
             yield f"training.report_to {name!r}: {str(error).splitlines()[0]}"
+
+
+def _list_estimation_faults(config: EstimationConfig) -> Iterator[str]:
+    """What the fit of the linear model can't do."""
+    penalty, grid = config.l2_penalty, config.l2_grid
+    if penalty == "auto" and not (grid and min(grid) > 0):
+        yield f"estimation.l2_grid {list(grid)}: expected positive numbers, at least one"
+    if config.method == "ridge" and penalty != "auto" and penalty <= 0:
+        yield f"estimation.l2_penalty {penalty}: expected a positive number, or auto"
+    if config.method == "steps":
+        for key, value, default in (("l2_penalty", penalty, "auto"), ("balance", config.balance, "example")):
+            if value != default:
+                yield (
+                    f"estimation.{key} {value}: method steps trains as the training does and has none; set "
+                    "estimation.method: ridge"
+                )
 
 
 def _find_subset_fault(n_tasks: int, config: AffinityConfig, seed: int) -> str | None:
@@ -154,8 +168,8 @@ def _list_model_faults(config: RunConfig, rows: Rows, probe: AdaptedModel) -> It
     """Values that are only found wrong beside the model and the rows as it reads them."""
     wanted, model = config.grouping, probe.base.model
     budget = Budget(adapter_bytes(probe), config.boosting.n_rounds, wanted.max_memory_bytes, wanted.max_latency_ratio)
-    if wanted.n_groups != "auto" and (faults := budget.list_faults(wanted.n_groups)):
-        yield f"grouping.n_groups {wanted.n_groups} takes {' and '.join(faults)}; change one of them"
+    if fault := find_budget_fault(wanted, rows.names, budget):
+        yield fault
     if config.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
         yield f"training.gradient_checkpointing: {type(model).__name__} can't recompute activations; set it to false"
     n_positions = getattr(model.config, "max_position_embeddings", None)
@@ -173,7 +187,7 @@ def _list_model_faults(config: RunConfig, rows: Rows, probe: AdaptedModel) -> It
 def _find_exact_fault(config: RunConfig, rows: Rows, probe: AdaptedModel) -> str | None:
     """What keeps gradients from being kept without a projection, or from being used like that."""
     try:
-        plan = plan_features(find_active_linears(probe, rows.learning), rows.learning, config.gradients)
+        plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, config.gradients)
     except ConfigError as error:
         return str(error)
     if plan.form == "gram" and config.boosting.n_rounds and config.boosting.direction == "projected":

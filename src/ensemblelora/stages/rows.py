@@ -17,6 +17,7 @@ from ensemblelora.data.task import SPLITS, TaskSet
 from ensemblelora.errors import DataError
 from ensemblelora.models import BaseModel
 from ensemblelora.passes import with_cache
+from ensemblelora.quantization import count_numbers, count_weight_bytes, describe_quantization
 from ensemblelora.workspace import Workspace, describe_environment
 
 __all__ = ["Rows", "describe_run", "drop_lower_layers", "encode_tasks", "keep_lower_layers"]
@@ -82,10 +83,13 @@ def encode_tasks(tasks: TaskSet, base: BaseModel, *, max_length: int) -> Rows:
 def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedModel) -> None:
     """Write what the run is made of: ``environment.json``, and ``tasks.json`` with every card."""
     base, path = probe.base, work.path / artifacts.ENVIRONMENT_FILE
+    weights = [p for name, p in probe.network.named_parameters() if f".{THETA0}." not in name]
     model = {
         "name": base.name,
-        "n_parameters": sum(p.numel() for name, p in probe.network.named_parameters() if f".{THETA0}." not in name),
+        "n_parameters": sum(count_numbers(p) for p in weights),
+        "weight_bytes": sum(map(count_weight_bytes, weights)),
         "dtype": str(base.model.dtype).removeprefix("torch."),
+        "quantization": describe_quantization(base.model),
         "fingerprint": base.fingerprint,
     }
     before = artifacts.read_json(path) if path.exists() else {}

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ensemblelora.adapters import AdaptedModel
@@ -35,6 +37,10 @@ class TrainingJob:
     """training splits of the group's tasks"""
     validation: Sequence[EncodedSplit]
     """their validation splits, for the choice of the checkpoint"""
+    start: dict[str, Tensor] | None = None
+    """the adapter's tensors to begin with; none: theta0's"""
+    weights: Sequence[NDArray[np.float64]] | None = None
+    """what each training example's loss is multiplied with, ``(n_examples,)`` a task; none: one"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +53,8 @@ class TrainingPass:
     """each member's rows in the batch"""
     example_counts: tuple[int, ...]
     """each member's examples"""
+    weights: NDArray[np.float32] | None = None
+    """of the examples' losses, ``(examples,)``; none: one"""
 
 
 class StepPlan(Dataset[list[TrainingPass]]):
@@ -95,7 +103,15 @@ class StepPlan(Dataset[list[TrainingPass]]):
             batch=batch,
             row_counts=tuple(int(own.sum()) for own in np.split(rows, np.cumsum(n_examples)[:-1])),
             example_counts=tuple(n_examples),
+            weights=self._weigh(jobs, step),
         )
+
+    def _weigh(self, jobs: Sequence[int], step: int) -> NDArray[np.float32] | None:
+        """Weights of the examples of a pass, where some job has any."""
+        if all(self._jobs[j].weights is None for j in jobs):
+            return None
+        every = [(self._jobs[j].weights, *place) for j in jobs for place in self._schedules[j][step]]
+        return np.array([1.0 if own is None else own[task][e] for own, task, e in every], np.float32)
 
 
 def plan_passes(sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[int]]:

@@ -31,14 +31,22 @@ from ensemblelora.counting import count_training
 from ensemblelora.data.batching import plan_evaluations
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import StoreError, TrainingError
-from ensemblelora.lora import MemberSwitch
 from ensemblelora.passes import score
 from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.progress import track
 from ensemblelora.scoring import cross_entropy
+from ensemblelora.switch import MemberSwitch
 from ensemblelora.training.steps import StepPlan, TrainingJob, TrainingPass
 
-__all__ = ["AdapterTrainer", "make_arguments", "measure_validation_nll"]
+__all__ = [
+    "AdapterTrainer",
+    "StepWatch",
+    "load_steps",
+    "make_arguments",
+    "make_schedule",
+    "measure_row_losses",
+    "measure_validation_nll",
+]
 
 _BEST_FILE = "best.safetensors"
 
@@ -75,7 +83,7 @@ class AdapterTrainer(Trainer):
         self._stops = {name: plan_evaluations(n_steps, n_stops) for name, n_steps in plan.step_counts.items()}
         self.best: dict[str, dict[str, Tensor]] = {job.name: {} for job in jobs}
         """each adapter's tensors at its best evaluation so far; none before the first"""
-        watch = _Watch(_describe(self._jobs), len(plan), frozenset().union(*self._stops.values()))
+        watch = StepWatch(_describe(self._jobs), len(plan), frozenset().union(*self._stops.values()))
         super().__init__(model=adapted.peft, args=arguments, train_dataset=plan, callbacks=[watch])
         self.remove_callback(PrinterCallback)  # it prints to stdout, where only results belong
 
@@ -90,7 +98,7 @@ class AdapterTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[list[TrainingPass]]:
         """Give the planned steps as they are, in their order."""
-        return DataLoader(self._plan, batch_size=1, shuffle=False, collate_fn=_as_inputs)
+        return load_steps(self._plan)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make parameter groups for every adapter, so that each can have its own learning rate."""
@@ -113,7 +121,7 @@ class AdapterTrainer(Trainer):
         if self.lr_scheduler is None:
             chosen: Any = self.optimizer if optimizer is None else optimizer
             step_counts = self._plan.step_counts
-            rates = [_make_schedule(step_counts[name], self._config) for name in self._parameters]
+            rates = [make_schedule(step_counts[name], self._config) for name in self._parameters]
             self.lr_scheduler = LambdaLR(chosen, [rate for rate in rates for _ in range(2)])  # two groups an adapter
         return self.lr_scheduler
 
@@ -131,10 +139,8 @@ class AdapterTrainer(Trainer):
         one: TrainingPass = inputs["pass"]
         if self._switch is not None:
             self._switch.use(one.members, one.row_counts)
-        normalize = self._config.loss == "vocab_softmax"
-        count_training(self._meter, self._adapted.costs, one.batch, normalize=normalize)
-        z = score(self._adapted, one.batch, meter=self._meter, normalize=normalize).z
-        losses = cross_entropy(z, one.batch, loss=self._config.loss).split(one.example_counts)
+        count_training(self._meter, self._adapted.costs, one.batch, normalize=_normalizes(self._config))
+        losses = measure_row_losses(self._adapted, one, self._config, meter=self._meter).split(one.example_counts)
         means = torch.stack([own.mean() for own in losses])
         for name, loss in zip(one.members, means.detach().tolist(), strict=True):
             self._check_finite(name, loss, "training")
@@ -182,9 +188,18 @@ class AdapterTrainer(Trainer):
 
 
 def make_arguments(
-    adapted: AdaptedModel, config: TrainingConfig, n_steps: int, *, seed: int, folder: Path
+    adapted: AdaptedModel, config: TrainingConfig, n_steps: int, *, seed: int, folder: Path, saves: bool = True
 ) -> TrainingArguments:
-    """What transformers' Trainer is told; learning rates, clipping and the best checkpoint are each adapter's own."""
+    """What transformers' Trainer is told; learning rates, clipping and the best checkpoint are each adapter's own.
+
+    Args:
+        adapted: The model.
+        config: Optimiser and schedule.
+        n_steps: Optimiser steps.
+        seed: Of dropout.
+        folder: For checkpoints.
+        saves: Whether there are any.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=n_steps,
@@ -196,7 +211,7 @@ def make_arguments(
         logging_steps=min(10, n_steps),
         logging_nan_inf_filter=False,
         eval_strategy="no",  # the callback decides when
-        save_strategy="steps",
+        save_strategy="steps" if saves else "no",
         save_steps=n_steps + 1,
         save_total_limit=1,
         load_best_model_at_end=False,  # every adapter has a best of its own
@@ -212,6 +227,18 @@ def make_arguments(
     return arguments
 
 
+def load_steps(plan: StepPlan) -> DataLoader[list[TrainingPass]]:
+    """Give the planned steps as they are, in their order."""
+    return DataLoader(plan, batch_size=1, shuffle=False, collate_fn=_as_inputs)
+
+
+def measure_row_losses(adapted: AdaptedModel, one: TrainingPass, config: TrainingConfig, *, meter: Meter) -> Tensor:
+    """Loss of every example of a pass, times its weight, ``(examples,)``; the active adapter's or the switch's."""
+    z = score(adapted, one.batch, meter=meter, normalize=_normalizes(config)).z
+    losses = cross_entropy(z, one.batch, loss=config.loss)
+    return losses if one.weights is None else losses * torch.from_numpy(one.weights).to(losses.device)
+
+
 def measure_validation_nll(
     adapted: AdaptedModel, name: str, validation: Sequence[EncodedSplit], *, max_tokens: int, meter: Meter | None = None
 ) -> float:
@@ -223,11 +250,12 @@ def measure_validation_nll(
     return float(sum(means) / len(means))
 
 
-class _Watch(TrainerCallback):
+class StepWatch(TrainerCallback):
     """Evaluates and saves where an adapter's turn comes, and moves the bar."""
 
-    def __init__(self, title: str, n_steps: int, stops: frozenset[int]) -> None:
-        self._title, self._n_steps, self._stops = title, n_steps, stops
+    def __init__(self, title: str, n_steps: int, stops: frozenset[int], *, saves: bool = True) -> None:
+        """Say how many steps there are, and after which ones something is due."""
+        self._title, self._n_steps, self._stops, self._saves = title, n_steps, stops, saves
         self._bar: Iterator[int] = iter(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -238,7 +266,8 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for an evaluation and a checkpoint where one is due."""
         next(self._bar, None)
-        control.should_evaluate = control.should_save = state.global_step in self._stops
+        control.should_evaluate = state.global_step in self._stops
+        control.should_save = control.should_evaluate and self._saves
 
 
 @contextmanager
@@ -262,7 +291,7 @@ def _uncompiled(config: TrainingConfig) -> Iterator[None]:
         yield
 
 
-def _make_schedule(n_steps: int, config: TrainingConfig) -> Any:
+def make_schedule(n_steps: int, config: TrainingConfig) -> Any:
     """What the learning rate is multiplied by at each step: transformers' function of the step's number."""
     stand_in = torch.optim.SGD([torch.zeros(1)])  # a schedule is only made around an optimiser
     n_warmup = round(config.warmup_ratio * n_steps)
@@ -272,6 +301,10 @@ def _make_schedule(n_steps: int, config: TrainingConfig) -> Any:
 
 def _describe(jobs: Sequence[TrainingJob]) -> str:
     return f"train {jobs[0].name}" if len(jobs) == 1 else f"train {len(jobs)} adapters"
+
+
+def _normalizes(config: TrainingConfig) -> bool:
+    return config.loss == "vocab_softmax"
 
 
 def _log_key(name: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback
 
 from ensemblelora import progress
 from ensemblelora.accounting.meter import Meter
@@ -21,12 +22,13 @@ from ensemblelora.adapters import AdaptedModel, activate, add_adapter, set_adapt
 from ensemblelora.config import TrainingConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
-from ensemblelora.lora import MemberSwitch, can_fuse, can_mix, fused
+from ensemblelora.fusion import can_fuse, can_mix, fused
 from ensemblelora.seeding import seed_for
+from ensemblelora.switch import MemberSwitch
 from ensemblelora.training.steps import StepPlan, TrainingJob, choose_layout
 from ensemblelora.training.trainer import AdapterTrainer, make_arguments
 
-__all__ = ["TrainedAdapter", "fine_tune", "fine_tune_together"]
+__all__ = ["TrainedAdapter", "checkpointed_activations", "fine_tune", "fine_tune_together", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def fine_tune_together(
     seed: int,
     checkpoints: Path,
     meter: Meter,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[TrainedAdapter, ...]:
     """Train several adapters in lock step, and leave the best checkpoint of each in the model.
 
@@ -95,6 +98,7 @@ def fine_tune_together(
         seed: The run's root seed; each adapter's own order of batches is derived from it and the name.
         checkpoints: Scratch folder; a run with the same jobs that finds one goes on from there. Removed at the end.
         meter: Told what every pass costs, validation included.
+        callbacks: More of transformers' own, called after each step; they leave the adapters as they are.
 
     Returns:
         How it went, one record a job and in their order.
@@ -107,9 +111,9 @@ def fine_tune_together(
     names = [job.name for job in jobs]
     if len(names) > 1 and not can_mix(adapted):
         listed = ", ".join(names)
-        raise ModelError(f"adapters {listed}: they hold more than LoRA of inner layers; train them one by one")
-    for name in names:
-        add_adapter(adapted, name)
+        raise ModelError(f"adapters {listed}: can't share a pass (by kind or output layer); train them one by one")
+    for job in jobs:
+        add_adapter(adapted, job.name, job.start)
     layout = choose_layout(adapted, config)
     plan = StepPlan(jobs, config, seed=seed, layout=layout, pad_token_id=adapted.base.pad_token_id)
     dropout_seed = seed_for(seed, "training", *names)
@@ -117,16 +121,19 @@ def fine_tune_together(
     try:
         with _all_trainable(adapted, names) as parameters, _sped_up(adapted, names, config) as switch:
             trainer = AdapterTrainer(adapted, jobs, parameters, plan, config, arguments, meter, switch)
+            for callback in callbacks:
+                trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     finally:
         adapted.peft.eval()
     for name, state in trainer.best.items():
         set_adapter_state(adapted, name, state)
     shutil.rmtree(checkpoints)
-    return tuple(_summarize(job, plan.step_counts[job.name], trainer.history(job.name)) for job in jobs)
+    return tuple(summarize(job, plan.step_counts[job.name], trainer.history(job.name)) for job in jobs)
 
 
-def _summarize(job: TrainingJob, n_steps: int, history: tuple[dict[str, float], ...]) -> TrainedAdapter:
+def summarize(job: TrainingJob, n_steps: int, history: tuple[dict[str, float], ...]) -> TrainedAdapter:
+    """How a training went, whose steps and evaluations are given."""
     best = min(history, key=lambda record: record["validation_nll"])  # the first of equals
     return TrainedAdapter(
         name=job.name,
@@ -157,7 +164,7 @@ def _sped_up(adapted: AdaptedModel, names: Sequence[str], config: TrainingConfig
     """Everything that changes how fast a step is, and not what it computes."""
     body: Any = adapted.network.base_model
     with ExitStack() as stack:
-        stack.enter_context(_checkpointed_activations(adapted, config))
+        stack.enter_context(checkpointed_activations(adapted, config))
         switch = stack.enter_context(fused(adapted, names)) if can_fuse(adapted) else None
         if config.compile:
             if adapted.device.type == "cpu":
@@ -168,7 +175,7 @@ def _sped_up(adapted: AdaptedModel, names: Sequence[str], config: TrainingConfig
 
 
 @contextmanager
-def _checkpointed_activations(adapted: AdaptedModel, config: TrainingConfig) -> Iterator[None]:
+def checkpointed_activations(adapted: AdaptedModel, config: TrainingConfig) -> Iterator[None]:
     """Recompute activations in the backward pass, if asked for; saves memory and costs a forward pass."""
     if not config.gradient_checkpointing:
         yield

@@ -38,6 +38,7 @@ __all__ = [
     "Validation",
     "collect_truth",
     "compare",
+    "count_costs",
     "validate_run",
 ]
 
@@ -175,7 +176,7 @@ def compare(path: Path, config: RunConfig, runs: Sequence[TrueRun], base: TrueRu
         marked=tuple(truth.tasks[i] for i in truth.marked),
         mean_relative_distance=float(np.mean([run.relative_distance for run in runs])),
         comparisons=tuple(comparisons),
-        costs=_count_costs(path, config, runs, truth.tasks),
+        costs=count_costs(path, config, runs, truth.tasks),
     )
 
 
@@ -224,7 +225,8 @@ def _compare(name: str, oracle: Oracle, truth: Truth, config: RunConfig) -> Comp
     )
 
 
-def _count_costs(path: Path, config: RunConfig, runs: Sequence[TrueRun], names: Sequence[str]) -> Costs:
+def count_costs(path: Path, config: RunConfig, runs: Sequence[TrueRun], names: Sequence[str]) -> Costs:
+    """Compare what predicting took, by the run's ledger, with what fine-tuning took and would take."""
     ledger = {entry["stage"]: entry["flops"] for entry in artifacts.read_json(path / artifacts.COSTS_FILE)["stages"]}
     features, oracle = ledger["features"], ledger["affinity"]
     first = {run.tasks: run for run in runs if run.seed == 0}

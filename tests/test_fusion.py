@@ -1,6 +1,8 @@
-"""Low-rank terms in the base's precision, and several members in one pass: PEFT's own layers are the slow twin."""
+"""Adapter layers in the base's precision, and several members in one pass: PEFT's own layers are the slow twin."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,25 +10,29 @@ import torch
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, add_adapter, attach
 from ensemblelora.config import AdapterConfig
 from ensemblelora.data.batching import collate, repeat_batch
-from ensemblelora.lora import can_fuse, fused
+from ensemblelora.fusion import can_fuse, fused
 from ensemblelora.passes import members_in_turn
 from ensemblelora.scoring import score_batch
+from ensemblelora.switch import MemberSwitch
 from tests.tiny import DECODERS, disturb, make_adapted, make_base, make_split
 
 MEMBERS = ("one", "two", THETA0)
+SETTINGS: dict[str, dict[str, Any]] = {"lora": {"r": 4}, "ia3": {}, "bottleneck": {"reduction": 8, "scaling": 2.0}}
 
 
-def make_members(family: str) -> AdaptedModel:
-    adapted = make_adapted(family)
+def make_members(family: str, method: str = "lora") -> AdaptedModel:
+    config = AdapterConfig(method=method, **SETTINGS[method])  # type: ignore[arg-type]
+    adapted = attach(make_base(family), config, seed=0)
     for seed, name in enumerate(MEMBERS[:2]):
         add_adapter(adapted, name)
         disturb(adapted, name, seed=seed)
     return adapted
 
 
+@pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", DECODERS)
-def test_one_member_computes_and_learns_as_in_peft(family: str) -> None:
-    adapted = make_members(family)
+def test_one_member_computes_and_learns_as_in_peft(family: str, method: str) -> None:
+    adapted = make_members(family, method)
     batch = collate([(make_split("options", n=5), e) for e in range(5)], 0)
     found = []
     for is_fused in (False, True):
@@ -46,10 +52,11 @@ def test_one_member_computes_and_learns_as_in_peft(family: str) -> None:
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("layout", ["rows", "shared"])
-def test_members_in_one_pass_score_as_one_by_one(family: str, layout: str) -> None:
-    adapted = make_members(family)
+def test_members_in_one_pass_score_as_one_by_one(family: str, layout: str, method: str) -> None:
+    adapted = make_members(family, method)
     parts = [(make_split(kind, n=4, seed=k), e) for k, kind in enumerate(("options", "verbalizer")) for e in range(4)]
     batch = collate(parts, 0, layout=layout)  # type: ignore[arg-type]
     alone = []
@@ -66,8 +73,44 @@ def test_members_in_one_pass_score_as_one_by_one(family: str, layout: str) -> No
     assert not torch.allclose(alone[0], alone[1])
 
 
-def test_pefts_own_forward_is_back_afterwards() -> None:
-    adapted = make_members("llama")
+@pytest.mark.parametrize("method", SETTINGS)
+def test_members_with_other_numbers_of_rows_learn_as_one_by_one(method: str) -> None:
+    """Each member's gradients come from its own rows alone."""
+    adapted, split = make_members("llama", method), make_split("verbalizer", n=6)
+    batch = collate([(split, e) for e in range(6)], 0)
+    found: list[dict[str, torch.Tensor]] = []
+    for shares in ([(("one", "two"), (2, 4))], [(("one",), (6,)), (("two",), (6,))]):
+        with activate(adapted, "one", trainable=True), fused(adapted, ["one", "two"]) as switch:
+            for name, parameter in adapted.peft.named_parameters():
+                parameter.requires_grad_("one" in name.split(".") or "two" in name.split("."))
+            for members, counts in shares:
+                switch.use(members, counts)
+                z = score_batch(adapted.network, batch).z
+                own = {"one": z[:2], "two": z[2:]}
+                sum(own[name].pow(2).sum() for name in members).backward()  # type: ignore[union-attr]
+        found.append({n: p.grad.clone() for n, p in adapted.peft.named_parameters() if p.grad is not None})
+        adapted.peft.zero_grad(set_to_none=True)
+    assert found[0].keys() == found[1].keys() != set()
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_what_overflows_in_one_member_stays_there() -> None:
+    switch = MemberSwitch(["one", "two"])
+    x, vectors = torch.ones(6, 3), torch.tensor([[torch.inf] * 3, [2.0] * 3])
+    weights = vectors[:, :, None].expand(2, 3, 4)
+    for counts in (None, (2, 4), (3, 3)):
+        switch.use(["one", "two"], counts)
+        n_first = 3 if counts is None else counts[0]
+        product = switch.multiply(x, weights, torch.ones(2, 1, 4))
+        assert product[:n_first].isinf().all() and (product[n_first:] == 7).all()
+        scaled = switch.scale(x[:, None], vectors)
+        assert scaled[:n_first].isinf().all() and (scaled[n_first:] == 2).all()
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_pefts_own_forward_is_back_afterwards(method: str) -> None:
+    adapted = make_members("llama", method)
     batch = collate([(make_split("verbalizer"), 0)], 0)
     with activate(adapted, "one"), torch.inference_mode():
         before = score_batch(adapted.network, batch).z
@@ -78,12 +121,13 @@ def test_pefts_own_forward_is_back_afterwards() -> None:
         torch.testing.assert_close(score_batch(adapted.network, batch).z, before)
 
 
-def test_bfloat16_rounds_and_no_more() -> None:
-    exact = make_members("llama")
-    low = make_members("llama")
+@pytest.mark.parametrize("method", SETTINGS)
+def test_bfloat16_rounds_and_no_more(method: str) -> None:
+    exact = make_members("llama", method)
+    low = make_members("llama", method)
     low.base.model.bfloat16()
     for name, parameter in low.peft.named_parameters():
-        if "lora_" in name:
+        if not {*MEMBERS}.isdisjoint(name.split(".")):
             parameter.data = parameter.data.float()
     batch = collate([(make_split("options", n=5), e) for e in range(5)], 0)
     with activate(exact, "one"), torch.inference_mode():

@@ -1,0 +1,238 @@
+"""Ours as a whole, groups with boosters and weights, and with each of its parts left out or put another way.
+
+In: a pool. Out: candidates that share the groups' adapters and the boosters. Boosting goes on from the rounds that were
+carried out before, so that asking for up to four of them costs four.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblelora import __version__, artifacts
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import adapter_bytes
+from ensemblelora.boosting import Boosting, BoostRound, Setup, boost_once, start_boosting
+from ensemblelora.comparison.candidate import Candidate, Costs, make_candidate, make_ensemble
+from ensemblelora.comparison.matched import match_steps
+from ensemblelora.comparison.planned import Planned, make_plan
+from ensemblelora.comparison.pool import Pool, Trained
+from ensemblelora.ensemble import Member, needed_adapters, sum_groups
+from ensemblelora.gradients.collect import make_projector
+from ensemblelora.grouping import Partition, to_labels
+from ensemblelora.stages import list_boost_tasks, settle_boosting, settle_weights
+
+__all__ = ["Boosted", "Weighting", "boost_members", "train_ours", "weigh_members"]
+
+Weighting = Literal["task", "global", "uniform", "own"]
+"""how an ensemble's weights are found, as in the config's ``ensemble.weights``"""
+
+
+@dataclass(frozen=True)
+class Boosted:
+    """What boosting gave, and what it took."""
+
+    rounds: tuple[BoostRound, ...] = ()
+    spent: tuple[Trained, ...] = ()
+    """one a round; only the boosters that were kept have an adapter in the pool"""
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The boosters that were kept."""
+        return tuple(Member(entry.name, entry.group, "booster", entry.rate) for entry in self.rounds if entry.accepted)
+
+    @property
+    def kept(self) -> tuple[Trained, ...]:
+        """Their records."""
+        return tuple(one for one, entry in zip(self.spent, self.rounds, strict=True) if entry.accepted)
+
+
+def train_ours(
+    pool: Pool,
+    *,
+    n_rounds: int | None = None,
+    weights: Weighting | None = None,
+    with_shared: bool = False,
+    matches_steps: bool = False,
+) -> Candidate:
+    """The method as a whole: the plan's groups, boosters where a group still errs, convex weights.
+
+    Costs the gradient pass and the plan, each row's training once an epoch, the rounds of boosting, and a pass of every
+    member over the validation rows where weights are fitted.
+
+    Args:
+        pool: The seed's.
+        n_rounds: Boosters at most; none: the config's (paper: 1).
+        weights: None: the config's. ``global`` is the paper's reading.
+        with_shared: Let the weights choose one adapter for all tasks, too; costs its training.
+        matches_steps: Train every group for as many optimiser steps as one adapter for all takes.
+
+    Reference:
+        Paper, algorithm 2 and section 2.3.
+    """
+    planned = make_plan(pool)
+    groups = planned.plan.groups
+    trained = [pool.train(group, settings=match_steps(pool, group) if matches_steps else None) for group in groups]
+    boosted = boost_members(pool, planned, groups, trained, n_rounds)
+    shared = [pool.train(pool.everyone)] if with_shared else []
+    added = [one for one in shared if one not in trained]  # where the plan is one group, it is there already
+    names = [one.name for one in (*trained, *added)]
+    members = (*(Member(name, g, "group", 1.0) for g, name in enumerate(names)), *boosted.members)
+    rows, flops = weigh_members(pool, members, to_labels(groups).tolist(), weights)
+    costs = Costs.of(
+        [*trained, *boosted.spent, *added],
+        kept=[*trained, *boosted.kept, *added],
+        train_flops=flops,
+        select_flops=planned.select_flops,
+        seconds=planned.seconds,
+    )
+    tasks = (*groups, *(pool.everyone for _ in added))
+    ensemble = make_ensemble(pool, names, rows, groups=tasks, boosters=boosted.members)
+    notes: dict[str, Any] = {"boosting": [asdict(entry) for entry in boosted.rounds]}
+    return make_candidate(pool, ensemble, costs, groups=groups, n_steps=[one.n_steps for one in trained], **notes)
+
+
+def weigh_members(
+    pool: Pool, members: Sequence[Member], own: Sequence[int], weights: Weighting | None = None
+) -> tuple[npt.NDArray[np.float64], int]:
+    """Find every task's weights on validation rows.
+
+    Args:
+        pool: The seed's.
+        members: One adapter a group, and boosters.
+        own: The group each task was trained in.
+        weights: None: the config's.
+
+    Returns:
+        Weights ``(n_tasks, m)``, and the FLOPs of scoring the validation rows, where that was needed.
+
+    Reference:
+        Paper, section 2.3; docs/paper.md, row "ensemble weights".
+    """
+    config = pool.config.ensemble
+    if weights is not None:
+        config = config.model_copy(update={"weights": weights})
+    groups = range(sum(member.kind == "group" for member in members))
+    if config.weights == "own" or len(groups) == 1:
+        return np.eye(len(groups))[list(own)], 0
+    if config.weights == "uniform":
+        return np.full((pool.n_tasks, len(groups)), 1 / len(groups)), 0
+    scores, flops = [], 0
+    for task, split in enumerate(pool.rows.validation):
+        names = needed_adapters(members, groups, split.kind)
+        scores.append(sum_groups(pool.score(names, task, "validation"), names, members, groups))
+        flops += pool.count_scoring(task, "validation", len(names))
+    return settle_weights(scores, pool.rows.validation, own, config, seed=pool.config.seed)[0], flops
+
+
+def boost_members(
+    pool: Pool, planned: Planned, groups: Partition, trained: Sequence[Trained], n_rounds: int | None = None
+) -> Boosted:
+    """Add boosters to groups, as the pipeline does, or find those that were added.
+
+    Args:
+        pool: Takes the boosters up.
+        planned: For its features.
+        groups: Tasks of each adapter; free-text tasks are passed over.
+        trained: The groups' adapters.
+        n_rounds: Boosters at most; none: the config's.
+
+    Returns:
+        The rounds until as many boosters were kept, or every group was left alone, whichever came first; the first
+        round's cost holds that of scoring the groups.
+    """
+    wanted = pool.config.boosting.n_rounds if n_rounds is None else n_rounds
+    if not wanted:
+        return Boosted()
+    settings = (pool.config.boosting.model_copy(update={"n_rounds": 0}), pool.config.gradients)
+    suffix = f"boost-{artifacts.fingerprint(settings)[:8]}"
+    identity = artifacts.fingerprint(__version__, [one.name for one in trained], groups, settings)
+    path = pool.folder / "kept" / f"boosting-{identity[:16]}.json"
+    found, is_over = _read_rounds(path)
+    if len(found.kept) < wanted and not is_over:
+        found, is_over = _go_on(pool, planned, groups, trained, found, wanted, suffix)
+        rounds, spent = [asdict(entry) for entry in found.rounds], [asdict(one) for one in found.spent]
+        artifacts.write_json(path, {"rounds": rounds, "spent": spent, "is_over": is_over})
+    n_kept_before = np.cumsum([0, *(entry.accepted for entry in found.rounds)])
+    end = int((n_kept_before[:-1] < wanted).sum())
+    return Boosted(found.rounds[:end], found.spent[:end])
+
+
+def _read_rounds(path: Path) -> tuple[Boosted, bool]:
+    """Rounds carried out before, and whether no other can follow."""
+    if not path.exists():
+        return Boosted(), False
+    content = artifacts.read_json(path)
+    spent = tuple(Trained(**one | {"tasks": tuple(one["tasks"])}) for one in content["spent"])
+    return Boosted(tuple(BoostRound(**entry) for entry in content["rounds"]), spent), bool(content["is_over"])
+
+
+def _go_on(
+    pool: Pool,
+    planned: Planned,
+    groups: Partition,
+    trained: Sequence[Trained],
+    known: Boosted,
+    wanted: int,
+    suffix: str,
+) -> tuple[Boosted, bool]:
+    """Carry out rounds until enough boosters were kept; say also whether no other can follow."""
+    config, names = pool.config, [one.name for one in trained]
+    pool.load([*names, *(one.name for one in known.kept)])
+    with Meter("boost") as meter:
+        setup = Setup(
+            adapted=pool.probe,
+            config=settle_boosting(config),
+            projector=make_projector(config.gradients, seed=config.seed),
+            max_tokens=config.gradients.max_tokens_per_batch,
+            seed=config.seed,
+            meter=meter,
+        )
+        clock = _Clock(meter)
+        tasks = list_boost_tasks(groups, pool.rows, planned.store)
+        boosting = start_boosting(setup, names, tasks, earlier=known.rounds, suffix=suffix)
+        if known.rounds:
+            clock.read()  # scoring them again is the price of asking twice, and not the method's
+        readings = _carry_out(boosting, wanted, clock)
+    spent = list(known.spent)
+    for entry, (flops, seconds) in zip(boosting.rounds[len(spent) :], readings, strict=True):
+        one = Trained(
+            name=entry.name,
+            tasks=groups[entry.group],
+            flops=flops,
+            seconds=seconds,
+            peak_memory_bytes=meter.record.peak_memory_bytes,
+            n_steps=0,
+            validation_nll=entry.heldout_nll_after,
+            n_bytes=adapter_bytes(pool.probe),
+        )
+        spent.append(pool.keep(one) if entry.accepted else replace(one, n_bytes=0))
+    return Boosted(tuple(boosting.rounds), tuple(spent)), not boosting.states
+
+
+def _carry_out(boosting: Boosting, wanted: int, clock: _Clock) -> list[tuple[int, float]]:
+    """Boost until enough boosters were kept; FLOPs and seconds of each round."""
+    readings: list[tuple[int, float]] = []
+    while boosting.n_accepted < wanted and boost_once(boosting) is not None:
+        readings.append(clock.read())
+    return readings
+
+
+class _Clock:
+    """Reads off what was spent since the last reading."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._flops, self._time = meter, meter.record.flops, time.perf_counter()
+
+    def read(self) -> tuple[int, float]:
+        """FLOPs and seconds since."""
+        flops, now = self._meter.record.flops, time.perf_counter()
+        spent = flops - self._flops, now - self._time
+        self._flops, self._time = flops, now
+        return spent

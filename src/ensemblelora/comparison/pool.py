@@ -1,0 +1,279 @@
+"""One seed's rows, model and adapters: what any method asks for is trained once and kept.
+
+In: encoded rows, the model with theta0, the config of one seed. Out: :class:`Trained` records, adapters under
+``adapters/`` and their scores under ``scores/``, so that a comparison that is broken off goes on where it was.
+What several methods need is computed once; what it cost is in the record, for each method to be charged.
+
+Memory: the base, and as many adapters as are asked about at once. Test rows are closed until :meth:`Pool.open_tests`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensemblelora import __version__, artifacts, training
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.adapters import (
+    THETA0,
+    AdaptedModel,
+    adapter_bytes,
+    adapter_state,
+    load_adapter,
+    remove_adapter,
+    save_adapter,
+)
+from ensemblelora.config import RunConfig, TrainingConfig
+from ensemblelora.counting import count_forward, count_lower
+from ensemblelora.data.batching import iterate_batches
+from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.errors import TrainingError
+from ensemblelora.passes import choose_max_tokens
+from ensemblelora.prediction import MemberScores, arrange_scores, member_nll, predict_members
+from ensemblelora.seeding import seed_for
+from ensemblelora.stages import Rows
+
+__all__ = ["Part", "Pool", "Runner", "Trained"]
+
+Part = Literal["train", "validation", "test"]
+Runner = Callable[[list[str], EncodedSplit], NDArray[np.float32]]
+"""scores rows with some adapters, ``(len(names), n_rows, K)``"""
+
+_MOST_LOADED = 16
+"""adapters kept in the model between questions"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One fine-tuning, whose adapter the pool holds under its name."""
+
+    name: str
+    tasks: tuple[int, ...]
+    flops: int
+    """of this fine-tuning alone, without those that it started from; validation of checkpoints included"""
+    seconds: float
+    peak_memory_bytes: int
+    n_steps: int
+    validation_nll: float
+    """mean over its tasks, of the checkpoint kept"""
+    n_bytes: int
+
+
+class Pool:
+    """The adapters of one seed; see the module's description.
+
+    Attributes:
+        config: With this seed and these learning rates.
+        folder: Where everything is kept.
+        rows: The same for every seed.
+        probe: The model; theta0 depends on the seed.
+        start_fingerprint: Identity of theta0.
+        plan_folder: Where features and plan are; pools whose plans are the same share it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        rows: Rows,
+        probe: AdaptedModel,
+        *,
+        start_fingerprint: str,
+        plan_folder: Path | None = None,
+    ) -> None:
+        self.config, self.folder, self.rows, self.probe = config, folder, rows, probe
+        self.start_fingerprint = start_fingerprint
+        self.plan_folder = folder / "plan" if plan_folder is None else plan_folder
+        self._are_tests_open = False
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks."""
+        return len(self.rows.names)
+
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """All tasks."""
+        return tuple(range(self.n_tasks))
+
+    def train(
+        self,
+        tasks: Sequence[int],
+        *,
+        start: Trained | None = None,
+        copy: int = 0,
+        settings: TrainingConfig | None = None,
+        weights: Sequence[NDArray[np.float64]] | None = None,
+    ) -> Trained:
+        """Fine-tune an adapter on some tasks, or find the one that was.
+
+        Args:
+            tasks: Indices, in any order.
+            start: Where to begin; none: theta0.
+            copy: Another one differs in the order of its rows.
+            settings: None: the config's.
+            weights: What each training row's loss is multiplied with, ``(n_rows,)`` of each task in ascending order of
+                their indices; none: one.
+        """
+        chosen, settings = tuple(sorted(tasks)), settings or self.config.training
+        rows = self.rows.learning_fingerprint(chosen)
+        identity = artifacts.fingerprint(
+            __version__, rows, chosen, self.start_fingerprint, settings, copy, start and start.name, weights
+        )
+        name = f"pool-{identity[:16]}"
+        record = self.folder / "adapters" / name / "trained.json"
+        if not record.exists():
+            self._train(name, chosen, start, copy, settings, weights)
+        content = artifacts.read_json(record)
+        return Trained(**content | {"tasks": tuple(content["tasks"])})
+
+    def keep(self, trained: Trained) -> Trained:
+        """Write an adapter that is in the model under its name, made by other means than :meth:`train`."""
+        with artifacts.atomic_folder(self.folder / "adapters" / trained.name) as scratch:
+            save_adapter(self.probe, trained.name, scratch)
+            artifacts.write_json(scratch / "trained.json", asdict(trained))
+        return trained
+
+    def load(self, names: Sequence[str]) -> None:
+        """Put adapters into the model, and take out others where they would become too many."""
+        wanted = [name for name in dict.fromkeys(names) if name != THETA0]
+        loaded = [name for name in self.probe.peft.peft_config if name.startswith("pool-")]
+        others = [name for name in loaded if name not in wanted]
+        for name in others[: max(0, len(others) + len(wanted) - _MOST_LOADED)]:
+            remove_adapter(self.probe, name)
+        for name in wanted:
+            if name not in loaded:
+                load_adapter(self.probe, name, self.folder / "adapters" / name)
+
+    def score(self, names: Sequence[str], task: int, part: Part, *, run: Runner | None = None) -> MemberScores:
+        """Score one task's rows with some adapters; what was scored before is read back.
+
+        Args:
+            names: Of the pool's adapters, or theta0.
+            task: Its index.
+            part: ``test`` only after :meth:`open_tests`.
+            run: Scores those that were not scored before; none: the model with their adapters.
+
+        Returns:
+            Values ``(len(names), n_rows, K)``.
+
+        Raises:
+            TrainingError: If test rows are asked for while a method is still being settled.
+        """
+        if part == "test" and not self._are_tests_open:
+            raise TrainingError("test rows asked for before the method was settled; this would be training on them")
+        split = self.split(task, part)
+        places = {name: self._place_of(name, task, part) for name in names}
+        missing = [name for name, place in places.items() if not place.exists()]
+        if missing:
+            for name, values in zip(missing, (run or self._run)(missing, split), strict=True):
+                places[name].parent.mkdir(parents=True, exist_ok=True)
+                artifacts.save_arrays(places[name], {"values": values})
+        values = np.stack([artifacts.load_arrays(places[name])["values"] for name in names])
+        return arrange_scores(split, values)
+
+    def is_scored(self, name: str, part: Part) -> bool:
+        """Whether all tasks' rows were scored with an adapter before."""
+        return all(self._place_of(name, task, part).exists() for task in self.everyone)
+
+    def count_scoring(self, task: int, part: Part, n_adapters: int) -> int:
+        """FLOPs of scoring one task's rows with some adapters together; the same whether they were scored or not."""
+        cache = self.probe.prefix and self.probe.prefix.cache  # then the lower blocks ran once, for everything
+        meter, split = Meter("count"), self.split(task, part)
+        budget = choose_max_tokens(self.probe, self.config.evaluation.max_tokens_per_batch)
+        costs, layout = self.probe.costs, self.probe.layout
+        for batch in iterate_batches(split, budget, self.probe.base.pad_token_id, layout=layout):
+            if cache is None:
+                count_lower(meter, costs, batch)
+            count_forward(meter, costs, batch, times=n_adapters)
+        return meter.record.flops
+
+    def recall(self, kind: str, inputs: object, compute: Callable[[], Any]) -> Any:
+        """Carry out an expensive step once: what it gave lies in ``kept/`` as JSON, under its inputs' fingerprint.
+
+        Args:
+            kind: The step's name, which begins the file's.
+            inputs: Everything the result depends on, beside the pool's own folder.
+            compute: Gives plain values.
+        """
+        path = self.folder / "kept" / f"{kind}-{artifacts.fingerprint(__version__, inputs)[:16]}.json"
+        if not path.exists():
+            artifacts.write_json(path, compute())
+        return artifacts.read_json(path)
+
+    def validation_nll(self, names: Sequence[str]) -> np.ndarray:
+        """Mean validation loss of every task under each adapter, ``(len(names), n_tasks)``."""
+        found = [
+            member_nll(self.score(names, task, "validation"), self.split(task, "validation").labels).mean(axis=1)
+            for task in self.everyone
+        ]
+        return np.stack(found, axis=1)
+
+    def split(self, task: int, part: Part) -> EncodedSplit:
+        """One task's rows."""
+        splits: tuple[EncodedSplit, ...] = getattr(self.rows, part)
+        return splits[task]
+
+    @property
+    def are_tests_open(self) -> bool:
+        """Whether test rows may be scored."""
+        return self._are_tests_open
+
+    @contextmanager
+    def open_tests(self) -> Iterator[None]:
+        """Inside, test rows may be scored: everything else about a method is settled."""
+        self._are_tests_open = True
+        try:
+            yield
+        finally:
+            self._are_tests_open = False
+
+    def _place_of(self, name: str, task: int, part: Part) -> Path:
+        return self.folder / "scores" / name / f"{part}-{task}.npz"
+
+    def _run(self, names: list[str], split: EncodedSplit) -> np.ndarray:
+        self.load(names)
+        return predict_members(self.probe, split, names, max_tokens=self.config.evaluation.max_tokens_per_batch).values
+
+    def _train(
+        self,
+        name: str,
+        tasks: tuple[int, ...],
+        start: Trained | None,
+        copy: int,
+        settings: TrainingConfig,
+        weights: Sequence[NDArray[np.float64]] | None,
+    ) -> None:
+        if start is not None:
+            self.load([start.name])
+        state = None if start is None else adapter_state(self.probe, start.name)
+        train, validation = ([self.split(i, part) for i in tasks] for part in ("train", "validation"))
+        with Meter("train") as meter:
+            (trained,) = training.fine_tune_together(
+                self.probe,
+                [training.TrainingJob(name, train, validation, start=state, weights=weights)],
+                settings,
+                seed=seed_for(self.config.seed, "pool", str(copy), *map(str, tasks)),
+                checkpoints=self.folder / "checkpoints" / name,
+                meter=meter,
+            )
+        spent = meter.record
+        self.keep(
+            Trained(
+                name=name,
+                tasks=tasks,
+                flops=spent.flops,
+                seconds=spent.wall_seconds,
+                peak_memory_bytes=spent.peak_memory_bytes,
+                n_steps=trained.n_steps,
+                validation_nll=trained.best_validation_nll,
+                n_bytes=adapter_bytes(self.probe, name),
+            )
+        )
+        remove_adapter(self.probe, name)

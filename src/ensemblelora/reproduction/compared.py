@@ -1,0 +1,292 @@
+"""Tables 1, 4, 6 and 7, figures 4 and 7 and section 2.1 of the paper, from the records of comparisons. No torch.
+
+In: folders of ``ensemblelora compare``. Out: :class:`~.exhibit.Reproduction`, a table a folder: methods across, tasks,
+FLOPs and memory down, the paper's numbers beside ours. A method that was not compared has the paper's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ensemblelora.comparison.page import describe_study
+from ensemblelora.comparison.record import StudyRecord, read_study
+from ensemblelora.comparison.statistics import Figure, MethodResult, Statistics, compute_statistics
+from ensemblelora.errors import UsageError
+from ensemblelora.report.wording import count
+from ensemblelora.reproduction import paper
+from ensemblelora.reproduction.exhibit import Reproduction, Row, name_base_method
+from ensemblelora.reproduction.paper import Printed
+
+__all__ = ["COMPARED_EXHIBITS", "Compared", "open_compared", "write_ensemble_gain"]
+
+Thing = TypeVar("Thing")
+
+_AVERAGE = "average"
+_BASE_LINES = ("lora", "qlora")
+"""the paper's lines of one adapter on all tasks"""
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A comparison's record and its statistics."""
+
+    study: StudyRecord
+    statistics: Statistics
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.study.folder.resolve().name
+
+    @property
+    def base_method(self) -> str:
+        """Adapter and base, as the paper's numbers name them."""
+        return name_base_method(self.study.config)
+
+    def find(self, method: str) -> MethodResult | None:
+        """A method's result; none where it was not carried out."""
+        return self.statistics.methods.get(method)
+
+    def describe(self) -> str:
+        """Model, adapter, sizes, epochs and seeds in one line."""
+        about = describe_study(self.study)
+        sizes = {part: _span([int(n) for n in about[f"n_{part}"].values()]) for part in ("train", "validation", "test")}
+        told = ", ".join(f"{size} {part}" for part, size in sizes.items())
+        rounded = " (itself a dequantised 4-bit file)" if about["model"].endswith((".gguf", "smollm2-135m")) else ""
+        return (
+            f"{self.name}: {about['model']}{rounded}, {self.base_method}, {told} rows a task, "
+            f"{count(about['num_train_epochs'], 'epoch')}, {count(len(about['seeds']), 'seed')}"
+        )
+
+
+def open_compared(folder: Path) -> Compared:
+    """Read a comparison's folder.
+
+    Raises:
+        UsageError: If it is none, or has no record yet.
+    """
+    study = read_study(folder)
+    if not study.records:
+        raise UsageError(f"{folder}: no method has a result yet")
+    return Compared(study, compute_statistics(study))
+
+
+def _span(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _cell(
+    entry: Compared,
+    row: str,
+    column: str,
+    unit: str,
+    ours: float | None,
+    printed: float | None,
+    *,
+    sd: float | None = None,
+) -> Row:
+    return {
+        "folder": entry.name,
+        "row": row,
+        "column": column,
+        "unit": unit,
+        "ours": ours,
+        "sd": sd,
+        "paper": printed,
+    }
+
+
+def _table_1(found: Sequence[Compared]) -> Reproduction:
+    rows: list[Row] = []
+    for entry in found:
+        shared, ours, n_tasks = entry.find("shared"), entry.find("ours"), len(entry.statistics.tasks)
+        if shared is None:
+            raise UsageError(f"{entry.name}: table 1 counts in units of one adapter for all; compare the method shared")
+        share = _compare_costs(ours, shared, "select_flops")
+        printed: dict[str, tuple[float | None, float | None]] = {
+            "shared": (1.0, 1.0),
+            "mtl-ft": (2.0, float(n_tasks)),
+            "ours": (_read(share, lambda g: 1 + g), _compare_costs(ours, shared, "n_bytes")),
+        }
+        for name, (runtime, memory) in printed.items():
+            method = entry.find(name)
+            cells = {
+                "runtime (T)": (_compare_costs(method, shared, "flops"), runtime),
+                "memory (A)": (_compare_costs(method, shared, "n_bytes"), memory),
+                "forward passes": (_read(method, lambda m: m.costs.forward_passes), None),
+            }
+            rows += [_cell(entry, label, name, "ratio", *pair) for label, pair in cells.items()]
+    notes = (
+        "The paper: T and A, 2 T and n A, T + G and M A; G and M are ours as measured. Runtime here: FLOPs to make, "
+        "over one adapter for all; memory: bytes kept beside the base.",
+    )
+    return _finish("table1", "Runtime and memory against one adapter for all", rows, found, notes)
+
+
+def _table_4(found: Sequence[Compared]) -> Reproduction:
+    rows = [row for entry in found for row in _tabulate(entry, paper.TABLE_4, entry.base_method)]
+    notes = (
+        "The paper: Llama-3-8B, all rows, 10 epochs, 3 seeds; MTL-FT, TAG and ours on QLoRA. Its averages are over ten "
+        "tasks, of which it prints seven. Its memory is a GPU's at inference, ours the process's in training.",
+    )
+    return _finish("table4", "Test accuracy, FLOPs and memory", rows, found, notes)
+
+
+def _table_6(found: Sequence[Compared]) -> Reproduction:
+    rows = [row for entry in found for row in _tabulate(entry, paper.TABLE_6, "qlora")]
+    notes = (
+        "The paper: CodeLlama-34B-Instruct, QLoRA, all rows, 10 epochs, 3 seeds; its averages are not the means of its "
+        "lines. Its memory is a GPU's at inference, ours the process's in training.",
+    )
+    return _finish("table6", "Test accuracy, FLOPs and memory of a large model", rows, found, notes)
+
+
+def _table_7(found: Sequence[Compared]) -> Reproduction:
+    rows = [row for entry in found for row in _tabulate(entry, paper.TABLE_7, "")]
+    notes = (
+        "The paper: Llama-3-8B, QLoRA, all rows, 10 epochs, 3 seeds; it prints no averages, and says 0.8 % of grouping "
+        "by gradients.",
+    )
+    return _finish("table7", "Grouping by the similarity of gradients, and ours", rows, found, notes)
+
+
+def _figure_4(found: Sequence[Compared]) -> Reproduction:
+    rows = [row for entry in found for row in _draw_tradeoff(entry, paper.TABLE_4, entry.base_method)]
+    notes = ("The paper: Llama-3-8B, all rows, 10 epochs, 3 seeds; MTL-FT, TAG and ours on QLoRA.",)
+    return _finish("figure4", "Error against FLOPs and memory", rows, found, notes)
+
+
+def _figure_7(found: Sequence[Compared]) -> Reproduction:
+    rows: list[Row] = []
+    for entry in found:
+        for name, printed in paper.FIGURE_7.items():
+            for label, value in printed.items():
+                unit = {"memory_bytes": "bytes"}.get(label, "accuracy" if label.startswith("accuracy") else "ratio")
+                rows.append(_cell(entry, label.removesuffix("_bytes"), name, unit, _relate(entry, name, label), value))
+    notes = (
+        "The paper: Llama-3-8B, QAdapter, all rows, 10 epochs, 3 seeds, as its text tells the figure. Its memory is a "
+        "GPU's at inference, ours the process's in training.",
+    )
+    return _finish("figure7", "Error against FLOPs and memory, bottleneck adapters", rows, found, notes)
+
+
+def write_ensemble_gain(found: Sequence[Compared]) -> list[Row]:
+    """Section 2.1, second part: the weighted adapters of MTL-FT against one adapter for all.
+
+    Args:
+        found: Comparisons that have ``mtl-ft-ensemble`` and ``shared``.
+    """
+    rows: list[Row] = []
+    for entry in found:
+        gain = _relate(entry, "mtl-ft-ensemble", "accuracy over shared")
+        printed = paper.ENSEMBLE_GAIN.get(entry.base_method)
+        rows.append(_cell(entry, "accuracy over one adapter", "mtl-ft-ensemble", "accuracy", gain, printed))
+        method = entry.find("mtl-ft-ensemble")
+        memory = _compare_costs(method, entry.find("shared"), "n_bytes")
+        passes = _read(method, lambda m: m.costs.forward_passes)
+        for label, value, told in (("memory", memory, paper.ENSEMBLE_MEMORY), ("forward passes", passes, None)):
+            rows.append(_cell(entry, f"{label} over one adapter", "mtl-ft-ensemble", "ratio", value, told))
+    return rows
+
+
+def _finish(
+    exhibit: str, title: str, rows: Sequence[Row], found: Sequence[Compared], notes: Sequence[str]
+) -> Reproduction:
+    return Reproduction(exhibit, title, tuple(rows), (*(entry.describe() for entry in found), *notes))
+
+
+def _match_lines(table: Mapping[str, Printed], base_method: str) -> dict[str, Printed | None]:
+    """The paper's lines by our methods' names: its line for one adapter on all tasks is that of the base method."""
+    others: dict[str, Printed | None] = {name: line for name, line in table.items() if name not in _BASE_LINES}
+    if not set(_BASE_LINES) & set(table):
+        return others
+    return {"shared": table.get(base_method) if base_method in _BASE_LINES else None, **others}
+
+
+def _tabulate(entry: Compared, table: Mapping[str, Printed], base_method: str) -> Iterator[Row]:
+    """Accuracy of every task, the average, FLOPs and memory of every method."""
+    tasks = dict.fromkeys((*paper.TASKS, *entry.statistics.tasks))
+    for name, line in _match_lines(table, base_method).items():
+        method = entry.find(name)
+        for task in tasks:
+            figure = None if method is None else method.per_task.get(task, {}).get("accuracy")
+            told = None if line is None else line.accuracy.get(task)
+            yield _accuracy_cell(entry, task, name, figure, told and told[0])
+        average = None if method is None else method.mean.get("accuracy")
+        yield _accuracy_cell(entry, _AVERAGE, name, average, _read(line, _print_average))
+        flops = _read(method, lambda m: m.costs.flops), _read(line, lambda one: one.flops)
+        yield _cell(entry, "FLOPs", name, "flops", *flops)
+        yield from _cost_cells(entry, name, line, table.get("qlora"))
+
+
+def _draw_tradeoff(entry: Compared, table: Mapping[str, Printed], base_method: str) -> Iterator[Row]:
+    """One minus the average, FLOPs and memory of every method."""
+    for name, line in _match_lines(table, base_method).items():
+        method = entry.find(name)
+        figure = None if method is None else method.mean.get("accuracy")
+        error, told = _read(figure, lambda f: 1 - f.value), _read(_read(line, _print_average), lambda mean: 1 - mean)
+        yield _cell(entry, "error", name, "accuracy", error, told, sd=_read(figure, lambda f: f.seed_sd))
+        yield _cell(entry, "adapters", name, "bytes", _read(method, lambda m: m.costs.n_bytes), None)
+        yield from _cost_cells(entry, name, line, table.get("qlora"))
+
+
+def _cost_cells(entry: Compared, name: str, line: Printed | None, unit: Printed | None) -> Iterator[Row]:
+    """FLOPs over one adapter's, and memory; of the paper's methods that adapter is QLoRA's, on which they are."""
+    method, told = entry.find(name), None
+    if line is not None and unit is not None and line.flops and unit.flops:
+        told = 1.0 if name == "shared" else line.flops / unit.flops
+    yield _cell(entry, "x one adapter", name, "ratio", _compare_costs(method, entry.find("shared"), "flops"), told)
+    peak = _read(method, lambda m: m.costs.peak_memory_bytes or None)
+    yield _cell(entry, "memory", name, "bytes", peak, _read(line, lambda one: one.memory_bytes))
+
+
+def _accuracy_cell(entry: Compared, row: str, column: str, figure: Figure | None, printed: float | None) -> Row:
+    value, sd = (None, None) if figure is None else (figure.value, figure.seed_sd)
+    return _cell(entry, row, column, "accuracy", value, printed, sd=sd)
+
+
+def _compare_costs(method: MethodResult | None, other: MethodResult | None, what: str) -> float | None:
+    """A method's cost over another's; ``select_flops`` over all that the other's FLOPs are."""
+    if method is None or other is None:
+        return None
+    base = getattr(other.costs, "flops" if what == "select_flops" else what)
+    return float(getattr(method.costs, what) / base) if base else None
+
+
+def _read(thing: Thing | None, read: Callable[[Thing], float | None]) -> float | None:
+    """Read a number off something that may not be there."""
+    return None if thing is None else read(thing)
+
+
+def _print_average(line: Printed) -> float | None:
+    return None if line.average is None else line.average[0]
+
+
+def _relate(entry: Compared, name: str, label: str) -> float | None:
+    """A method's number as a label of :data:`~.paper.FIGURE_7` asks for it."""
+    method = entry.find(name)
+    if method is None:
+        return None
+    if label == "memory_bytes":
+        return method.costs.peak_memory_bytes or None
+    what, _, reference = label.partition(" over ")
+    other = entry.find(reference)
+    if other is None:
+        return None
+    if what == "flops":
+        return _compare_costs(method, other, "flops")
+    first, second = (result.mean.get("accuracy") for result in (method, other))
+    return None if first is None or second is None else first.value - second.value
+
+
+COMPARED_EXHIBITS: Mapping[str, Callable[[Sequence[Compared]], Reproduction]] = {
+    "table1": _table_1,
+    "table4": _table_4,
+    "table6": _table_6,
+    "table7": _table_7,
+    "figure4": _figure_4,
+    "figure7": _figure_7,
+}
