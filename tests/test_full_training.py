@@ -28,14 +28,14 @@ CONFIG = TrainingConfig(learning_rate=5e-3, num_train_epochs=3, max_examples_per
 METHODS = ("lora", "dora", "ia3", "bottleneck")
 
 
-def make_job(kinds: tuple[str, ...] = ("verbalizer", "options", "sequence"), n: int = 24) -> TrainingJob:
+def make_job(kinds: tuple[str, ...] = ("verbalizer", "options", "sequence"), n: int = 16) -> TrainingJob:
     def make(split: str, size: int, seed: int) -> list[EncodedSplit]:
         return [
             make_learnable_split(kind, n=size, seed=seed + i, task=f"task-{i}", split=split)
             for i, kind in enumerate(kinds)
         ]
 
-    return TrainingJob("full", make("train", n, 0), make("validation", 16, 50))
+    return TrainingJob("full", make("train", n, 0), make("validation", 8, 50))
 
 
 def make_learner(method: str = "lora", family: str = "llama", *, head: str = "lm", **adapter: Any) -> AdaptedModel:

@@ -6,9 +6,10 @@ was made before. Features are taken at theta0, or at an adapter of the pool that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from ensemblelora import artifacts, stages
 from ensemblelora.adapters import THETA0, adapter_state, set_adapter_state
@@ -31,13 +32,18 @@ class Planned:
 
     plan: Plan
     affinity: Affinity
-    oracle: Oracle
+    load_oracle: Callable[[], Oracle]
     store: FeatureStore
     select_flops: int
     seconds: float
     feature_flops: int
     """of the gradient pass alone, for methods that need no more of it"""
     feature_seconds: float
+
+    @cached_property
+    def oracle(self) -> Oracle:
+        """What predicts any group's loss; read back, with all features, when it is first asked for."""
+        return self.load_oracle()
 
 
 def make_plan(pool: Pool) -> Planned:
@@ -50,7 +56,7 @@ def make_plan(pool: Pool) -> Planned:
         plan = stages.choose_plan(work, load_oracle, affinity, pool.rows, pool.probe)
         spent = work.flops_of(*_STAGES), work.seconds_of(*_STAGES)
         features = work.flops_of("features"), work.seconds_of("features")
-        found.append(Planned(plan, affinity, load_oracle(), store, *spent, *features))
+        found.append(Planned(plan, affinity, load_oracle, store, *spent, *features))
     return found[0]
 
 
