@@ -228,7 +228,7 @@ def _render_calibration(record: Record) -> Iterator[str]:
     yield from _wrap(
         f"Truly, all - alone is {_format_estimate(true, '+.3f')}. Fine-tuning all {costs['n_subsets_design']} subsets "
         f"that the run asked about would cost {ratio:.0f} times the FLOPs of predicting them, {ten:.0f} times at ten "
-        f"epochs; {costs['gradient_share']:.1%} of predicting is the gradient pass."
+        f"epochs; {costs['gradient_share']:.2%} of predicting is the gradient pass."
     )
     if config["at_chance"]:
         yield ""
