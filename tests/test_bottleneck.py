@@ -329,8 +329,8 @@ def test_an_export_of_every_member_says_how_peft_is_told_of_them(
     config = read(finished / "recipe.yaml")
     ours = attach(load_base(config.model), config.adapter, seed=config.seed)
     load_adapter(ours, "group-0", finished / "run" / "adapters" / "group-0")
-    with activate(ours, "group-0"):
-        assert torch.equal(run(scope["model"].eval()), run(ours.network))
+    with activate(ours, "group-0"):  # another attention kernel than the note's, so that bits may differ
+        torch.testing.assert_close(run(scope["model"].eval()), run(ours.network), rtol=1e-4, atol=1e-5)
 
 
 def test_members_of_one_shape_share_a_pass() -> None:

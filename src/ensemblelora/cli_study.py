@@ -53,7 +53,7 @@ def compare(
     dry_run: DryRun = False,
     talk: Talk,
 ) -> None:
-    """Train and test every way to fine-tune on the tasks, with equal rows, seeds and rates, for hours."""
+    """Train and test ways to fine-tune on the tasks, with equal rows, seeds and rates, for hours; in RUN-compare."""
     config, folder = _read_source(source, request)
     asked: tuple[Any, ...] = (config, _split(methods), seeds, _read_rates(learning_rates), folder)
     pairs = None if primary is None else [_read_pair(pair) for pair in _split(primary)]

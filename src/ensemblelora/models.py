@@ -37,7 +37,14 @@ from transformers.pytorch_utils import Conv1D
 from ensemblelora.config import ModelConfig
 from ensemblelora.errors import ModelError, first_line
 from ensemblelora.gguf import EMBEDDED_MODEL, convert_gguf, embedded_gguf, without_bars
-from ensemblelora.quantization import check_installed, choose_loading, list_tensors, on_one_thread, settle_layers
+from ensemblelora.quantization import (
+    check_installed,
+    choose_loading,
+    leave_file,
+    list_tensors,
+    on_one_thread,
+    settle_layers,
+)
 
 __all__ = [
     "BaseModel",
@@ -201,7 +208,9 @@ def _load_network(
     torch.manual_seed(0)  # a fresh classifier head must be the same in every process
     with on_one_thread() if loading else nullcontext():
         model: PreTrainedModel = loader.from_pretrained(location, dtype=dtype, **options, **loading)
-    if not loading:  # packed weights are where they belong already
+    if loading:
+        leave_file(model)
+    else:  # packed weights are where they belong already
         nn.Module.to(model, device)
     return model
 

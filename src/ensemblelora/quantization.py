@@ -37,6 +37,7 @@ __all__ = [
     "dequantize_weight",
     "describe_quantization",
     "find_packed_layers",
+    "leave_file",
     "list_tensors",
     "measure_packing_error",
     "on_one_thread",
@@ -132,6 +133,13 @@ def settle_layers(model: nn.Module) -> None:
             )
         layer.support_avx512bf16_for_cpu = False
         layer.compute_dtype, layer.compute_type_is_set = None, True
+
+
+def leave_file(model: nn.Module) -> None:
+    """Copy the tensors that were not packed: as views of their file they would keep all of it in memory."""
+    for parameter in model.parameters():
+        if _state_of(parameter) is None:
+            parameter.data = parameter.data.clone()
 
 
 def find_packed_layers(model: nn.Module) -> dict[str, Any]:
