@@ -123,7 +123,8 @@ def boost_by_weights(pool: Pool, n_steps: int, *, level: Level = "row") -> Candi
 
     judged = sum(pool.count_scoring(task, "train", 1) for found in steps for task in found)
     n_passes = [max(1, sum(alpha > 0 for alpha in own)) for own in alphas]
-    costs = Costs.of(learners, train_flops=judged, forward_passes=float(np.mean(n_passes)))
+    kept = [one for t, one in enumerate(learners) if t == 0 or any(own[t] > 0 for own in alphas)]
+    costs = Costs.of(learners, kept=kept, train_flops=judged, forward_passes=float(np.mean(n_passes)))
     errors = [{pool.rows.names[task]: step.error for task, step in found.items()} for found in steps]
     return Candidate(predict, costs, (pool.everyone,), {"alphas": alphas, "errors": errors, "members": names})
 
