@@ -169,7 +169,7 @@ def _read_rounds(path: Path) -> tuple[Boosted, bool]:
     if not path.exists():
         return Boosted(), False
     content = artifacts.read_json(path)
-    spent = tuple(Trained(**one | {"tasks": tuple(one["tasks"])}) for one in content["spent"])
+    spent = tuple(Trained.from_dict(one) for one in content["spent"])
     return Boosted(tuple(BoostRound(**entry) for entry in content["rounds"]), spent), bool(content["is_over"])
 
 

@@ -67,8 +67,7 @@ def train_wide(pool: Pool) -> Candidate:
             return asdict(wide.train(wide.everyone))
 
     identity = (adapter, pool.rows.learning_fingerprint(), pool.start_fingerprint, pool.config.training)
-    content = pool.recall("wide", identity, train)
-    trained = Trained(**content | {"tasks": tuple(content["tasks"])})
+    trained = Trained.from_dict(pool.recall("wide", identity, train))
 
     def predict(part: Part) -> list[MemberScores]:
         return score_elsewhere(pool, trained.name, part, lambda: _run_anew(pool, adapter, label))
@@ -214,8 +213,7 @@ def _keep_state(pool: Pool, name: str, state: dict[str, Tensor]) -> Trained:
 
 
 def _recall_soup(pool: Pool, name: str, mix: Callable[[], dict[str, object]]) -> Trained:
-    content = pool.recall("soup", name, mix)
-    return Trained(**content | {"tasks": tuple(content["tasks"])})
+    return Trained.from_dict(pool.recall("soup", name, mix))
 
 
 def _charge(trained: Sequence[Trained], soup: Trained, select: Costs) -> Costs:

@@ -57,8 +57,7 @@ def train_full(pool: Pool) -> Candidate:
     folder = pool.folder / "full" / f"pool-full-{identity[:16]}"
     if not folder.exists():
         _train(pool, settings, folder)
-    content = artifacts.read_json(folder / "trained.json")
-    trained = Trained(**content | {"tasks": tuple(content["tasks"])})
+    trained = Trained.from_dict(artifacts.read_json(folder / "trained.json"))
 
     def predict(part: Part) -> list[MemberScores]:
         return score_elsewhere(pool, trained.name, part, lambda: _run_full(pool, folder))
@@ -78,17 +77,8 @@ def _train(pool: Pool, settings: TrainingConfig, folder: Path) -> None:
             folder=pool.folder / "checkpoints" / folder.name,
             meter=meter,
         )
-    spent = meter.record
-    trained = Trained(
-        name=folder.name,
-        tasks=pool.everyone,
-        flops=spent.flops,
-        seconds=spent.wall_seconds,
-        peak_memory_bytes=spent.peak_memory_bytes,
-        n_steps=found.n_steps,
-        validation_nll=found.best_validation_nll,
-        n_bytes=sum(weight.numel() * weight.element_size() for weight in weights.values()),
-    )
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    trained = Trained.of(folder.name, pool.everyone, found, meter.record, n_bytes)
     with artifacts.atomic_folder(folder) as scratch:
         save_file({path: weight.contiguous() for path, weight in weights.items()}, scratch / _WEIGHTS_FILE)
         artifacts.write_json(scratch / "trained.json", asdict(trained))

@@ -9,7 +9,7 @@ Memory: the base, and as many adapters as are asked about at once. Test rows are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensemblelora import __version__, artifacts, training
-from ensemblelora.accounting.meter import Meter
+from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import (
     THETA0,
     AdaptedModel,
@@ -35,7 +35,7 @@ from ensemblelora.data.batching import iterate_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import TrainingError
 from ensemblelora.passes import choose_max_tokens
-from ensemblelora.prediction import MemberScores, arrange_scores, member_nll, predict_members
+from ensemblelora.prediction import MemberScores, arrange_scores, predict_members
 from ensemblelora.seeding import seed_for
 from ensemblelora.stages import Rows
 
@@ -63,6 +63,27 @@ class Trained:
     validation_nll: float
     """mean over its tasks, of the checkpoint kept"""
     n_bytes: int
+
+    @classmethod
+    def of(
+        cls, name: str, tasks: tuple[int, ...], run: training.TrainedAdapter, spent: StageRecord, n_bytes: int
+    ) -> Trained:
+        """Say of a fine-tuning how it went and what it cost."""
+        return cls(
+            name=name,
+            tasks=tasks,
+            flops=spent.flops,
+            seconds=spent.wall_seconds,
+            peak_memory_bytes=spent.peak_memory_bytes,
+            n_steps=run.n_steps,
+            validation_nll=run.best_validation_nll,
+            n_bytes=n_bytes,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Trained:
+        """Take back what ``dataclasses.asdict`` gave and JSON kept."""
+        return cls(**{**values, "tasks": tuple(values["tasks"])})
 
 
 class Pool:
@@ -130,8 +151,7 @@ class Pool:
         record = self.folder / "adapters" / name / "trained.json"
         if not record.exists():
             self._train(name, chosen, start, copy, settings, weights)
-        content = artifacts.read_json(record)
-        return Trained(**content | {"tasks": tuple(content["tasks"])})
+        return Trained.from_dict(artifacts.read_json(record))
 
     def keep(self, trained: Trained) -> Trained:
         """Write an adapter that is in the model under its name, made by other means than :meth:`train`."""
@@ -207,14 +227,6 @@ class Pool:
             artifacts.write_json(path, compute())
         return artifacts.read_json(path)
 
-    def validation_nll(self, names: Sequence[str]) -> np.ndarray:
-        """Mean validation loss of every task under each adapter, ``(len(names), n_tasks)``."""
-        found = [
-            member_nll(self.score(names, task, "validation"), self.split(task, "validation").labels).mean(axis=1)
-            for task in self.everyone
-        ]
-        return np.stack(found, axis=1)
-
     def split(self, task: int, part: Part) -> EncodedSplit:
         """One task's rows."""
         splits: tuple[EncodedSplit, ...] = getattr(self.rows, part)
@@ -263,17 +275,5 @@ class Pool:
                 checkpoints=self.folder / "checkpoints" / name,
                 meter=meter,
             )
-        spent = meter.record
-        self.keep(
-            Trained(
-                name=name,
-                tasks=tasks,
-                flops=spent.flops,
-                seconds=spent.wall_seconds,
-                peak_memory_bytes=spent.peak_memory_bytes,
-                n_steps=trained.n_steps,
-                validation_nll=trained.best_validation_nll,
-                n_bytes=adapter_bytes(self.probe, name),
-            )
-        )
+        self.keep(Trained.of(name, tasks, trained, meter.record, adapter_bytes(self.probe, name)))
         remove_adapter(self.probe, name)

@@ -22,13 +22,18 @@ __all__ = ["find_silent", "make_silent_forward"]
 def find_silent(adapted: AdaptedModel, layers: Mapping[str, TrainedLayer]) -> dict[str, Any]:
     """Return the LoRA layers that hold one of ``layers`` as a B which is all zero at theta0, by its name."""
     names = {id(layer): name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    found: dict[str, Any] = {}
+    held: dict[str, Any] = {}
+    are_moved: list[Tensor] = []
     for parent in adapted.adapter_layers:
         if isinstance(parent, LoraLayer) and THETA0 in parent.lora_B and adapted.method.can_share(parent):
             up: Any = parent.lora_B[THETA0]
-            if id(up) in names and up.bias is None and not bool(up.weight.any()):
-                found[names[id(up)]] = parent
-    return found
+            if id(up) in names and up.bias is None:
+                held[names[id(up)]] = parent
+                are_moved.append(up.weight.any())
+    if not held:
+        return {}
+    answers = torch.stack(are_moved).tolist()  # one question to the device: this is asked for every batch
+    return {name: parent for (name, parent), is_moved in zip(held.items(), answers, strict=True) if not is_moved}
 
 
 def make_silent_forward(layer: Any, watch: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
