@@ -3,7 +3,7 @@
     ENSEMBLELORA_DATA=../shared/data python benchmarks/inference.py --json
 
 Four adapters in the top third of the layers are trained on four groups of the ten datasets, their weights fitted on
-validation rows. Then, each in a process of its own, the test rows are scored with
+validation rows. Then the test rows are scored with
 
 * ``one``: one adapter; what the ratios are against.
 * ``exact``: all four members for every row, lower layers once.
@@ -19,14 +19,17 @@ validation rows. Then, each in a process of its own, the test rows are scored wi
 Peak memory is compared apart (``one-memory``, ``exact-memory``): the two tasks with the longest rows, in several more
 processes each, since one process's peak is up to a quarter off another's.
 
-``batch`` scores whole tasks, ``single`` one question at a time. Processes alternate, several repeats each. Accuracy and
-loss are against ``exact`` on the same test rows, with 95 % intervals over these rows, not over trainings.
+``batch`` scores whole tasks, ``single`` one question at a time. In one process all systems score the same task one
+after the other, beginning with another one at every task, so that what slows the machine or process slows all of
+them; a repeat is a new process. Accuracy and loss are against ``exact`` on the same test rows, with 95 % intervals over
+these rows, not over trainings.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,11 @@ AGAINST = {
 }
 """whose latency each system's is divided by"""
 SYSTEMS = tuple(dict.fromkeys(system for pair in AGAINST.items() for system in reversed(pair)))
+LAYOUTS = {
+    "top-third": tuple(system for system in SYSTEMS if not system.endswith("-all-layers")),
+    "all-layers": tuple(system for system in SYSTEMS if system.endswith("-all-layers")),
+}
+"""systems that are measured in one process, since they share a model"""
 MEMORY = "-memory"
 MEMORY_REPEATS = 5
 CHEAPER = ("routed", "folded", "folded-per-task")
@@ -71,7 +79,7 @@ def main() -> None:
     folder = HERE / ".journal" / "inference"
     if arguments.worker:
         longest = arguments.worker.endswith(MEMORY)
-        measure = train_members if arguments.worker == "train" else score_longest if longest else score
+        measure = train_members if arguments.worker == "train" else score_longest if longest else score_all
         finish_worker(measure(folder, sizes, arguments.worker))
         return
     journal = Journal(folder / "journal.jsonl", fresh=arguments.fresh)  # beside the adapters it measures
@@ -79,8 +87,10 @@ def main() -> None:
     journal.measure(__file__, ["train", *where])
     found: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
     for repeat in range(arguments.repeats):
-        for system in SYSTEMS:
-            found[system].append(journal.measure(__file__, [system, *where, "--seed", str(repeat)]))
+        for layout, systems in LAYOUTS.items():
+            entry = journal.measure(__file__, [layout, *where, "--seed", str(repeat)])
+            for system in systems:
+                found[system].append(entry[system])
     peaks: dict[str, list[float]] = {"one": [], "exact": []}
     for repeat in range(MEMORY_REPEATS):
         for system, values in peaks.items():
@@ -91,23 +101,20 @@ def main() -> None:
 
 
 def compare(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Ratios of medians over repeats; accuracy in points and loss in nats, against the exact ensemble."""
-
-    def ratio(system: str, key: str) -> float:
-        over, under = (statistics.median(entry[key] for entry in found[name]) for name in (system, AGAINST[system]))
-        return over / under
-
-    measured = {
-        f"{name}_ratio_{_as_key(system)}": ratio(system, key)
-        for name, key in (("latency", "batch_seconds"), ("single_latency", "single_seconds"))
-        for system in AGAINST
-    }
+    """Medians over processes of their own ratios; accuracy in points, loss in nats, both against the exact ensemble."""
+    ratios: dict[str, list[float]] = {}
+    for name, key in (("latency", "batch_seconds"), ("single_latency", "single_seconds")):
+        for system, other in AGAINST.items():
+            pairs = zip(found[system], found[other], strict=True)
+            ratios[f"{name}_ratio_{_as_key(system)}"] = [one[key] / against[key] for one, against in pairs]
+    measured = {name: statistics.median(values) for name, values in ratios.items()}
     prices = {key: value for system in CHEAPER for key, value in _compare_rows(found, system).items()}
     spreads = {
         system: {key: spread([entry[key] for entry in entries]) for key in entries[0] if key != "rows"}
         for system, entries in found.items()
     }
-    return {**measured, **prices, "systems": spreads}
+    spread_of_ratios = {name: spread(values) for name, values in ratios.items()}
+    return {**measured, **prices, "ratios": spread_of_ratios, "systems": spreads}
 
 
 def compare_peaks(peaks: dict[str, list[float]]) -> dict[str, Any]:
@@ -182,33 +189,48 @@ def train_members(folder: Path, sizes: dict[str, int], _: str) -> dict[str, Any]
     return {"mean_weight_of_own_group": float(np.mean([fitted.weights[i, g] for i, g in enumerate(owners)]))}
 
 
-def score(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
-    """Load what one system needs, warm up, and score the test rows."""
+def score_all(folder: Path, sizes: dict[str, int], layout: str) -> dict[str, Any]:
+    """Load what the systems of one layout need, warm up, and score the test rows with each in turn."""
     from ensemblelora.ensemble import load_ensemble, predict_ensemble
     from ensemblelora.files import read_json
 
-    if _has_all_layers(system):  # four times the price a row, and compared with each other alone
+    if layout == "all-layers":  # four times the price a row, and compared with each other alone
         sizes = sizes | {"n_test": sizes["n_test"] // 4}
-    adapted, rows = _load(sizes, layers=None if _has_all_layers(system) else "top_third")
+    adapted, rows = _load(sizes, layers=None if layout == "all-layers" else "top_third")
     ensemble = load_ensemble(folder / "ensemble.json")
     routes = read_json(folder / "ensemble.json")["routes"]
-    _load_members(adapted, folder, ensemble, rows, system)
-    systems = [_serve(ensemble, task, system, routes[task]) for task in range(len(rows.names))]
+    systems = LAYOUTS[layout]
+    _load_members(adapted, folder, ensemble, rows, layout)
 
-    def answer(task: int, split: Any) -> np.ndarray:
-        return predict_ensemble(adapted, systems[task], task, split, max_tokens="auto")
+    def answer(system: str, task: int, split: Any) -> np.ndarray:
+        served = _serve(ensemble, task, system, routes[task])
+        return predict_ensemble(adapted, served, task, split, max_tokens="auto")
 
-    answer(0, rows.validation[0])
-    started = time.perf_counter()
-    scores = [answer(task, split) for task, split in enumerate(rows.test)]
-    batch_seconds = time.perf_counter() - started
+    for system in systems:
+        answer(system, 0, rows.validation[0])
+    scores, batch_seconds = _time_in_turn(systems, answer, list(enumerate(rows.test)))
     questions = [(task, take_examples(split, 1, first=e)) for task, split in enumerate(rows.test) for e in range(3)]
-    started = time.perf_counter()
-    for task, question in questions:
-        answer(task, question)
-    single_seconds = (time.perf_counter() - started) / len(questions)
-    judged = {} if _has_all_layers(system) else _judge(scores, rows.test)
-    return {"batch_seconds": batch_seconds, "single_seconds": single_seconds, **judged}
+    _, seconds = _time_in_turn(systems, answer, questions)
+    return {
+        system: {"batch_seconds": batch_seconds[system], "single_seconds": seconds[system] / len(questions)}
+        | ({} if layout == "all-layers" else _judge(scores[system], rows.test))
+        for system in systems
+    }
+
+
+def _time_in_turn(
+    systems: tuple[str, ...], answer: Callable[[str, int, Any], np.ndarray], asked: list[tuple[int, Any]]
+) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
+    """Have every system answer before the next is asked; another one begins each time."""
+    scores: dict[str, list[np.ndarray]] = {system: [] for system in systems}
+    seconds = dict.fromkeys(systems, 0.0)
+    for i, (task, split) in enumerate(asked):
+        first = i % len(systems)
+        for system in (*systems[first:], *systems[:first]):
+            started = time.perf_counter()
+            scores[system].append(answer(system, task, split))
+            seconds[system] += time.perf_counter() - started
+    return scores, seconds
 
 
 def score_longest(folder: Path, sizes: dict[str, int], system: str) -> dict[str, Any]:
@@ -240,10 +262,6 @@ def _judge(scores: list[np.ndarray], splits: Any) -> dict[str, Any]:
     }
 
 
-def _has_all_layers(system: str) -> bool:
-    return system.endswith("-all-layers")
-
-
 def _load(sizes: dict[str, int], *, layers: str | None = "top_third") -> tuple[Any, Any]:
     from ensemblelora.adapters import attach
     from ensemblelora.config import AdapterConfig
@@ -253,23 +271,27 @@ def _load(sizes: dict[str, int], *, layers: str | None = "top_third") -> tuple[A
     return attach(base, AdapterConfig.model_validate({"layers_to_transform": layers}), seed=0), rows
 
 
-def _load_members(adapted: Any, folder: Path, ensemble: Any, rows: Any, system: str) -> None:
-    """Only the adapters that the system serves, so that its memory is its own."""
+def _load_members(adapted: Any, folder: Path, ensemble: Any, rows: Any, served: str) -> None:
+    """The adapters of a layout, or those that one system serves, so that its memory is its own."""
     from ensemblelora.adapters import add_adapter, load_adapter
     from ensemblelora.config import AdapterConfig
     from ensemblelora.exporting.fold import add_fold, fold_members, weigh_adapters
 
-    names = {"one": ["group-0"], "booster": ["group-0", "group-1", "group-2", "booster"]}
-    for name in names.get(system.removesuffix("-all-layers"), [member.name for member in ensemble.members]):
-        if _has_all_layers(system):
+    members = [member.name for member in ensemble.members]
+    if served == "all-layers":
+        for name in members:
             add_adapter(adapted, name)
-        else:
-            load_adapter(adapted, name, folder / name)
+        return
+    for name in {"one": members[:1], "exact": members}.get(served, [*members, "booster"]):
+        load_adapter(adapted, name, folder / name)
+    if served != "top-third":
+        return
     splits, config = dict(enumerate(rows.validation)), AdapterConfig()
     parts = {"folded": [splits], "folded-per-task": [{task: split} for task, split in splits.items()]}
-    for part in parts.get(system, []):
-        weights = weigh_adapters(ensemble, part)  # the mean of these tasks'
-        add_fold(adapted, _name_fold(system, min(part)), fold_members(adapted, weights, config, config.r).cut.state)
+    for system, each in parts.items():
+        for part in each:
+            weights = weigh_adapters(ensemble, part)  # the mean of these tasks'
+            add_fold(adapted, _name_fold(system, min(part)), fold_members(adapted, weights, config, config.r).cut.state)
 
 
 def _name_fold(system: str, task: int) -> str:

@@ -73,7 +73,9 @@ def measure_passes(inference: ModuleType, folder: Path, system: str, monkeypatch
         return predict(adapted, split, names, **options)
 
     monkeypatch.setattr(ensemble, "predict_members", spy)
-    return inference.score(folder, {"n_test": 4}, system), seen
+    layout = next(name for name, systems in inference.LAYOUTS.items() if system in systems)
+    monkeypatch.setitem(inference.LAYOUTS, layout, (system,))
+    return inference.score_all(folder, {"n_test": 4}, layout)[system], seen
 
 
 FOUR = ("group-0", "group-1", "group-2", "group-3")
@@ -100,12 +102,23 @@ def test_each_system_runs_what_it_is_said_to_run(inference, prepared, monkeypatc
 
 
 def test_one_fold_for_all_is_of_the_mean_weights_and_one_per_task_of_its_own(inference, prepared, monkeypatch):
-    nll = {
-        system: measure_passes(inference, prepared, system, monkeypatch)[0]["rows"]["nll"]
-        for system in ("one", "folded", "folded-per-task")
-    }
+    found = inference.score_all(prepared, {"n_test": 4}, "top-third")
+    nll = {system: found[system]["rows"]["nll"] for system in ("one", "folded", "folded-per-task")}
     np.testing.assert_allclose(nll["folded-per-task"][0], nll["one"][0], rtol=1e-4)  # task a: all weight on group 0
     assert not np.allclose(nll["folded"][0], nll["one"][0], rtol=1e-3)
+
+
+def test_another_system_begins_each_time_and_all_answer_everything(inference):
+    asked: list[tuple[str, int]] = []
+
+    def answer(system: str, task: int, split: Any) -> np.ndarray:
+        asked.append((system, task))
+        return np.full(1, len(asked))
+
+    scores, seconds = inference._time_in_turn(("one", "exact", "routed"), answer, [(task, None) for task in range(4)])
+    assert [system for system, _ in asked[::3]] == ["one", "exact", "routed", "one"]
+    assert sorted(asked) == sorted((system, task) for system in scores for task in range(4))
+    assert [int(value[0]) for value in scores["exact"]] == [2, 4, 9, 11] and min(seconds.values()) > 0
 
 
 def entry(seconds: float, right: list[int], *, memory: int = 100) -> dict[str, Any]:
