@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from measured_selection import render_noise, render_search, render_targets, render_truth
+
 __all__ = ["render_measured", "summarize_speed"]
 
 Record = dict[str, Any]
@@ -272,4 +274,8 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
     ("oracle", "Subset fits", _render_oracle),
     ("calibration", "Predicted and true fine-tuning", _render_calibration),
     ("sdp", "Grouping", _render_sdp),
+    ("selection-targets", "Choosing sources", render_targets),
+    ("selection-truth", "Predicted and true sets of sources", render_truth),
+    ("selection-noise", "Noisy parts of a dataset", render_noise),
+    ("selection-speed", "Searching sources", render_search),
 )

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when a hub library is imported
+# Read once, when a hub library is imported: no test reads or fills what this machine's user has.
+_CACHES = Path(tempfile.mkdtemp(prefix="ensemblelora-caches-"))
+atexit.register(shutil.rmtree, _CACHES, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = str(_CACHES)
+os.environ["HF_HOME"] = str(_CACHES / "huggingface")
+for _name in ("hub", "datasets", "modules"):
+    os.environ[f"HF_{_name.upper()}_CACHE"] = str(_CACHES / "huggingface" / _name)
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -103,6 +103,7 @@ def make_record(head: StudyHead, method: str, skill: float, seed: int, place: in
             "select_flops": 10**8 * (method == "ours"),
             "seconds": 10.0 + seed,
             "peak_memory_bytes": 10**9 + seed,
+            "added_memory_bytes": 10**8 + seed,
             "n_bytes": 1000 * place,
             "forward_passes": float(max(1, place)),
         },
@@ -110,4 +111,5 @@ def make_record(head: StudyHead, method: str, skill: float, seed: int, place: in
         notes={},
         nll=nll,
         correct={t.name: None if t.kind == "sequence" else correct[t.name] for t in head.tasks},
+        chance={t.name: None if t.kind == "sequence" else 0.001 for t in head.tasks},
     )

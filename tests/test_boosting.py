@@ -248,7 +248,7 @@ def find(
     config = BoostingConfig(**{"l2_penalty": 0.1} | changes)
     setup = Setup(adapted, config, make_projector(features, seed=0), 60, 0, Meter("boost"))
     before = adapter_state(adapted, "booster")
-    step, _ = find_direction(setup, "booster", GroupState.start(setup, MEMBER, tasks))
+    step, _ = find_direction(setup, "booster", GroupState(setup, MEMBER, tasks))
     after = adapter_state(adapted, "booster")
     assert all(torch.equal(before[key], after[key]) for key in before), "the place to compute in is left as it was"
     return step

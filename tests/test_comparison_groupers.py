@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ensemblelora import stages, training
+from ensemblelora import artifacts, stages, training
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, add_adapter, attach, set_adapter_state
 from ensemblelora.comparison import groupers, likeness, lookahead
-from ensemblelora.comparison.candidate import Candidate
+from ensemblelora.comparison.candidate import Candidate, Costs
+from ensemblelora.comparison.chosen import Option, train_best
 from ensemblelora.comparison.groupers import (
     choose_number,
     group_by_adapters,
@@ -33,15 +38,16 @@ from ensemblelora.comparison.likeness import (
     compare_texts,
     find_categories,
 )
-from ensemblelora.comparison.lookahead import STEPS_BETWEEN, Lookahead, match_rate
+from ensemblelora.comparison.lookahead import STEPS_BETWEEN, Lookahead, level_gains, match_rate
 from ensemblelora.comparison.methods import METHODS
 from ensemblelora.comparison.planned import make_plan
-from ensemblelora.comparison.pool import Pool
+from ensemblelora.comparison.pool import Pool, Trained
 from ensemblelora.config import AdapterConfig, TrainingConfig
 from ensemblelora.counting import count_forward, count_lower, count_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ConfigError, DataError, TrainingError
 from ensemblelora.fusion import can_fuse
+from ensemblelora.gradients.plan import count_pass
 from ensemblelora.grouping import cluster
 from ensemblelora.scoring import cross_entropy, score_batch
 from ensemblelora.seeding import generator_for
@@ -113,33 +119,112 @@ def reseat(pool: Pool, **sections: dict[str, object]) -> Pool:
 def draw_groups(pool: Pool, draw: int) -> tuple[tuple[int, ...], ...]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groupers, "choose_number", lambda _: groupers.Wanted((3, 2), "the test"))
-        patch.setattr(groupers, "_train", lambda pool, groups, wanted: groups)
-        found: tuple[tuple[int, ...], ...] = group_by_chance(pool, draw)  # type: ignore[assignment]
-        return found
+        return groupers.draw_groups(pool, draw)
 
 
-def test_gradient_cosine_groups_are_charged_the_training_rows_share_of_the_features(pool: Pool) -> None:
+def flops_of(pool: Pool, groups: Iterable[Sequence[int]]) -> int:
+    return sum(pool.train(group).flops for group in groups)
+
+
+def losses_of(pool: Pool, groups: Iterable[Sequence[int]]) -> float:
+    """Mean over tasks of the validation loss that each group's checkpoint was chosen by."""
+    return sum(len(group) * pool.train(group).validation_nll for group in groups) / pool.n_tasks
+
+
+def train_alike(pool: Pool, groups: Iterable[Sequence[int]], nll: dict[tuple[int, ...], float]) -> None:
+    """Train adapters, and write other validation losses into their records."""
+    for group in groups:
+        path = pool.folder / "adapters" / pool.train(group).name / "trained.json"
+        artifacts.write_json(path, artifacts.read_json(path) | {"validation_nll": nll[tuple(group)]})
+
+
+def test_gradient_cosine_groups_are_charged_the_training_rows_features_and_the_adapter_not_kept(pool: Pool) -> None:
     planned, candidate = make_plan(pool), group_by_gradients(pool)
-    by_name = {way.name: way for way in planned.plan.comparisons}
-    assert candidate.groups == by_name["gradient cosine"].groups, "the plan judges the very same groups"
-    tokens = [sum(int(split.input_lengths.sum()) for split in some) for some in (pool.rows.train, pool.rows.validation)]
-    check_trained(pool, candidate, round(planned.feature_flops * tokens[0] / sum(tokens)))
-    assert 0 < candidate.costs.select_flops < planned.feature_flops < planned.select_flops
+    groups = {way.name: way for way in planned.plan.comparisons}["gradient cosine"].groups
+    options = [groups, (pool.everyone,)]
+    best = min(options, key=lambda option: losses_of(pool, option))
+    assert candidate.groups == best, "the plan judges the very same groups; or none, if all together learn better"
+    train, learning = Meter("train"), Meter("all")
+    for meter, splits in ((train, pool.rows.train), (learning, pool.rows.learning)):
+        count_pass(pool.probe, splits, pool.config.gradients, seed=pool.config.seed, meter=meter)
+    assert learning.record.flops == planned.feature_flops
+    share = train.record.flops / learning.record.flops
+    assert 0.4 < share < 0.7, "16 of 28 rows"
+    (other,) = (option for option in options if option != best)
+    check_trained(pool, candidate, round(share * planned.feature_flops) + flops_of(pool, other))
+    assert candidate.costs.peak_memory_bytes >= planned.peak_memory_bytes > planned.added_memory_bytes >= 0
+
+
+OPPOSED = ((2, 3, 4), (0, 1))
+
+
+@pytest.mark.parametrize("wins", ["groups", "one"])
+@pytest.mark.parametrize("is_paid", [False, True])
+def test_the_least_validation_loss_is_kept_and_what_was_tried_is_charged(
+    pool: Pool, tmp_path: Path, wins: str, is_paid: bool
+) -> None:
+    """``is_paid``: one adapter for all was trained to find the groups, and is in the price of finding them."""
+    fresh = Pool(pool.config, tmp_path, pool.rows, pool.probe, start_fingerprint=pool.start_fingerprint)
+    one = (pool.everyone,)
+    for name in [pool.train(group).name for group in (*OPPOSED, *one)]:
+        shutil.copytree(pool.folder / "adapters" / name, tmp_path / "adapters" / name)
+    better, worse = (0.5, 0.6) if wins == "groups" else (0.6, 0.5)
+    train_alike(fresh, (*OPPOSED, *one), {(0, 1): better + 0.3, (2, 3, 4): better - 0.2, one[0]: worse})
+    select = Costs(0, select_flops=10**9 + is_paid * flops_of(fresh, one), seconds=100.0)
+    candidate = train_best(fresh, [Option(OPPOSED), Option(one, is_paid)], select=select)
+    kept, other = (OPPOSED, one) if wins == "groups" else (one, OPPOSED)
+    assert candidate.groups == kept
+    trained = flops_of(fresh, other) if not is_paid or wins == "one" else flops_of(fresh, one)
+    assert candidate.costs.select_flops == 10**9 + trained
+    assert candidate.costs.train_flops == flops_of(fresh, kept)
+    assert candidate.costs.flops == 10**9 + flops_of(fresh, OPPOSED) + flops_of(fresh, one), "each training once"
+    assert [entry["validation_nll"] for entry in candidate.notes["tried"]] == pytest.approx([better, worse])
+    assert candidate.costs.n_bytes == len(kept) * pool.train(pool.everyone).n_bytes
+
+
+@pytest.mark.parametrize("group", [group_by_gradients, group_by_texts, group_by_lookahead, group_by_adapters])
+def test_rivals_that_learn_from_the_data_may_leave_the_tasks_together(
+    pool: Pool, group: Callable[[Pool], Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our plan is two groups; one adapter for all is made the best by far."""
+    assert len(make_plan(pool).plan.groups) == 2
+    let_all_together_win(monkeypatch)
+    assert group(pool).groups == (pool.everyone,)
+
+
+def test_tasks_that_are_not_to_be_linked_are_never_left_together(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_all_together_win(monkeypatch)
+    apart = reseat(pool, grouping={"cannot_link": ((pool.rows.names[0], pool.rows.names[2]),)})
+    assert len(group_by_texts(apart).groups or ()) > 1
+
+
+def let_all_together_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train single tasks only; of groups say that they were trained, with a loss."""
+    original = Pool.train
+
+    def train(self: Pool, tasks: Sequence[int], **options: object) -> Trained:
+        if len(tasks) == 1:
+            return replace(original(self, tasks, **options), validation_nll=9.0)
+        nll = 0.01 if len(tasks) == self.n_tasks else 9.0
+        return Trained(f"pool-{len(tasks)}", tuple(sorted(tasks)), 1, 0.1, 1, 1, nll, 1)
+
+    monkeypatch.setattr(Pool, "train", train)
 
 
 def test_adapter_clusters_are_charged_every_tasks_own_training(pool: Pool) -> None:
     candidate = group_by_adapters(pool)
     singles = [pool.train((task,)) for task in pool.everyone]
-    check_trained(pool, candidate, sum(single.flops for single in singles))
-    seconds = sum(one.seconds for one in (*singles, *(pool.train(group) for group in candidate.groups or ())))
-    assert candidate.costs.seconds == pytest.approx(seconds)
     states = []
     for single in singles:
         pool.load([single.name])
         states.append(adapter_state(pool.probe, single.name))
     dense = np.stack([flatten_change(state, adapter_state(pool.probe, THETA0)) for state in states])
-    expected = cluster(cosines_of(dense), len(candidate.groups or ()), is_bound_needed=False)
-    assert candidate.groups == expected.groups
+    clusters = cluster(cosines_of(dense), 2, is_bound_needed=False).groups
+    alone = tuple((task,) for task in pool.everyone)
+    options = [clusters, (pool.everyone,), alone]
+    assert candidate.groups == min(options, key=lambda option: losses_of(pool, option))
+    assert candidate.costs.flops == sum(flops_of(pool, option) for option in options), "each training once"
+    check_trained(pool, candidate, candidate.costs.flops - flops_of(pool, candidate.groups))
     np.testing.assert_allclose(candidate.notes["likeness"], cosines_of(dense), atol=1e-9)
 
 
@@ -217,7 +302,9 @@ def test_text_clusters_are_measured_once(pool: Pool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(groupers, "compare_texts", lambda *_, **__: pytest.fail("it was measured before"))
     again = group_by_texts(pool)
     assert again.groups == first.groups and again.costs == first.costs
-    assert 0 < first.costs.select_flops < first.costs.train_flops
+    clusters = cluster(np.array(first.notes["likeness"]), 2, is_bound_needed=False).groups
+    reading = first.costs.flops - flops_of(pool, clusters) - flops_of(pool, [pool.everyone])
+    assert 0 < reading < flops_of(pool, [pool.everyone])
     check_trained(pool, first, first.costs.select_flops)
 
 
@@ -331,7 +418,7 @@ def test_lookahead_sees_what_a_step_on_one_task_does_to_the_others(model: str, l
     looking, meter = make_looking(model, loss=loss)
     adapted, n = looking._adapted, len(KINDS[model])
     assert (adapted.prefix is not None) == (model == "top half") and can_fuse(adapted) == (model != "bert")
-    batches = [looking._take_batch(task) for task in range(n)]
+    batches = looking._batches.take(0)
     with activate(adapted, "shared", trainable=True):
         before = adapter_state(adapted, "shared")
         found = looking.look()
@@ -415,17 +502,39 @@ def test_looking_ahead_changes_nothing_about_the_training(tmp_path: Path) -> Non
     assert [n for _, _, n, _ in seen] == [0, math.ceil(seen[1][3] / STEPS_BETWEEN)] and seen[1][2] > 1
 
 
-def test_tag_groups_by_lookahead_and_is_charged_the_whole_training(pool: Pool, monkeypatch) -> None:
+def test_tag_groups_by_lookahead_and_is_charged_the_whole_training(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     candidate = group_by_lookahead(pool)
-    shared = pool.train(pool.everyone)
-    check_trained(pool, candidate, candidate.costs.select_flops)
-    assert candidate.costs.select_flops > shared.flops, "the shared training, and what was looked at"
+    found, shared = lookahead.measure_lookahead(pool), pool.train(pool.everyone)
+    assert found["flops"] > shared.flops, "the shared training, and what was looked at"
     assert "lookahead" not in pool.probe.peft.peft_config
-    gains = np.array(lookahead.measure_lookahead(pool)["gains"])
-    expected = cluster((gains + gains.T) / 2, len(candidate.groups or ()), n_restarts=20, is_bound_needed=False)
-    assert candidate.groups == expected.groups and candidate.notes["n_looks"] >= 1
+    gains = np.array(found["gains"])
+    groups = cluster(level_gains(gains), 2, n_restarts=20, is_bound_needed=False).groups
+    best = min([groups, (pool.everyone,)], key=lambda option: losses_of(pool, option))
+    assert candidate.groups == best and candidate.notes["n_looks"] >= 1
+    assert candidate.costs.flops == found["flops"] + flops_of(pool, groups), "one adapter for all came with the looking"
+    check_trained(pool, candidate, candidate.costs.flops - flops_of(pool, best))
+    assert candidate.notes["gains"] == found["gains"] and candidate.notes["likeness"] == level_gains(gains).tolist()
     monkeypatch.setattr(lookahead, "_train_looking", lambda _: pytest.fail("it was trained before"))
     assert group_by_lookahead(pool).costs == candidate.costs
+
+
+@given(st.integers(0, 10_000), st.integers(3, 7))
+def test_what_a_step_does_to_its_own_batch_changes_no_group(seed: int, n_tasks: int) -> None:
+    rng = np.random.default_rng(seed)
+    gains = rng.normal(size=(n_tasks, n_tasks))
+    turned = gains + np.diag(rng.exponential(100.0, n_tasks))  # as a fast learner's is
+    np.testing.assert_array_equal(level_gains(turned), level_gains(gains))
+    order = rng.permutation(n_tasks)
+    np.testing.assert_allclose(level_gains(gains[np.ix_(order, order)]), level_gains(gains)[np.ix_(order, order)])
+    np.testing.assert_allclose(level_gains(gains.T), level_gains(gains))
+
+
+def test_fast_learners_do_not_become_groups_of_their_own() -> None:
+    """Two families; one task of each gains ten times as much on its own batch as anyone on another's."""
+    gains = np.kron(np.eye(2), np.full((3, 3), 1.0)) - np.kron(1 - np.eye(2), np.full((3, 3), 0.5))
+    np.fill_diagonal(gains, [10.0, 1.0, 1.0, 10.0, 1.0, 1.0])
+    assert cluster((gains + gains.T) / 2, 2).groups != ((0, 1, 2), (3, 4, 5)), "as it would be with the diagonal"
+    assert cluster(level_gains(gains), 2).groups == ((0, 1, 2), (3, 4, 5))
 
 
 def test_tag_parts_opposed_tasks(tmp_path: Path) -> None:
@@ -437,12 +546,13 @@ def test_tag_parts_opposed_tasks(tmp_path: Path) -> None:
     looking = Lookahead(adapted, "shared", splits, CONFIG, seed=0, meter=meter)
     job = training.TrainingJob("shared", splits, splits)
     training.fine_tune_together(adapted, [job], CONFIG, seed=0, checkpoints=tmp_path, meter=meter, callbacks=[looking])
-    gains = (looking.gains + looking.gains.T) / 2
+    gains = level_gains(looking.gains)
     assert gains[0, 2] > 0 > gains[0, 1] and gains[1, 2] < 0
     assert cluster(gains, 2).groups == ((0, 2), (1,))
 
 
 def test_every_grouper_is_a_method() -> None:
     names = {"random-1", "random-2", "random-3", "gradient-cosine", "tag", "adapter-clusters", "text-clusters"}
+    names |= {"random-ours-1", "random-ours-2", "random-ours-3", "tag-steps", "random-steps"}
     assert names | {"format-groups", "categories"} <= set(METHODS)
     assert all(METHODS[name].is_planned for name in names)

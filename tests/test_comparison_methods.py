@@ -22,26 +22,29 @@ from sklearn.linear_model import LogisticRegression
 
 from ensemblelora import artifacts, stages
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, adapter_state
+from ensemblelora.adapters import THETA0, adapter_state, add_adapter, draw_start
 from ensemblelora.comparison import combined, controls
 from ensemblelora.comparison import pool as pools
 from ensemblelora.comparison.adaboost import boost_by_weights, boost_shared, cast_votes, take_samme_step
-from ensemblelora.comparison.candidate import Candidate
+from ensemblelora.comparison.candidate import Candidate, Costs
 from ensemblelora.comparison.combined import boost_members, train_ours
 from ensemblelora.comparison.controls import average_factors, mix_copies, mix_groups, train_copies, train_wide
 from ensemblelora.comparison.full import RATE_SHARE, train_full
-from ensemblelora.comparison.grouped import train_groups, train_planned, train_shared
+from ensemblelora.comparison.grouped import train_groups, train_number, train_planned, train_shared
 from ensemblelora.comparison.matched import match_steps, train_shared_longer, train_singles_longer
 from ensemblelora.comparison.methods import METHODS
 from ensemblelora.comparison.planned import make_plan
-from ensemblelora.comparison.pool import Pool
-from ensemblelora.comparison.sequential import halve_epochs, train_continued, train_warm, train_warm_plan
+from ensemblelora.comparison.pool import Pool, Trained
+from ensemblelora.comparison.sequential import train_continued, train_warm, train_warm_plan
 from ensemblelora.config import TrainingConfig
 from ensemblelora.data.synthetic import make_planted_tasks
-from ensemblelora.ensemble import Member, group_scores
+from ensemblelora.ensemble import Member, group_scores, needed_adapters
 from ensemblelora.errors import ConfigError, TrainingError, UsageError
 from ensemblelora.folding import stack_adapters
+from ensemblelora.grouping import to_labels
 from ensemblelora.prediction import member_nll, predict_members
+from ensemblelora.seeding import seed_for
+from ensemblelora.startpoint import halve_epochs
 from tests.tiny_run import SETTINGS, read_config, save_model, write_task
 
 TASKS = ("family0", "family1", "spelled", "written")
@@ -138,6 +141,7 @@ def test_ours_is_charged_for_plan_groups_rounds_and_weights(pool: Pool) -> None:
     groups = found.plan.groups
     trained = [pool.train(group) for group in groups]
     boosted = boost_members(pool, found, groups, trained)
+    members = (*(Member(one.name, g, "group", 1.0) for g, one in enumerate(trained)), *boosted.members)
     weighing = Meter("weigh")
     for split in pool.rows.validation:
         names = [one.name for one in trained]
@@ -152,6 +156,14 @@ def test_ours_is_charged_for_plan_groups_rounds_and_weights(pool: Pool) -> None:
     assert candidate.costs.select_flops == found.select_flops > found.feature_flops > 0
     assert candidate.costs.n_bytes == (len(trained) + len(boosted.members)) * trained[0].n_bytes
     assert all(one.flops > 0 and one.seconds > 0 for one in boosted.spent)
+    scoring = sum(
+        pool.time_scoring(needed_adapters(members, range(len(groups)), split.kind), task, "validation")
+        for task, split in enumerate(pool.rows.validation)
+    )
+    seconds = sum(one.seconds for one in (*trained, *boosted.spent))
+    assert scoring > 0 and candidate.costs.seconds == pytest.approx(seconds + found.seconds + scoring)
+    peaks = [one.peak_memory_bytes for one in (*trained, *boosted.spent)]
+    assert candidate.costs.peak_memory_bytes == max(*peaks, found.peak_memory_bytes) and found.peak_memory_bytes > 0
 
 
 def test_parts_of_ours_can_be_left_out(pool: Pool) -> None:
@@ -215,18 +227,38 @@ def test_boosting_goes_on_where_it_was(pool: Pool, tmp_path: Path) -> None:
 # Controls
 
 
-def test_copies_differ_in_the_order_of_rows_and_are_averaged(pool: Pool) -> None:
+def test_copies_have_each_its_own_start_and_order_of_rows_and_are_averaged(pool: Pool, recorder: Recorder) -> None:
     candidate = train_copies(pool)
     names = candidate.notes["members"]
     n_ours = len(train_ours(pool).notes["members"])
     assert len(names) == len(set(names)) == n_ours >= 2
     assert names[0] == pool.train(pool.everyone).name
-    a, b = state_of(pool, names[0]), state_of(pool, names[1])
-    assert any(not torch.equal(a[key], b[key]) for key in a)
+    starts = [job.start for job, _ in recorder.jobs if job.name in names[1:]]
+    theta0 = adapter_state(pool.probe, THETA0)
+    for start in starts:
+        assert start.keys() == theta0.keys()
+        for key in theta0:
+            is_drawn = ".lora_A." in key
+            assert torch.equal(start[key], theta0[key]) != is_drawn, "B begins at zero, A is drawn anew"
+            assert not is_drawn or float(start[key].std()) == pytest.approx(float(theta0[key].std()), rel=0.3)
+    key = next(key for key in theta0 if ".lora_A." in key)
+    firsts = [theta0[key], *(start[key] for start in starts)]
+    assert len({tuple(a.flatten().tolist()) for a in firsts}) == len(firsts) == n_ours
     each = pool.score(names, 0, "validation").values.astype(float)
     np.testing.assert_allclose(candidate.predict("validation")[0].values[0], each.mean(axis=0), atol=1e-6)
     assert candidate.costs.forward_passes == len(names)
     assert candidate.costs.train_flops == pytest.approx(len(names) * pool.train(pool.everyone).flops, rel=0.1)
+
+
+def test_a_start_is_drawn_as_theta0_was_and_leaves_the_model_as_it_is(pool: Pool) -> None:
+    before, names = adapter_state(pool.probe, THETA0), set(pool.probe.peft.peft_config)
+    noise = torch.get_rng_state()
+    again = draw_start(pool.probe, seed=seed_for(pool.config.seed, "adapter", THETA0))
+    assert all(torch.equal(again[key], before[key]) for key in before), "the same seed, the same start"
+    assert set(pool.probe.peft.peft_config) == names and torch.equal(torch.get_rng_state(), noise)
+    other = draw_start(pool.probe, seed=1)
+    key = next(key for key in before if ".lora_A." in key)
+    assert not torch.equal(other[key], before[key])
 
 
 def test_one_adapter_of_all_ranks_has_the_same_scale_and_leaves_no_second_model(
@@ -294,7 +326,10 @@ def test_with_a_common_a_both_soups_are_one() -> None:
 
 def test_a_soup_of_copies_costs_what_the_copies_cost(pool: Pool) -> None:
     soup, copies = mix_copies(pool), train_copies(pool)
-    assert soup.costs.train_flops == copies.costs.train_flops
+    assert soup.costs.train_flops == pytest.approx(copies.costs.train_flops, rel=0.1)
+    assert len(soup.notes["parts"]) == len(copies.notes["members"])
+    assert soup.notes["parts"][0] == copies.notes["members"][0], "the shared adapter"
+    assert set(soup.notes["parts"][1:]).isdisjoint(copies.notes["members"]), "those of a soup have one start"
     assert (soup.costs.forward_passes, soup.costs.select_flops) == (1.0, 0)
 
 
@@ -463,6 +498,11 @@ def test_adaboost_is_charged_for_its_learners_and_for_judging_them(pool: Pool) -
     scoring = sum(pool.count_scoring(task, "train", 1) for task in judged)
     assert WRITTEN not in judged and len(judged) > pool.n_tasks - 1
     assert candidate.costs.train_flops == sum(one["flops"] for one in trained) + scoring
+    pairs = zip(candidate.notes["members"], candidate.notes["errors"], strict=True)
+    index = pool.rows.names.index
+    judging = [pool.time_scoring([name], index(task), "train") for name, tasks in pairs for task in tasks]
+    assert candidate.costs.seconds == pytest.approx(sum(one["seconds"] for one in trained) + sum(judging))
+    assert min(judging) > 0
 
 
 def test_without_steps_boosting_is_the_shared_adapter(pool: Pool) -> None:
@@ -487,7 +527,11 @@ def test_boosting_the_shared_adapter_lowers_its_training_loss(pool: Pool) -> Non
         ),
         rel=1e-4,
     )
-    assert candidate.costs.train_flops > shared.costs.train_flops + make_plan(pool).feature_flops
+    features = make_plan(pool).feature_flops
+    rounds = boost_members(pool, make_plan(pool), (pool.everyone,), [pool.train(pool.everyone)], 2).spent
+    of_rows = candidate.costs.train_flops - shared.costs.train_flops - sum(one.flops for one in rounds)
+    assert 0.5 < of_rows / features < 0.8, "of 16 training rows of 24: validation rows' features are not needed"
+    assert candidate.costs.select_flops == 0
 
 
 # Full fine-tuning and steps
@@ -525,6 +569,106 @@ def test_steps_are_matched_in_whole_epochs(pool: Pool) -> None:
     assert longer.costs.train_flops == pytest.approx(2 * pool.train(pool.everyone).flops, rel=0.1)
 
 
+# One part at a time
+
+
+def test_a_number_of_groups_is_tried_by_itself_and_says_what_was_expected(pool: Pool) -> None:
+    planned = make_plan(pool)
+    for point in planned.plan.curve:
+        candidate = train_number(pool, point.n_groups)
+        assert candidate.groups == point.groups and len(point.groups) == point.n_groups
+        told = candidate.notes["planned"]
+        assert (told["predicted_nll"], told["density"]) == (point.predicted_nll, point.density)
+        assert told["is_chosen"] == (point.groups == planned.plan.groups)
+        assert candidate.costs.select_flops == planned.select_flops
+        own = [np.flatnonzero(row).tolist() for row in candidate.notes["weights"]]
+        assert own == [[g] for g in to_labels(point.groups)], "each task's own group, without weights or boosters"
+    assert same_scores(train_number(pool, 1), train_shared(pool))
+    assert same_scores(train_number(pool, len(planned.plan.groups)), train_planned(pool))
+    with pytest.raises(ConfigError, match=r"6 groups: the plan looked at 1, 2, 3; raise grouping\.max_groups"):
+        train_number(pool, 6)
+
+
+def test_random_groups_can_have_ours_boosters_and_weights(pool: Pool) -> None:
+    candidate, plain = METHODS["random-ours-1"].run(pool), METHODS["random-1"].run(pool)
+    assert candidate.groups == plain.groups, "the same draw"
+    assert candidate.notes["members"][: len(plain.groups)] == plain.notes["members"], "trained once for both"
+    assert candidate.notes["boosting"] and len(candidate.notes["weights"][0]) == len(plain.groups)
+    features = make_plan(pool).feature_flops
+    assert 0.5 < candidate.costs.select_flops / features < 0.8, "boosters need the training rows' features, no plan"
+    unboosted = train_ours(pool, n_rounds=0, weights="own", regroup=lambda _: plain.groups)
+    assert unboosted.costs == plain.costs and same_scores(unboosted, plain)
+
+
+@pytest.mark.parametrize("name", ["mtl-ft-steps", "random-steps"])
+def test_steps_can_be_matched_after_a_shared_training_and_in_any_groups(
+    name: str, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of the pool, which trains nothing here."""
+    asked: list[tuple[tuple[int, ...], Any, TrainingConfig]] = []
+
+    def train(self: Pool, tasks: Any, start: Any = None, settings: Any = None, **options: Any) -> Trained:
+        asked.append((tuple(tasks), start, settings or self.config.training))
+        return Trained(f"pool-{len(asked)}", tuple(tasks), 1, 0.1, 1, 1, 0.5, 1)
+
+    groups = METHODS["random-1"].run(pool).groups
+    monkeypatch.setattr(Pool, "train", train)
+    candidate = METHODS[name].run(pool)
+    first = asked.pop(0) if name == "mtl-ft-steps" else None
+    assert first is None or (first[0], first[2]) == (pool.everyone, pool.config.training)
+    expected = [(task,) for task in pool.everyone] if first else list(groups or ())
+    assert [tasks for tasks, _, _ in asked] == expected
+    for tasks, start, settings in asked:
+        assert (start is not None) == (first is not None)
+        assert settings == match_steps(pool, tasks) != pool.config.training
+    assert candidate.costs.train_flops == len(expected) + (first is not None)
+
+
+# Time, memory and failure
+
+
+def test_scoring_is_timed_once_and_charged_whenever_it_is_needed(pool: Pool, tmp_path: Path) -> None:
+    fresh, name = beside(pool, tmp_path), pool.train(pool.everyone).name
+    shutil.copytree(pool.folder / "adapters" / name, tmp_path / "adapters" / name)
+    fresh.score([name, THETA0], 0, "validation")
+    each = [fresh.time_scoring([one], 0, "validation") for one in (name, THETA0)]
+    assert each[0] == each[1] > 0, "scored together, so half each"
+    fresh.score([name, THETA0], 0, "validation")
+    assert fresh.time_scoring([name, THETA0], 0, "validation") == sum(each)
+    costs = Costs.of_scoring(fresh, {0: [name, THETA0]}, "validation")
+    assert (costs.seconds, costs.train_flops) == (sum(each), fresh.count_scoring(0, "validation", 2))
+
+
+def test_costs_add_up() -> None:
+    one = Costs(5, 1, 2.0, peak_memory_bytes=9, added_memory_bytes=1, n_bytes=3, forward_passes=2.0)
+    two = Costs(7, seconds=0.5, peak_memory_bytes=4, added_memory_bytes=3, n_bytes=100)
+    both = Costs(12, 1, 2.5, peak_memory_bytes=9, added_memory_bytes=3, n_bytes=3, forward_passes=2.0)
+    assert one.plus(two) == both and one.plus() == one
+    assert (two.as_choosing().select_flops, two.as_choosing().train_flops, one.flops) == (7, 0, 6)
+
+
+def test_a_training_that_diverged_is_not_carried_out_again(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, calls = beside(pool, tmp_path), []
+
+    def diverge(adapted: Any, jobs: Any, *args: Any, **options: Any) -> Any:
+        calls.append(jobs[0].name)
+        add_adapter(adapted, jobs[0].name)
+        raise TrainingError("adapter 'pool-x': the loss is not finite; lower training.learning_rate")
+
+    monkeypatch.setattr(pools.training, "fine_tune_together", diverge)
+    for _ in range(3):
+        with pytest.raises(TrainingError, match="the loss is not finite; lower"):
+            fresh.train([0, 1])
+    assert len(calls) == 1 and calls[0] not in fresh.probe.peft.peft_config
+    with pytest.raises(TrainingError, match="so it was before"):
+        beside(pool, tmp_path).train([1, 0])
+    with pytest.raises(TrainingError, match="the loss"):
+        fresh.train([0])
+    assert len(calls) == 2, "another training is another matter"
+
+
 # All of them
 
 
@@ -532,6 +676,8 @@ MINE = (
     "ours", "ours-boost-0", "ours-boost-2", "ours-global", "ours-uniform", "ours-own", "ours-shared", "mtl-ft",
     "mtl-ft-ensemble", "warm", "warm-plan", "copies", "wide", "soup", "soup-exact", "soup-copies", "full",
     "adaboost-row-2", "adaboost-task-2", "boosted-2", "shared-longer", "single-steps", "grouped-steps", "ours-steps",
+    "shared-balanced", "shared-sqrt", "ours-temperature", "ours-half-features", "ours-quarter-features",
+    "adaboost-real-2", "ours-m1", "ours-m3", "random-ours-1",
 )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ from ensemblelora.comparison.request import check_request, choose_methods, choos
 from ensemblelora.comparison.study import compare
 from ensemblelora.config import RunConfig
 from ensemblelora.data.loading import load_tasks
-from ensemblelora.errors import DataError, OutputError, TrainingError, UsageError
+from ensemblelora.errors import ConfigError, DataError, OutputError, TrainingError, UsageError
+from ensemblelora.evaluation.metrics import compute_chance_p_value
 from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.study_forecast import count_fine_tunings, forecast_study
 from tests.study_records import RATES, make_study, make_tasks
@@ -323,10 +324,64 @@ def test_methods_and_primary_comparisons_are_chosen_by_name() -> None:
     assert [method.name for method in chosen] == ["base", "shared"], "in the order of the list"
     assert choose_primary(chosen, None) == (), "without ours there is nothing to compare"
     ours = Method("ours", "ours", score_base)
-    assert choose_primary([*choose_methods(["all"]), ours], None) == tuple(
-        ("ours", method.name) for method in METHODS.values() if method.is_rival
-    )
+    of_groups = (("grouped", "random"), ("grouped", "gradient-cosine"), ("grouped", "tag"), ("ours", "random-ours"))
+    assert choose_primary(choose_methods(["all"]), None) == (
+        *(("ours", method.name) for method in METHODS.values() if method.is_rival),
+        *of_groups,
+    ), "and what the groups alone are worth"
+    assert choose_primary([*chosen, ours], None) == (("ours", "shared"),), "as far as they are there"
+    some = choose_methods(["grouped", "random-2", "shared"])
+    assert choose_primary(some, None) == (("grouped", "random"),)
+    assert choose_primary(some, [("random", "shared")]) == (("random", "shared"),), "draws as one method"
+    with pytest.raises(UsageError, match="primary comparison grouped:random-ours: expected two of the methods"):
+        choose_primary(some, [("grouped", "random-ours")])
     assert choose_primary(chosen, [("base", "shared")] * 2) == (("base", "shared"),)
+
+
+def test_what_is_refused_leaves_the_model_and_what_fails_does_not(
+    config: RunConfig,
+    tmp_path: Path,
+    fakes: Callable[..., list[tuple[str, int, float]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(pool: Pool) -> Candidate:
+        raise ConfigError("6 groups: the plan looked at 1, 2; raise grouping.max_groups, or leave the method out")
+
+    def fail(pool: Pool) -> Candidate:
+        raise TrainingError("the loss is not finite")
+
+    loads: list[int] = []
+    monkeypatch.setattr(Bench, "reload", lambda self: loads.append(1))
+    fakes(asked=refuse, good=score_base)
+    assert set(compare(config, ["all"], 2, [], tmp_path / "c").failures) == {"asked"} and loads == []
+    fakes(bad=fail, good=score_base)
+    assert set(compare(config, ["all"], 2, [], tmp_path / "d").failures) == {"bad"} and loads == [1]
+
+
+def test_records_say_whether_validation_rows_are_above_chance_and_whether_the_rate_is_at_an_edge(
+    done: Path, config: RunConfig, tmp_path: Path, fakes: Callable[..., list[tuple[str, int, float]]]
+) -> None:
+    study = read_study(done)
+    _, rows, probe = stages.prepare(config)
+    for split in rows.validation:
+        recorded = study.of("base")[0].chance[split.task]
+        if split.kind == "sequence":
+            assert recorded is None
+            continue
+        values = predict_members(probe, split, [THETA0], max_tokens=4096).values[0]
+        right = values.argmax(axis=1) == split.labels
+        assert recorded == pytest.approx(compute_chance_p_value(right, split.labels, split.groups))
+    assert {record.is_rate_at_edge for record in study.of("base")} == {False}, "nothing was chosen"
+    assert {record.is_rate_at_edge for record in study.of("shared")} == {True}, "one of two is always at an edge"
+
+    def sharpen(pool: Pool) -> Candidate:
+        return spoil(score_base(pool), 1.0 if pool.config.training.learning_rate == 0.002 else 3.0)
+
+    fakes(middle=sharpen, alone=score_base)
+    found = compare(config, ["middle"], 2, [0.001, 0.002, 0.004], tmp_path / "c").record.of("middle")
+    assert [(record.learning_rate, record.is_rate_at_edge) for record in found] == [(0.002, False)] * 2
+    found = compare(config, ["alone"], 1, [0.001], tmp_path / "d").record.of("alone")
+    assert found[0].is_rate_at_edge is False, "of one rate nothing was asked"
 
 
 def test_a_comparison_named_after_the_fact_is_marked(
@@ -340,8 +395,9 @@ def test_a_comparison_named_after_the_fact_is_marked(
     assert again.head.primary == study.head.primary, "what was named stays"
     page = write_page(folder)
     markdown = (folder / "compare.md").read_text(encoding="utf-8")
-    assert markdown.count("late*") == 2 and "1 pair marked late" in markdown
-    assert [result.is_late for result in page.statistics.primary] == [True, True, False, False]
+    late = [(result.a, result.b) for result in page.statistics.primary if result.is_late]
+    assert set(late) == {("shared", "base")} and markdown.count("late*") == len(late) >= 2
+    assert "1 pair marked late" in markdown and len(page.statistics.primary) == 2 * len(late)
 
 
 def test_the_seed_of_the_rows_is_its_own(config: RunConfig) -> None:
@@ -372,13 +428,15 @@ def test_the_page_holds_every_method_and_all_numbers(tmp_path: Path) -> None:
     assert "full failed: seed 0: out of memory" in markdown
     assert markdown.startswith("# Ours: mean test accuracy ") and "against the best of 2 rivals" in markdown
     assert "dequantised 4-bit file" in markdown, "beside every table that could compare LoRA with QLoRA"
-    assert markdown.count("*Figure: ") == 4
+    assert markdown.count("*Figure: ") == 4 and "--primary ours:shared,ours:mtl-ft" in markdown
     numbers = artifacts.read_json(folder / "compare.json")
     assert numbers["methods"]["ours"]["mean"]["accuracy"]["value"] == pytest.approx(
         page.statistics.methods["ours"].mean["accuracy"].value
     )
     assert numbers["study"]["n_train"] == {"task0": 90, "task1": 91, "task2": 92, "written": 93}
-    assert numbers["primary"][0]["p_holm"] is not None
+    assert numbers["primary"][0]["p_holm"] is not None and numbers["primary"][0]["degrees"] > 1
+    assert "Over these trainings" in markdown and "over test rows and trainings" in markdown
+    assert "(+100\xa0MB)" in markdown.split("## What it cost")[1], "memory above what was resident"
     again = write_page(folder).path.read_bytes()
     assert again == html.encode(), "the same records give the same bytes"
 

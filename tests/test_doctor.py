@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ensemblelora.cli import main
 from ensemblelora.data.encoding import encode_split
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.errors import ModelError
+from ensemblelora.gguf import cache_folder
 from ensemblelora.models import load_base
 
 
@@ -51,6 +53,26 @@ def test_caches_are_measured_and_can_be_cleared(empty_cache):
     found = {finding.name: finding for finding in doctor.examine(self_test=False)}["converted models"]
     assert found.detail == f"3 MB in {folder.parent}"
     assert found.remedy == f"to clear: rm -r {folder.parent}"
+
+
+def test_a_cache_of_many_files_is_measured_as_far_as_time_allows(empty_cache, monkeypatch):
+    folder = empty_cache / "ensemblelora"
+    for name in ("a", "b"):
+        (folder / name / "deep").mkdir(parents=True)
+        (folder / name / "deep" / "weights").write_bytes(b"0" * 2_000_000)
+    assert doctor._measure_bytes(folder) == (4_000_000, True)
+    monkeypatch.setattr(doctor, "_SCANNING_SECONDS", -1.0)
+    assert doctor._measure_bytes(folder) == (0, False)
+    found = {finding.name: finding for finding in doctor.examine(self_test=False)}["converted models"]
+    assert (found.state, found.detail) == ("ok", f"at least 0 MB in {folder}")
+
+
+def test_the_suite_has_caches_of_its_own():
+    from datasets import config
+    from huggingface_hub import constants
+
+    caches = (cache_folder(), Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE), Path(constants.HF_HOME))
+    assert all(Path(tempfile.gettempdir()) in cache.parents for cache in caches)
 
 
 def test_a_wrong_data_folder_is_noticed(monkeypatch, tmp_path):

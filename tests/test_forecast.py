@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,9 @@ import pytest
 from ensemblelora import pipeline, stages
 from ensemblelora.data.batching import collate
 from ensemblelora.errors import ConfigError, DataError
-from ensemblelora.forecast import _choose_timed, forecast_run
+from ensemblelora.forecast import forecast_run, make_forecaster
+from ensemblelora.prefix import count_slots
+from ensemblelora.speed import choose_timed
 from tests.tiny import make_split
 from tests.tiny_run import TASKS, finished_run, make_inputs, read_config, read_json
 
@@ -102,7 +108,7 @@ def test_label_tokens_that_meet_the_whole_vocabulary_cost_more():
 def test_what_is_timed_stays_within_a_step(n_choices, n_timed):
     # Sixty classes of several tokens made eight examples 480 rows, and a dry run minutes.
     split = make_split("options", n=30, n_choices=n_choices)
-    chosen = _choose_timed(split, 1000)
+    chosen = choose_timed(split, 1000)
     assert len(chosen) == n_timed
     assert n_timed == 1 or collate([(split, e) for e in chosen], 0).n_padded_tokens <= 1000
 
@@ -127,6 +133,87 @@ def test_exact_inner_products_take_their_disk_and_memory():
     blind = forecast_run(config, dataclasses.replace(probe, costs=None), rows)["features"]
     assert (blind.flops, blind.disk_bytes) == (0, found.disk_bytes)
     assert found.memory_bytes > 12 * n_rows**2
+
+
+_TAKE_MEMORY = """
+import json, sys
+from pathlib import Path
+from dataclasses import replace
+import numpy as np
+import psutil
+from ensemblelora.accounting.meter import Meter
+from ensemblelora.config import parse_config
+from ensemblelora.forecast import forecast_run
+from ensemblelora.stages import Rows
+from ensemblelora.training import fine_tune
+from tests.tiny import make_adapted, make_split
+
+def lengthen(split, width):
+    heads = np.tile(np.arange(1, 90, dtype=np.int32), 9)[:width]
+    rows = [np.concatenate([heads, split.tokens[a:b]]) for a, b in zip(split.row_starts, split.row_starts[1:])]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return replace(split, tokens=np.concatenate(rows), row_starts=starts, answer_starts=split.answer_starts + width)
+
+sizes = dict(hidden_size=128, intermediate_size=512, max_position_embeddings=512)
+probe = make_adapted("llama", **sizes)
+train, validation = (lengthen(make_split("verbalizer", n=n, seed=n), 240) for n in (32, 16))
+rows = Rows((train,), (validation,), (validation,))
+changes = {"num_train_epochs": 1, "max_tokens_per_batch": 4096}
+config = parse_config({"data": {"tasks": ["t"]}, "training": changes, "out": sys.argv[1]})
+before = psutil.Process().memory_info().rss
+found = forecast_run(config, probe, rows)["train"].memory_bytes
+with Meter("train") as meter:
+    folder = Path(sys.argv[1])
+    fine_tune(probe, "one", [train], [validation], config.training, seed=0, checkpoints=folder, meter=meter)
+print(json.dumps({"before": before, "foreseen": found, "peak": meter.record.peak_memory_bytes}))
+"""
+
+
+def test_the_memory_that_is_foreseen_is_what_training_takes(tmp_path):
+    root = Path(__file__).parent.parent  # a process of its own: a used one has memory to spare that shows nowhere
+    environment = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    made = subprocess.run(
+        [sys.executable, "-c", _TAKE_MEMORY, str(tmp_path / "checkpoints")],
+        cwd=root, env=environment, check=True, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    found = json.loads(made.stdout.splitlines()[-1])
+    assert found["peak"] - found["before"] > 60e6, "the activations are large enough to be seen"
+    # Never less than half of what it takes beyond the model, and the whole process to a quarter.
+    assert found["foreseen"] - found["before"] > 0.5 * (found["peak"] - found["before"]), found
+    assert found["foreseen"] == pytest.approx(found["peak"], rel=0.25), found
+
+
+@pytest.fixture(scope="module")
+def top_run(tmp_path_factory):
+    """A run with adapters in the upper half, whose training rows' activations fit the disk and the others don't."""
+    folder = tmp_path_factory.mktemp("top")
+    recipe = make_inputs(folder)
+    changes = {"adapter": {"layers_to_transform": "top_half"}, "training": {"num_train_epochs": 1}}
+    config = read_config(recipe, **changes)
+    _, rows, _ = stages.prepare(config)
+    sizes = [count_slots(split) * 32 * 4 for split in rows.learning]
+    some = read_config(recipe, **changes, model={"prefix_cache_gb": (sum(sizes[:3]) + 1) / 1e9})
+    pipeline.run(some)
+    return some, folder, sizes
+
+
+def test_lower_blocks_are_counted_with_every_pass_of_rows_that_are_not_kept(top_run):
+    config, folder, sizes = top_run
+    found, kept = pipeline.estimate(config), pipeline.estimate(with_cache_of(config, 4.0))
+    spent = {record["stage"]: record for record in read_json(folder, "costs.json")["stages"]}
+    for stage in ("features", "baselines", "combine"):
+        assert found[stage]["flops"] == pytest.approx(spent[stage]["flops"], rel=0 if stage != "combine" else 0.5)
+        assert found[stage]["flops"] >= kept[stage]["flops"]
+    assert found["baselines"]["flops"] > kept["baselines"]["flops"], "rows that don't fit run there again"
+    assert found["boost"]["flops"] > max(kept["boost"]["flops"], spent["boost"]["flops"])
+    _, rows, probe = stages.prepare(config)
+    run = make_forecaster(config, probe, rows)
+    assert run.kept_bytes == sum(sizes[:3]) and len(run.unkept) == len(rows.learning) - 3
+    assert make_forecaster(with_cache_of(config, 0.0), probe, rows).unkept == {(s.task, s.split) for s in rows.learning}
+
+
+def with_cache_of(config, gigabytes):
+    return config.model_copy(update={"model": config.model.model_copy(update={"prefix_cache_gb": gigabytes})})
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,11 @@ def test_it_costs_three_forward_passes(tmp_path: Path) -> None:
     with_adapter = Meter("forward")
     count_forward(with_adapter, adapted.costs, batch)
     assert forward.record.flops < with_adapter.record.flops
-    per_epoch = sum(collate([(s, e)], 0, layout="shared").n_real_tokens for s in (*job.train, *job.validation)
-                    for e in range(s.n_examples))  # fmt: skip
-    assert meter.record.n_tokens == CONFIG.num_train_epochs * per_epoch
+    train, validation = (
+        sum(collate([(s, e)], 0, layout="shared").n_real_tokens for s in part for e in range(s.n_examples))
+        for part in (job.train, job.validation)
+    )
+    assert meter.record.n_tokens == validation + CONFIG.num_train_epochs * (train + validation)
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:

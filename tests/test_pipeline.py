@@ -386,18 +386,18 @@ def test_every_stage_is_in_the_ledger_once_and_an_interrupted_one_goes_on_counti
     recipe = copy_run(tmp_path)
     for name in ("train", "group-0", "group-1"):
         (tmp_path / "run" / "stages" / f"{name}.json").unlink()
-    fine_tune = learning.training.fine_tune
+    fine_tune = learning.training.fine_tune_together
 
-    def interrupted(adapted, name, *args, **kwargs):
-        if name == "group-1":
+    def interrupted(adapted, jobs, *args, **kwargs):
+        if jobs[0].name == "group-1":
             raise Interruption
-        return fine_tune(adapted, name, *args, **kwargs)
+        return fine_tune(adapted, jobs, *args, **kwargs)
 
-    monkeypatch.setattr(learning.training, "fine_tune", interrupted)
+    monkeypatch.setattr(learning.training, "fine_tune_together", interrupted)
     with pytest.raises(Interruption):
         pipeline.run(read_config(recipe))
     broken_off = {record["stage"]: record for record in read_json(tmp_path, "costs.json")["stages"]}["train"]
-    monkeypatch.setattr(learning.training, "fine_tune", fine_tune)
+    monkeypatch.setattr(learning.training, "fine_tune_together", fine_tune)
     pipeline.run(read_config(recipe))
     assert carried_out == ["train", "train", "combine", "evaluate", "report"]
     stages = read_json(tmp_path, "costs.json")["stages"]

@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ensemblelora import affinity as affinities
+from ensemblelora import pipeline
 from ensemblelora.affinity import affinity_from_scores, sample_subsets, select_values, weigh_scores
 from ensemblelora.config import AffinityConfig, EstimationConfig
 from ensemblelora.estimation import Oracle, TaskFeatures, compute_clustered_se
-from ensemblelora.planning import estimate_affinity_errors
+from ensemblelora.planning import estimate_affinity_errors, precision
 from ensemblelora.store import FeatureBlock
+from tests.tiny_run import copy_run, read_config
 
 N_TASKS, N_VALIDATION = 5, 60
 
@@ -149,3 +152,21 @@ def test_rows_of_one_group_and_lone_tasks_have_no_error():
     assert np.isnan(errors[2]).all() and np.isfinite(np.delete(np.delete(errors, 2, 0), 2, 1)).all()
     alone = Oracle((TaskFeatures(features.train[:1], features.validation[:1]),), 0.1, CONFIG)
     assert np.isnan(estimate(alone, AffinityConfig())[1]).all()
+
+
+def test_scores_are_weighed_once_for_the_matrix_and_its_errors(tmp_path, monkeypatch):
+    config = AffinityConfig(subset_size=2)
+    design, oracle = sample_subsets(N_TASKS, config, seed=0), Oracle((make_features(),), 0.1, CONFIG)
+    values = -oracle.score(design.subsets).nll
+    weights = tuple(weigh_scores(design, values))
+    np.testing.assert_array_equal(
+        estimate_affinity_errors(oracle, design, values, config, weights),
+        estimate_affinity_errors(oracle, design, values, config),
+    )
+    matrix = affinity_from_scores(design, values, weights=weights).matrix
+    np.testing.assert_array_equal(matrix, affinity_from_scores(design, values).matrix)
+    calls, recipe = [], copy_run(tmp_path)
+    monkeypatch.setattr(affinities, "weigh_scores", lambda *a, **k: calls.append(a) or weigh_scores(*a, **k))
+    monkeypatch.setattr(precision, "weigh_scores", lambda *a, **k: pytest.fail("weighed again"))
+    pipeline.run(read_config(recipe, affinity={"n_subsets": 6}), until="affinity")
+    assert len(calls) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from ensemblelora import prediction
+from ensemblelora import passes, prediction
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, add_adapter
 from ensemblelora.data.encoding import EncodedSplit
@@ -127,11 +128,34 @@ def test_a_budget_too_large_for_the_accelerator_is_halved(monkeypatch: pytest.Mo
     assert tried == [480, 240, 120, 60]
 
 
+@pytest.fixture
+def _looks_anew() -> Iterator[None]:
+    """Forget what was found of this machine's memory before, and what a test makes it seem."""
+    passes._find_fitting.cache_clear()
+    yield
+    passes._find_fitting.cache_clear()
+
+
+def pretend_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+
+
+@pytest.mark.usefixtures("_looks_anew")
 def test_the_budget_follows_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = make_members()
     assert choose_max_tokens(adapted, 77) == 77
     found = []
     for free in (10**5, 10**8, 10**12):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        passes._find_fitting.cache_clear()
+        pretend_free(monkeypatch, free)
         found.append(choose_max_tokens(adapted, "auto"))
-    assert found[0] == 512 < found[1] < found[2] == 8192
+    assert found[0] == 512 < found[1] < found[2] == 4096
+
+
+@pytest.mark.usefixtures("_looks_anew")
+def test_memory_is_looked_at_once_so_that_all_passes_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = make_members()
+    pretend_free(monkeypatch, 10**8)
+    first = choose_max_tokens(adapted, "auto")
+    pretend_free(monkeypatch, 10**5)
+    assert choose_max_tokens(adapted, "auto") == first > 512

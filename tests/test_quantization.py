@@ -6,8 +6,10 @@ The slow twin of a packed model is the same model with its weights unpacked befo
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ensemblelora import doctor, pipeline, quantization
-from ensemblelora.accounting.meter import Meter
+from ensemblelora import doctor, pipeline, quantization, stages
+from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_state, attach, measure_distance
 from ensemblelora.api import load_run
 from ensemblelora.config import AdapterConfig, GradientsConfig, ModelConfig, TrainingConfig
@@ -30,6 +32,7 @@ from ensemblelora.data.batching import collate
 from ensemblelora.errors import MissingExtraError, ModelError
 from ensemblelora.exporting import export_run
 from ensemblelora.exporting.notes import BaseNote, describe_fold
+from ensemblelora.forecast import forecast_run
 from ensemblelora.gradients.collect import find_active_layers, make_projector
 from ensemblelora.gradients.health import check_health
 from ensemblelora.models import BaseModel, find_blocks, load_base, prepare_base
@@ -44,6 +47,7 @@ from ensemblelora.quantization import (
     list_tensors,
 )
 from ensemblelora.scoring import score_batch
+from ensemblelora.speed import measure_speed
 from ensemblelora.training import fine_tune
 from tests.gguf_files import write_gguf
 from tests.test_collect import autograd_features, hook_features
@@ -460,6 +464,21 @@ def test_the_whole_method_runs_on_a_base_in_4_bits(run: Path, monkeypatch: pytes
     monkeypatch.setattr(Meter, "add_tokens", lambda *a: pytest.fail("a finished stage ran again"))
     pipeline.run(read_config(run, model={"quantization": "nf4"}))
     assert tensors_of(folder) == before
+
+
+def test_unpacking_is_foreseen_in_operations_and_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(run, model={"quantization": "nf4"})
+    _, rows, probe = stages.prepare(config)
+    found = forecast_run(config, probe, rows)
+    spent = {record["stage"]: record for record in read_json(run.parent, "costs.json")["stages"]}
+    for stage in ("features", "baselines"):
+        assert found[stage].dequantization_flops == spent[stage]["dequantization_flops"] > 0
+    assert found["total"].dequantization_flops == sum(found[s].dequantization_flops for s in found if s != "total")
+    measured = measure_speed(probe, rows.train, 200)
+    assert 0 < measured.unpacking < math.inf
+    passes = StageRecord("", flops=10**9), StageRecord("", flops=10**9, dequantization_flops=10**8)
+    with_it, without = (replace(measured, unpacking=rate).predict_seconds(*passes) for rate in (1e8, math.inf))
+    assert with_it == pytest.approx(without + 1.0)
 
 
 def test_a_finished_run_answers_questions(run: Path) -> None:

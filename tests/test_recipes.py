@@ -16,7 +16,8 @@ from ensemblelora.data.task import SPLITS, Task
 from ensemblelora.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+FEDERATED = sorted((ROOT / "recipes").glob("federated-*.yaml"))  # another kind of config: test_federation_config.py
+RECIPES = sorted({*(ROOT / "recipes").glob("*.yaml")} - {*FEDERATED})
 PAPER = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))
 CARDS = sorted((ROOT / "recipes" / "cards").glob("*.yaml"))
 
@@ -34,7 +35,8 @@ def test_a_recipe_is_read_and_its_cards_are_found(path: Path, monkeypatch: pytes
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     cards = resolve_cards(config.data.tasks)
-    assert len(cards) == len(config.data.tasks) >= 6
+    fewest = 1 if "noisy" in path.stem else 6  # one dataset's own rows are the sources there
+    assert len(cards) == len(config.data.tasks) >= fewest
     assert config.out == f"runs/{path.stem}"
 
 
@@ -47,6 +49,7 @@ def test_what_was_not_run_says_so_and_has_the_papers_values(path: Path) -> None:
     training = config.training
     assert (training.learning_rate, training.num_train_epochs, config.gradients.proj_dim) == (2e-5, 10, 400)
     assert (config.affinity.subset_size, config.affinity.n_subsets, config.grouping.n_groups) == (3, 200, 3)
+    assert (config.boosting.n_rounds, config.boosting.boosting_rate) == (1, 0.1)
     assert config.model.device == "cuda"
     adapter = config.adapter
     assert (adapter.r == 4) if adapter.method == "lora" else (adapter.reduction == 256)

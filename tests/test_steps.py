@@ -85,7 +85,8 @@ def test_one_coordinate_is_trained_as_torch_would(schedule: str, clip: float) ->
         3, lr_scheduler_type=schedule, max_grad_norm=clip, steps_per_epoch=(0.4,) * 3, weight_decay=0.1
     )
     for subset in [(0,), (1, 2)]:
-        path = train_with_torch(features, subset, budget, budget.num_train_epochs)
+        start = np.zeros(1)  # is evaluated too
+        path = [start, *train_with_torch(features, subset, budget, budget.num_train_epochs)]
         losses = [np.mean([predict_outcomes(features.validation[i], w[None]).nll.mean() for i in subset]) for w in path]
         found = simulate_training(features.train, features.validation, [subset], budget)
         np.testing.assert_allclose(found[0], path[int(np.argmin(losses))], rtol=1e-5)

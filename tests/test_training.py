@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from ensemblelora import progress
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, attach
 from ensemblelora.config import AdapterConfig, TrainingConfig
@@ -78,12 +81,26 @@ def test_the_best_checkpoint_by_the_groups_own_validation_is_kept(tmp_path: Path
     config = CONFIG.model_copy(update={"learning_rate": 0.1, "evaluations_per_epoch": 3})
     trained = tune(adapted, tmp_path, config, n=10)
     losses = [record["validation_nll"] for record in trained.history]
-    assert len(losses) == 9
+    assert len(losses) == 1 + 9 and trained.history[0]["step"] == 0
     assert trained.best_validation_nll == min(losses) < losses[-1]
     assert trained.best_step == trained.history[int(np.argmin(losses))]["step"] < trained.n_steps
     _, validation = make_group(n=10)
     kept = measure_validation_nll(adapted, NAME, validation, max_tokens=500)
     assert kept == pytest.approx(trained.best_validation_nll, rel=1e-5)
+
+
+def test_a_training_that_only_does_harm_keeps_what_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted, said, losses = make_adapted("llama"), io.StringIO(), iter(range(1, 99))
+    monkeypatch.setattr("ensemblelora.training.trainer.measure_validation_nll", lambda *a, **o: float(next(losses)))
+    with progress.announcing(Console(file=said, width=200)):
+        trained = tune(adapted, tmp_path, n=10)
+    assert trained.best_step == 0 and trained.best_validation_nll == 1.0
+    assert [record["validation_nll"] for record in trained.history] == [1.0, 2.0, 3.0, 4.0]
+    for key, tensor in adapter_state(adapted, THETA0).items():
+        torch.testing.assert_close(adapter_state(adapted, NAME)[key], tensor)
+    assert "never lowered the validation loss" in said.getvalue()
 
 
 def test_the_validation_score_is_the_mean_over_tasks_of_their_means() -> None:
@@ -200,7 +217,7 @@ def test_checkpoints_hold_no_pickled_arguments(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_a_number_stops_the_training(tmp_path: Path) -> None:
     adapted = make_adapted("llama")
     adapted.base.model.model.norm.weight.data[0] = math.nan
-    with pytest.raises(TrainingError, match=r"'group-0': training loss became nan after 0 steps; lower training.learn"):
+    with pytest.raises(TrainingError, match=r"'group-0': validation loss became nan after 0 steps; lower training.l"):
         tune(adapted, tmp_path)
     assert adapted.peft.active_adapter == THETA0
     assert not adapted.peft.training
@@ -235,9 +252,8 @@ def test_every_setting_trains(change: dict[str, Any], tmp_path: Path) -> None:
 def test_the_meter_counts_training_and_validation(tmp_path: Path) -> None:
     meter = Meter("train")
     tune(make_adapted("llama"), tmp_path, meter=meter)
-    train, validation = make_group()
-    per_epoch = sum(count_tokens(split, "shared") for split in (*train, *validation))
-    assert meter.record.n_tokens == CONFIG.num_train_epochs * per_epoch
+    train, validation = (sum(count_tokens(split, "shared") for split in part) for part in make_group())
+    assert meter.record.n_tokens == validation + CONFIG.num_train_epochs * (train + validation)
     assert meter.record.flops > 0
 
 
@@ -251,5 +267,5 @@ def test_twenty_steps_follow_the_recorded_curve(tmp_path: Path) -> None:
     # A row a choice, as the curve was recorded: the layout decides what goes into a step together.
     trained = tune(replace(make_adapted("llama"), shares_context=False), tmp_path, config, n=40)
     losses = [record["validation_nll"] for record in trained.history]
-    assert [record["step"] for record in trained.history] == list(range(1, 21))
-    np.testing.assert_allclose(losses, CURVE, rtol=0.02)
+    assert [record["step"] for record in trained.history] == list(range(21))
+    np.testing.assert_allclose(losses[1:], CURVE, rtol=0.02)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ensemblelora import artifacts, progress, workspace
+from ensemblelora import artifacts, attempts, progress, workspace
 from ensemblelora.artifacts import RunFolder, write_json
 from ensemblelora.config import RunConfig
 from ensemblelora.data.identity import fingerprint_split
@@ -102,7 +102,7 @@ def test_a_failed_stage_is_not_done_and_goes_on_counting(tmp_path):
 
 
 def test_what_a_killed_process_spent_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(workspace, "_SAVING_SECONDS", 0.005)
+    monkeypatch.setattr(attempts, "_SAVING_SECONDS", 0.005)
     note = tmp_path / "run" / "stages" / "train.begun.json"
     with opened(tmp_path / "run") as work:
         do(work, "features", 1, flops=1)

@@ -46,6 +46,7 @@ __all__ = [
     "add_adapter",
     "attach",
     "count_trained",
+    "draw_start",
     "keep_head_in_float32",
     "load_adapter",
     "measure_distance",
@@ -76,6 +77,8 @@ class AdaptedModel:
     """the blocks below the lowest adapted one; none if that is the first"""
     shares_context: bool
     """whether the choices of a question can share a row"""
+    origin: str = THETA0
+    """the adapter that computes what the base computes: theta0, unless that was moved to where a warm-up ended"""
 
     @property
     def network(self) -> nn.Module:
@@ -169,6 +172,28 @@ def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | Non
         adapted.peft.eval()
         keep_head_in_float32(adapted, name)
     set_adapter_state(adapted, name, start)
+
+
+def draw_start(adapted: AdaptedModel, *, seed: int) -> dict[str, Tensor]:
+    """Draw an adapter's tensors as :func:`attach` draws theta0's; the model is left as it was.
+
+    Args:
+        adapted: The model; its theta0 says of what shape.
+        seed: Of the draw itself.
+
+    Returns:
+        Tensors of an adapter that computes what the base computes, from which it would train otherwise.
+    """
+    name, settings = "drawn", _copy_settings(adapted, THETA0)
+    settings.modules_to_save = None  # PEFT adds the head's names itself, each time
+    with activate(adapted, THETA0), forked_generators(adapted.device), _without_known_warnings():
+        torch.manual_seed(seed % 2**31)
+        adapted.peft.add_adapter(name, settings)
+    for layer in adapted.adapter_layers:
+        adapted.method.settle(layer, name)
+    state = adapter_state(adapted, name)
+    remove_adapter(adapted, name)
+    return state
 
 
 def remove_adapter(adapted: AdaptedModel, name: str) -> None:
@@ -281,15 +306,15 @@ def count_trained(adapted: AdaptedModel, name: str = THETA0) -> int:
         return sum(p.numel() for p in adapted.peft.parameters() if p.requires_grad)
 
 
-def measure_distance(adapted: AdaptedModel, name: str) -> dict[str, float]:
-    """How far an adapter moved from theta0, as Frobenius norms (paper, Table 2).
+def measure_distance(adapted: AdaptedModel, name: str, *, start: str = THETA0) -> dict[str, float]:
+    """How far an adapter moved from theta0, or from another start, as Frobenius norms (paper, Table 2).
 
     Returns:
         ``absolute``; ``relative_to_model`` (over the norm of all base weights); ``relative_to_adapter_init``.
     """
-    start, end = adapter_state(adapted, THETA0), adapter_state(adapted, name)
-    moved = sum(float((end[key].double() - start[key].double()).pow(2).sum()) for key in start) ** 0.5
-    init = sum(float(tensor.double().pow(2).sum()) for tensor in start.values()) ** 0.5
+    first, end = adapter_state(adapted, start), adapter_state(adapted, name)
+    moved = sum(float((end[key].double() - first[key].double()).pow(2).sum()) for key in first) ** 0.5
+    init = sum(float(tensor.double().pow(2).sum()) for tensor in first.values()) ** 0.5
     adapters = set(adapted.peft.peft_config)
     squares = [
         squared_norm(parameter)

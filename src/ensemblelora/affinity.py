@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,6 +166,7 @@ def affinity_from_scores(
     row_scale: Literal["none", "sd"] = "none",
     surrogate: SurrogateKind = "linear",
     surrogate_above: int = _MAX_TASKS_FOR_MEANS,
+    weights: Iterable[RowWeights] | None = None,
 ) -> Affinity:
     """Turn scores of subsets into the affinity matrix (paper, equation 1).
 
@@ -176,13 +177,16 @@ def affinity_from_scores(
         row_scale: ``sd`` divides each row by the spread of its entries, for losses of different magnitude.
         surrogate: What fills the entries that equation 1 can't, or should not; see :func:`weigh_scores`.
         surrogate_above: Number of tasks above which the surrogate gives the whole matrix.
+        weights: What :func:`weigh_scores` gave for these very scores, where they are needed elsewhere, too.
 
     Raises:
         DataError: If the values don't fit the design or are not finite, or a task is in no subset.
     """
     scores, members = np.asarray(values, dtype=np.float64), design.membership
     directed, is_filled = np.empty((design.n_tasks,) * 2), np.zeros((design.n_tasks,) * 2, dtype=bool)
-    for i, row in enumerate(weigh_scores(design, scores, surrogate=surrogate, surrogate_above=surrogate_above)):
+    if weights is None:
+        weights = weigh_scores(design, scores, surrogate=surrogate, surrogate_above=surrogate_above)
+    for i, row in enumerate(weights):
         directed[i], is_filled[i] = row.weights @ scores[row.subsets, i], row.surrogate
     if is_filled.any():
         _logger.info("%d of %d affinities come from the %s surrogate", is_filled.sum(), is_filled.size, surrogate)

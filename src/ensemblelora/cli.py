@@ -16,6 +16,9 @@ import typer
 
 from ensemblelora import __version__
 from ensemblelora.artifacts import CONFIG_FILE
+from ensemblelora.cli_analyze import add_analyze_command
+from ensemblelora.cli_federate import add_federation_commands
+from ensemblelora.cli_select import add_select_command
 from ensemblelora.cli_study import add_study_commands
 from ensemblelora.config import RunConfig
 from ensemblelora.console import describe_failure, say, show_json, show_rows, show_table, talking
@@ -213,7 +216,10 @@ def export(
     show_json(made) if as_json else _show_export(made)
 
 
+add_select_command(app)
+add_federation_commands(app)
 add_study_commands(app)
+add_analyze_command(app)
 
 
 @app.command(rich_help_panel=_SETUP)

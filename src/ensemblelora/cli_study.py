@@ -46,7 +46,8 @@ def compare(
         typer.Option(
             "--primary",
             metavar="A:B,...",
-            help="Comparisons that are the purpose, named beforehand; by default ours against every rival.",
+            help="Comparisons that are the purpose, named beforehand; by default ours against every rival, and our "
+            "groups alone against other groups. random and random-ours are the mean of their draws.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -100,11 +101,15 @@ def reproduce(
         str,
         typer.Argument(
             metavar="EXHIBIT",
-            help="table1, table4, table6, table7, figure4, figure7 or section2.1, of comparisons; table2, table3, "
-            "table5 or figure2, of validated runs.",
+            help="table1, table4, table6, table7, figure4, figure7, section2.1 or section3.3, of comparisons; table2, "
+            "table3, table5 or figure2, of validated runs; table2, table5, figure2, figure6, figure9, figure11, "
+            "figure12 or sectionB.6, of analyses; extension or extension-sizes, of federations.",
         ),
     ],
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of compare, or validated runs.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Of compare, analyze or federate, or validated runs."),
+    ],
     as_json: AsJson = False,
     *,
     talk: Talk,
@@ -120,8 +125,12 @@ def reproduce(
         from ensemblelora.ranking import render_exhibit
 
         return show_table(*render_exhibit(made))
-    for row in made.rows:
-        show_rows(dict(row), title=made.heading)
+    if all("claim" in row for row in made.rows):
+        claims = {str(row["claim"]): {key: value for key, value in row.items() if key != "claim"} for row in made.rows}
+        show_rows(claims, title=made.heading)
+    else:
+        for row in made.rows:
+            show_rows(dict(row), title=made.heading)
     for line in made.notes:
         typer.echo(line)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, ValidationError, model_validator
@@ -34,6 +34,7 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "dump_config",
+    "load_as",
     "load_config",
     "parse_config",
 ]
@@ -44,6 +45,7 @@ MAX_PROJ_DIM = 20_000
 MaxTokens = Literal["auto"] | Annotated[int, Field(ge=1)]
 """padded tokens of a pass that keeps no activations; auto: by the memory that is free"""
 
+_Config = TypeVar("_Config", bound=BaseModel)
 _Names = Annotated[tuple[str, ...], Field(min_length=1)]
 _Pair = Annotated[tuple[str, ...], Field(min_length=2)]
 
@@ -95,8 +97,16 @@ class ModelConfig(Stage):
 
 
 class GradientsConfig(Stage):
-    """Projected gradients at the base model."""
+    """Projected gradients at the base model, or at a warm-up."""
 
+    linearize_at: Literal["auto", "base", "warmup"] = Field(
+        "auto",
+        description="warmup: where a short training on all tasks ends, which groups go on from; auto: base, and warmup "
+        "for `select`.",
+    )
+    warmup_epochs: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Of the epochs, those of the warm-up, which groups then don't train; auto: half."
+    )
     output: Literal["auto", "margin", "contrast", "logodds", "sequence"] = Field(
         "auto", description="auto: margin for 2 classes, contrast to 8, logodds above, sequence for free text."
     )
@@ -106,6 +116,17 @@ class GradientsConfig(Stage):
     proj_dim: int = Field(400, ge=1, le=MAX_PROJ_DIM, description="Paper, Table 3: error is flat from 400 on.")
     n_projections: int = Field(
         1, ge=1, le=16, description="Independent ones; predictions are averaged, and their spread enters each interval."
+    )
+    train_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of each task's training rows whose gradients are taken, drawn by seed: whole groups, labels "
+        "in proportion. They stand for all rows, in boosting too. The pass gets cheaper by as much; what predictions "
+        "lose is to be measured, with `compare --methods ours,ours-half-features`.",
+    )
+    validation_fraction: float = Field(
+        1.0, gt=0, le=1, description="The same of the validation rows that predictions are made on; intervals widen."
     )
     max_tokens_per_batch: int = Field(2048, ge=1, description="Padded tokens of one gradient pass; bounds its memory.")
 
@@ -237,7 +258,8 @@ class EvaluationConfig(Stage):
     n_bootstrap: int = Field(2000, ge=100, description="Draws of groups of rows for each interval.")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Of the intervals.")
     max_tokens_per_batch: MaxTokens = Field(
-        "auto", description="Padded tokens of one forward pass; auto: by the memory that is free, up to 8,192."
+        "auto",
+        description="Padded tokens of one forward pass; auto: by the free memory, up to 4,096 (processor) or 8,192.",
     )
 
 
@@ -297,7 +319,7 @@ def parse_config(values: dict[str, Any], *, source: str = "config") -> RunConfig
     Raises:
         ConfigError: Names every fault at once: key, what arrived, what was expected.
     """
-    return _parse(values, source, ())
+    return _parse(RunConfig, values, source, ())
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -306,6 +328,11 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ConfigError: If the file is missing, is not YAML, or holds any wrong key or value.
     """
+    return load_as(RunConfig, path, overrides)
+
+
+def load_as(kind: type[_Config], path: Path, overrides: tuple[str, ...] = ()) -> _Config:
+    """Read a YAML recipe of another kind than a run's; as :func:`load_config`."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -316,20 +343,20 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"config {path}: expected a mapping of stages, got {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
-    return _parse(values, str(path), [override.partition("=")[0] for override in overrides])
+    return _parse(kind, values, str(path), [override.partition("=")[0] for override in overrides])
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: BaseModel) -> str:
     """Return the fully resolved config as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _parse(values: dict[str, Any], source: str, changed: Sequence[str]) -> RunConfig:
+def _parse(kind: type[_Config], values: dict[str, Any], source: str, changed: Sequence[str]) -> _Config:
     """Check values, and blame a wrong one on ``--set`` where its key is one of ``changed``, else on the source."""
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        faults = list_faults(error, RunConfig)
+        faults = list_faults(error, kind)
     by_set = [f"--set {told}" for where, told in faults if _is_among(where, changed)]
     others = [told for where, told in faults if not _is_among(where, changed)]
     raise ConfigError("; ".join([*([f"{source}: {'; '.join(others)}"] if others else []), *by_set]))

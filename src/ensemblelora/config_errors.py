@@ -66,8 +66,8 @@ def _describe(where: str, fault: Any, model: type[BaseModel]) -> str:
         return f"{where}: unknown key; {_suggest_key(where, model)}"
     if fault["type"] == "missing":
         return f"{where}: missing"
-    if fault["type"] == "value_error":  # raised by a section of ours, about several of its keys
-        return f"{where}: {fault['ctx']['error']}"
+    if fault["type"] == "value_error":  # raised by a section of ours, or by the whole, about several of its keys
+        return ": ".join([*([where] if where else []), str(fault["ctx"]["error"])])
     told = fault["msg"].replace("tuple", "list").replace("Tuple", "List")  # YAML has lists
     return f"{where}: got {fault['input']!r}: {told[0].lower()}{told[1:]}"
 

@@ -136,15 +136,24 @@ def describe_failure(error: BaseException, *, debug: bool = False) -> int:
     """
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-    code = error.exit_code if isinstance(error, (EnsembleLoraError, typer.TyperException)) else 1
-    if isinstance(error, typer.TyperException) and message.strip():
+    fault = _usage_fault()
+    message = error.format_message() if isinstance(error, fault) else str(error)
+    code = error.exit_code if isinstance(error, (EnsembleLoraError, fault)) else 1
+    if isinstance(error, fault) and message.strip():
         message = f"{message.rstrip('.')}; see --help"
-    if not isinstance(error, (EnsembleLoraError, typer.TyperException, OSError)):
+    if not isinstance(error, (EnsembleLoraError, fault, OSError)):
         message = _describe_unexpected(error)
     if message.strip():  # typer shows the help of a command without arguments, and raises an empty message
         say(f"error: {' '.join(message.split())}")
     return code
+
+
+def _usage_fault() -> Any:
+    """What typer raises for wrong usage: its own class, click's in the versions that Flower asks for."""
+    own = getattr(typer, "TyperException", None)
+    if own is None:
+        from click import ClickException as own
+    return own
 
 
 def _describe_unexpected(error: BaseException) -> str:

@@ -32,6 +32,7 @@ from ensemblelora.errors import ModelError
 
 __all__ = [
     "PassCosts",
+    "count_bodies",
     "count_forward",
     "count_full_training",
     "count_generation",
@@ -128,6 +129,27 @@ def count_forward(
         _count_unpacking(meter, costs, upper.shape, times if n_passes is None else n_passes)
 
 
+def count_bodies(meter: Meter | None, costs: PassCosts | None, batch: Batch, *, n_bodies: int, n_heads: int) -> None:
+    """Enter passes without the output layer, and the output layer on sums of what they give.
+
+    Args:
+        meter: What is told.
+        costs: Sizes; none counts tokens only.
+        batch: What is run.
+        n_bodies: Passes, one an adapter.
+        n_heads: How often the output layer is run.
+    """
+    if meter is None:
+        return
+    meter.add_tokens(n_bodies * batch.n_real_tokens, n_bodies * batch.n_padded_tokens)
+    if costs is not None:
+        upper = costs.upper
+        work = _workload(upper, batch)
+        body = count_forward_flops(upper.shape, replace(work, n_logits=0), upper.adapter) + upper.adapter.flops_per_pass
+        meter.add_flops(n_bodies * body + n_heads * 2 * upper.shape.hidden_size * work.n_logits)
+        _count_unpacking(meter, costs, upper.shape, n_bodies)
+
+
 def count_training(meter: Meter | None, costs: PassCosts | None, batch: Batch, *, normalize: bool = False) -> None:
     """Enter a forward and a backward pass that train the adapter.
 
@@ -165,6 +187,7 @@ def count_gradients(
     n_backwards: int,
     n_outputs: int,
     projection_flops: int,
+    n_coordinates: int = 0,
 ) -> None:
     """Enter a forward pass, its backward passes, and the projection of ``n_outputs`` gradients.
 
@@ -175,6 +198,8 @@ def count_gradients(
         n_backwards: Backward passes.
         n_outputs: Differentiated numbers, all examples together.
         projection_flops: Of projecting one gradient; see :meth:`Projector.count_flops`.
+        n_coordinates: p', the numbers with a gradient; more than there are at a fresh start, where LoRA's B is zero,
+            mean that A has one, too.
     """
     if meter is None:
         return
@@ -189,6 +214,7 @@ def count_gradients(
             n_backwards=n_backwards,
             n_outputs=n_outputs,
             projection_flops=projection_flops,
+            reaches_down=n_coordinates > upper.adapter.n_output_parameters,
         )
         meter.add_flops(flops + upper.adapter.flops_per_pass)
         _count_unpacking(meter, costs, upper.shape, 1 + n_backwards)

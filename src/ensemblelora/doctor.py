@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,7 @@ _PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy",
 # Below these, even a small run may break off half-way.
 _MIN_MEMORY_BYTES = 4 * 10**9
 _MIN_DISK_BYTES = 5 * 10**9
+_SCANNING_SECONDS = 2.0  # of each cache; some hold a quarter of a million files
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,9 @@ def _find_caches() -> Iterator[Finding]:
     }
     for name, folder in caches.items():
         if folder.is_dir():
-            yield Finding(
-                name, "ok", f"{_measure_bytes(folder) / 1e6:,.0f} MB in {folder}", f"to clear: rm -r {folder}"
-            )
+            n_bytes, is_whole = _measure_bytes(folder)
+            size = f"{'' if is_whole else 'at least '}{n_bytes / 1e6:,.0f} MB"
+            yield Finding(name, "ok", f"{size} in {folder}", f"to clear: rm -r {folder}")
 
 
 def _find_demo() -> Finding:
@@ -247,6 +249,16 @@ def _run_self_test(device: str) -> Finding:
     return Finding("self-test", "ok", f"features to report on a tiny random model in {seconds:.0f} s")
 
 
-def _measure_bytes(folder: Path) -> int:
-    # A hub cache links its snapshots to its blobs: links count once, as the blob.
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def _measure_bytes(folder: Path) -> tuple[int, bool]:
+    """Bytes of all files below a folder, and whether all were reached in the time that this may take."""
+    deadline, n_bytes, waiting = time.monotonic() + _SCANNING_SECONDS, 0, [str(folder)]
+    while waiting:
+        if time.monotonic() > deadline:
+            return n_bytes, False
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:  # others may be clearing it meanwhile
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not entry.is_symlink():  # a hub cache links its snapshots to its blobs: these count, once
+                    n_bytes += entry.stat(follow_symlinks=False).st_size
+    return n_bytes, True

@@ -4,44 +4,47 @@ In: the encoded rows and the adapted model. Out: one record per stage, by the le
 ``features`` and ``baselines`` count the very batches a run will take. Training in groups costs nearly the same for any
 partition: every task's rows pass once an epoch, and only the padding depends on who shares a batch. What depends on
 the plan or on the outcome (``boost``, ``combine``, ``evaluate``) is counted at its most.
-The oracle's fits take seconds and no model, and are left out. Blocks below the lowest adapted one count once a row, as
-if all rows fitted ``model.prefix_cache_gb``.
+The oracle's fits take seconds and no model, and are left out. Blocks below the lowest adapted one count once a row that
+fits ``model.prefix_cache_gb``, and with every pass of one that does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # ships no types
-import torch
 
 from ensemblelora.accounting.formulas import feature_bytes
 from ensemblelora.accounting.meter import Meter, StageRecord
-from ensemblelora.adapters import THETA0, AdaptedModel, activate, adapter_bytes
-from ensemblelora.config import RunConfig, TrainingConfig
-from ensemblelora.counting import (
-    count_forward,
-    count_generation,
-    count_gradients,
-    count_gram,
-    count_lower,
-    count_training,
+from ensemblelora.adapters import AdaptedModel, adapter_bytes
+from ensemblelora.config import GradientsConfig, RunConfig, TrainingConfig
+from ensemblelora.counting import count_forward, count_generation, count_lower, count_training
+from ensemblelora.data.batching import (
+    Batch,
+    collate,
+    iterate_batches,
+    plan_batches,
+    plan_evaluations,
+    schedule_training,
 )
-from ensemblelora.data.batching import Batch, collate, iterate_batches, plan_batches, schedule_training
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.data.subset import take_examples
 from ensemblelora.generation import list_contexts
-from ensemblelora.gradients.collect import count_outputs, feature_layout, find_active_layers, plan_features
 from ensemblelora.gradients.exact import gram_bytes, scratch_bytes
-from ensemblelora.gradients.output import choose_modes
-from ensemblelora.passes import FILL_TOKENS, choose_max_tokens, score
-from ensemblelora.scoring import cross_entropy
+from ensemblelora.gradients.plan import choose_examples, count_pass
+from ensemblelora.passes import FILL_TOKENS, choose_max_tokens
+from ensemblelora.prefix import choose_kept, count_slots, find_room
 from ensemblelora.seeding import seed_for
+from ensemblelora.speed import Speed, measure_speed
 from ensemblelora.stages import Rows
+from ensemblelora.startpoint import cut_training, is_warm
 from ensemblelora.training import choose_layout
 
-__all__ = ["StageForecast", "forecast_run"]
+__all__ = ["Forecaster", "Passes", "StageForecast", "forecast_run", "list_stages", "make_forecaster"]
 
 _BOOST_LENGTHS = 4  # forward passes of a line search, at most
 _NOTHING = StageRecord("")
@@ -58,25 +61,13 @@ class StageForecast:
     disk_bytes: int
     memory_bytes: int
     """peak of the process: what is resident now, and the largest batch's activations"""
+    dequantization_flops: int = 0
+    """operations that unpack a 4-bit base; not in ``flops``"""
 
 
 @dataclass(frozen=True)
-class _Rates:
-    """How fast this machine is; work is FLOPs, or padded tokens for a family without a formula."""
-
-    forward: float
-    """work a second of forward passes"""
-    training: float
-    """work a second of training steps"""
-    bytes_per_token: float
-    """of activations that a training step keeps for one padded token"""
-    forward_bytes_per_token: float
-    """that a forward pass holds at its fullest, for one padded token"""
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """What a stage runs through the model."""
+class Passes:
+    """What is run through the model."""
 
     training: StageRecord = _NOTHING
     """passes with a backward pass"""
@@ -90,6 +81,87 @@ class _Passes:
     """of what is in memory beside the model when there are no activations"""
 
 
+@dataclass(frozen=True, eq=False)
+class Forecaster:
+    """A run, and how fast this machine is; made by :func:`make_forecaster`.
+
+    Attributes:
+        config: The run's.
+        probe: The model with its start adapter.
+        rows: Of all tasks.
+        speed: Of this machine.
+        resident: Bytes of the process now.
+        unkept: Task and split of the rows whose lower blocks are run with every pass.
+        kept_bytes: Of activations below the lowest adapted block, while the run lasts.
+    """
+
+    config: RunConfig
+    probe: AdaptedModel
+    rows: Rows
+    speed: Speed
+    resident: int
+    unkept: frozenset[tuple[str, str]]
+    kept_bytes: int
+
+    @property
+    def most_groups(self) -> int:
+        """As many groups as the plan may have."""
+        asked = self.config.grouping.n_groups_asked
+        return min(self.config.grouping.max_groups, len(self.rows.names)) if asked is None else asked
+
+    def predict(self, passes: Passes) -> StageForecast:
+        """Turn what is run into time and memory."""
+        both = passes.training.joined(passes.forward)
+        return StageForecast(
+            seconds=self.speed.predict_seconds(passes.training, passes.forward),
+            flops=both.flops,
+            n_tokens=both.n_tokens,
+            disk_bytes=passes.disk_bytes,
+            memory_bytes=self.resident
+            + max(
+                round(self.speed.bytes_per_token * passes.batch_tokens),
+                round(self.speed.forward_bytes_per_token * passes.forward_tokens),
+                passes.held_bytes,
+            ),
+            dequantization_flops=both.dequantization_flops,
+        )
+
+    def boosting(self, n_rounds: int) -> StageForecast:
+        """Boosting with some number of rounds, at its most."""
+        return self.predict(_count_boosting(self, n_rounds))
+
+    def features(self, train_fraction: float, *, is_moved: bool = False) -> StageForecast:
+        """The gradient pass over a share of the training rows, at theta0 or where a training has ended."""
+        settings = self.config.gradients.model_copy(update={"train_fraction": train_fraction})
+        return self.predict(_count_features(self, settings, is_moved=is_moved))
+
+
+def make_forecaster(config: RunConfig, probe: AdaptedModel, rows: Rows) -> Forecaster:
+    """Time a few seconds of passes, and see what of the lower blocks can be kept.
+
+    Args:
+        config: The run.
+        probe: The model with its start adapter.
+        rows: Encoded tasks.
+    """
+    speed, resident = (
+        measure_speed(probe, rows.train, config.training.max_tokens_per_batch),
+        psutil.Process().memory_info().rss,
+    )
+    unkept: frozenset[tuple[str, str]] = frozenset()
+    kept_bytes = 0
+    if probe.prefix is not None:
+        model = probe.base.model
+        width = int(model.config.hidden_size) * model.dtype.itemsize
+        sizes = [count_slots(split) * width for split in rows.learning]
+        are_kept = choose_kept(sizes, find_room(Path(config.out), int(config.model.prefix_cache_gb * 1e9)))
+        kept_bytes = sum(size for size, is_kept in zip(sizes, are_kept, strict=True) if is_kept)
+        unkept = frozenset(
+            (split.task, split.split) for split, is_kept in zip(rows.learning, are_kept, strict=True) if not is_kept
+        )
+    return Forecaster(config, probe, rows, speed, resident, unkept, kept_bytes)
+
+
 def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str, StageForecast]:
     """Predict the cost of every stage and their total.
 
@@ -98,44 +170,38 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
         probe: The model with its start adapter; a few seconds of passes are timed on it.
         rows: Encoded tasks.
     """
-    step = config.training.max_tokens_per_batch
-    rates, resident = _measure_rates(probe, rows, step), psutil.Process().memory_info().rss
-    asked = config.grouping.n_groups_asked
-    most_groups = min(config.grouping.max_groups, len(rows.names)) if asked is None else asked
-    one, n_boosters = adapter_bytes(probe), config.boosting.n_rounds
-    predicted = _prediction_tokens(config, probe)
-    validated = _count_forward(probe, rows.validation, predicted)
-    training, checking = _count_training(config, probe, rows)
+    return list_stages(make_forecaster(config, probe, rows))
+
+
+def list_stages(run: Forecaster) -> dict[str, StageForecast]:
+    """Predict the cost of every stage and their total."""
+    config, probe, rows = run.config, run.probe, run.rows
+    step, n_boosters, predicted = (
+        config.training.max_tokens_per_batch,
+        config.boosting.n_rounds,
+        _prediction_tokens(run),
+    )
+    one, (training, checking) = adapter_bytes(probe), _count_training(run)
+    validated = _times(_count_forward(run, rows.validation, predicted), run.most_groups + n_boosters + bool(n_boosters))
     passes = {
-        "features": _count_features(config, probe, rows),
-        "train": _Passes(training, checking, most_groups * one, step, 2 * step),
-        "boost": _count_boosting(config, probe, rows),
-        "combine": _Passes(
-            forward=_times(validated, most_groups + n_boosters + bool(n_boosters)), forward_tokens=predicted
+        "features": _count_features(run, config.gradients, is_moved=is_warm(config)),
+        "train": Passes(training, checking, run.most_groups * one, step, 2 * step),
+        "boost": _count_boosting(run, n_boosters),
+        "combine": Passes(
+            forward=validated.joined(_count_unkept(run, rows.validation, predicted)), forward_tokens=predicted
         ),
-        "baselines": _Passes(training, checking, one, step, 2 * step),
-        "evaluate": _Passes(forward=_count_evaluation(config, probe, rows, most_groups), forward_tokens=predicted),
+        "baselines": Passes(training, checking, one, step, 2 * step),
+        "evaluate": Passes(forward=_count_evaluation(run), forward_tokens=predicted),
     }
+    if is_warm(config):
+        share = cut_training(config)[0].num_train_epochs / config.training.num_train_epochs
+        parts = [(_times(training, part), _times(checking, part)) for part in (share, 1 - share)]
+        passes = {"warmup": Passes(*parts[0], one, step, 2 * step), **passes}
+        passes["train"] = Passes(*parts[1], run.most_groups * one, step, 2 * step)
     if "shared" not in config.evaluation.baselines:
         del passes["baselines"]
-    stages = {name: _predict(stage, rates, resident) for name, stage in passes.items()}
+    stages = {name: run.predict(stage) for name, stage in passes.items()}
     return stages | {"total": _add_up(list(stages.values()))}
-
-
-def _predict(passes: _Passes, rates: _Rates, resident: int) -> StageForecast:
-    both = passes.training.joined(passes.forward)
-    return StageForecast(
-        seconds=_measure_work(passes.training) / rates.training + _measure_work(passes.forward) / rates.forward,
-        flops=both.flops,
-        n_tokens=both.n_tokens,
-        disk_bytes=passes.disk_bytes,
-        memory_bytes=resident
-        + max(
-            round(rates.bytes_per_token * passes.batch_tokens),
-            round(rates.forward_bytes_per_token * passes.forward_tokens),
-            passes.held_bytes,
-        ),
-    )
 
 
 def _add_up(stages: Sequence[StageForecast]) -> StageForecast:
@@ -145,123 +211,139 @@ def _add_up(stages: Sequence[StageForecast]) -> StageForecast:
         n_tokens=sum(stage.n_tokens for stage in stages),
         disk_bytes=sum(stage.disk_bytes for stage in stages),
         memory_bytes=max(stage.memory_bytes for stage in stages),
+        dequantization_flops=sum(stage.dequantization_flops for stage in stages),
     )
 
 
-def _count_training(config: RunConfig, probe: AdaptedModel, rows: Rows) -> tuple[StageRecord, StageRecord]:
+def _count_training(run: Forecaster) -> tuple[StageRecord, StageRecord]:
     """One adapter for all tasks: its optimiser steps, and the validation passes that choose a checkpoint."""
-    settings = config.training
+    settings, probe, train = run.config.training, run.probe, run.rows.train
     layout = choose_layout(probe, settings)
-    schedule = schedule_training(rows.train, settings, seed=seed_for(config.seed, "batches", "shared"), layout=layout)
-    meter, pad = Meter("train"), probe.base.pad_token_id
+    schedule = schedule_training(train, settings, seed=seed_for(run.config.seed, "batches", "shared"), layout=layout)
+    meter, lower, pad = Meter("train"), Meter("lower"), probe.base.pad_token_id
     for step in schedule:
-        batch = collate([(rows.train[task], example) for task, example in step], pad, layout=layout)
+        batch = collate([(train[task], example) for task, example in step], pad, layout=layout)
         count_training(meter, probe.costs, batch, normalize=settings.loss == "vocab_softmax")
-    n_planned = settings.num_train_epochs * settings.evaluations_per_epoch
-    stops = {max(1, round(len(schedule) * (i + 1) / n_planned)) for i in range(n_planned)}
-    checking = _count_forward(probe, rows.validation, 2 * settings.max_tokens_per_batch)
-    return meter.record, _times(checking, len(stops))
+        _enter_unkept(lower, run, batch)
+    n_stops = len(plan_evaluations(len(schedule), settings.num_train_epochs * settings.evaluations_per_epoch))
+    checking = _count_all(run, run.rows.validation, 2 * settings.max_tokens_per_batch)
+    return meter.record, lower.record.joined(_times(checking, n_stops))
 
 
-def _count_features(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
-    settings, meter = config.gradients, Meter("features")
-    plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, settings)
-    modes = choose_modes(rows.learning, settings.output)
-    for split in rows.learning:
-        width = count_outputs(split, modes[split.task])
-        layout, pad = feature_layout(probe, split), probe.base.pad_token_id
-        for batch in iterate_batches(split, settings.max_tokens_per_batch, pad, layout=layout):
-            count_gradients(
-                meter,
-                probe.costs,
-                batch,
-                n_backwards=1 if split.kind == "options" else width,
-                n_outputs=width * len(batch.examples),
-                projection_flops=plan.projection_flops,
-            )
-    lower = _count_lower(probe, rows.learning)  # once for all stages that learn
-    disk, held = feature_bytes(plan.n_rows, plan.proj_dim) + _measure_cache(config, probe, rows), 0
+def _count_features(run: Forecaster, settings: GradientsConfig, *, is_moved: bool = False) -> Passes:
+    probe, learning, seed = run.probe, run.rows.learning, run.config.seed
+    meter, lower = Meter("features"), Meter("lower")
+    more = partial(_enter_unkept, lower, run)
+    plan = count_pass(probe, learning, settings, seed=seed, meter=meter, is_moved=is_moved, enter_more=more)
+    kept = [split for split in learning if (split.task, split.split) not in run.unkept]
+    filled = _count_lower(probe, kept)  # once for all stages that learn
+    disk, held = feature_bytes(plan.n_rows, plan.proj_dim) + run.kept_bytes, 0
     if plan.form == "gram":
-        count_gram(meter, probe.costs, n_rows=plan.n_rows, n_coordinates=plan.n_coordinates)
         disk, held = disk + scratch_bytes(plan.n_rows, plan.n_coordinates), gram_bytes(plan.n_rows)
-    filled = FILL_TOKENS if probe.prefix else 0
-    return _Passes(meter.record, lower, disk, settings.max_tokens_per_batch, filled, held)
+    tokens = FILL_TOKENS if probe.prefix else 0
+    return Passes(meter.record, lower.record.joined(filled), disk, settings.max_tokens_per_batch, tokens, held)
 
 
-def _count_boosting(config: RunConfig, probe: AdaptedModel, rows: Rows) -> _Passes:
+def _count_boosting(run: Forecaster, n_rounds: int) -> Passes:
     """At most: every task in the group that is boosted, and every step length tried."""
-    n_rounds, tokens = config.boosting.n_rounds, config.gradients.max_tokens_per_batch
-    train, validation = ([s for s in splits if s.kind != "sequence"] for splits in (rows.train, rows.validation))
+    config, tokens = run.config, run.config.gradients.max_tokens_per_batch
+    train, validation = (
+        [s for s in splits if s.kind != "sequence"] for splits in (run.rows.train, run.rows.validation)
+    )
     if not n_rounds or not train:
-        return _Passes()
-    start = _times(_count_forward(probe, [*train, *validation], tokens), 2)
-    search = _times(_count_forward(probe, train, tokens), n_rounds * (_BOOST_LENGTHS + 1))
-    checks = _times(_count_forward(probe, validation, tokens), n_rounds)
-    backward = _times(_count_direction(config, probe, train), n_rounds)
-    return _Passes(
-        backward, start.joined(search).joined(checks), disk_bytes=n_rounds * adapter_bytes(probe), batch_tokens=tokens
+        return Passes()
+    train = [take_examples(s, choose_examples(s, config.gradients, seed=config.seed)) for s in train]
+    start = _times(_count_forward(run, [*train, *validation], tokens), 2)  # theta0 and the group's, in one go
+    start = start.joined(_count_unkept(run, [*train, *validation], tokens))
+    search = _times(_count_all(run, train, tokens), n_rounds * (_BOOST_LENGTHS + 1))
+    checks = _times(_count_all(run, validation, tokens), n_rounds)
+    backward, lower = (_times(record, n_rounds) for record in _count_direction(run, train))
+    return Passes(
+        backward,
+        start.joined(search).joined(checks).joined(lower),
+        disk_bytes=n_rounds * adapter_bytes(run.probe),
+        batch_tokens=tokens,
     )
 
 
-def _count_direction(config: RunConfig, probe: AdaptedModel, train: Sequence[EncodedSplit]) -> StageRecord:
+def _count_direction(run: Forecaster, train: Sequence[EncodedSplit]) -> tuple[StageRecord, StageRecord]:
+    """One step of boosting: passes with a backward pass, and of lower blocks."""
+    config = run.config
     if config.boosting.direction == "projected":
-        return _NOTHING
-    if config.boosting.direction == "dual":
-        return _count(probe, train, config.gradients.max_tokens_per_batch, count_training)
-    settings = TrainingConfig(num_train_epochs=1)
-    n_steps = len(schedule_training(train, settings, seed=0))
-    return _times(
-        _count(probe, train, settings.max_tokens_per_batch, count_training), config.boosting.n_steps / n_steps
-    )
+        return _NOTHING, _NOTHING
+    tokens, share = config.gradients.max_tokens_per_batch, 1.0
+    if config.boosting.direction == "steps":
+        settings = TrainingConfig(num_train_epochs=1)
+        tokens, share = (
+            settings.max_tokens_per_batch,
+            config.boosting.n_steps / len(schedule_training(train, settings, seed=0)),
+        )
+    return _times(_count(run, train, tokens, count_training), share), _times(_count_unkept(run, train, tokens), share)
 
 
-def _count_evaluation(config: RunConfig, probe: AdaptedModel, rows: Rows, most_groups: int) -> StageRecord:
+def _count_evaluation(run: Forecaster) -> StageRecord:
     """At most: every member on every test row, and the answers of every method to free-text questions."""
-    n_members = most_groups + config.boosting.n_rounds + len(config.evaluation.baselines)
+    config, probe, tokens = run.config, run.probe, _prediction_tokens(run)
+    n_members = run.most_groups + config.boosting.n_rounds + len(config.evaluation.baselines)
     meter = Meter("evaluate")
-    for split in rows.test:
+    for split in run.rows.test:
         if split.kind == "sequence":
             n_steps = int((split.row_lengths - split.answer_starts).max())
             lengths = np.array([len(context) for context in list_contexts(split)])
-            for batch in plan_batches(lengths + n_steps, split.row_counts, _prediction_tokens(config, probe)):
-                times = len(config.evaluation.baselines) + 1 + most_groups
+            for batch in plan_batches(lengths + n_steps, split.row_counts, tokens):
+                times = len(config.evaluation.baselines) + 1 + run.most_groups
                 count_generation(meter, probe.costs, lengths[batch].tolist(), n_steps=n_steps, times=times)
-    scored = _count_forward(probe, rows.test, _prediction_tokens(config, probe))
-    return _times(scored, n_members).joined(meter.record).joined(_count_lower(probe, rows.test))
+    scored = _times(_count_forward(run, run.rows.test, tokens), n_members)
+    return scored.joined(meter.record).joined(_count_lower(probe, run.rows.test))
 
 
-def _count_forward(probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int) -> StageRecord:
-    return _count(probe, splits, max_tokens, count_forward)
+def _count_all(run: Forecaster, splits: Iterable[EncodedSplit], max_tokens: int) -> StageRecord:
+    """A forward pass of one adapter, lower blocks included where they are not kept."""
+    splits = tuple(splits)
+    return _count_forward(run, splits, max_tokens).joined(_count_unkept(run, splits, max_tokens))
 
 
-def _count(
-    probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int, enter: Callable[..., None]
-) -> StageRecord:
+def _count_forward(run: Forecaster, splits: Iterable[EncodedSplit], max_tokens: int) -> StageRecord:
+    return _count(run, splits, max_tokens, count_forward)
+
+
+def _count_unkept(run: Forecaster, splits: Iterable[EncodedSplit], max_tokens: int) -> StageRecord:
+    """The lower blocks of a pass, of rows whose activations are not kept; once for all members that read them."""
+    meter = Meter("")
+    for batch in _iterate(run.probe, splits, max_tokens):
+        _enter_unkept(meter, run, batch)
+    return meter.record
+
+
+def _enter_unkept(meter: Meter, run: Forecaster, batch: Batch) -> None:
+    rows = sorted({span.at[0] for span in batch.spans if (span.split.task, span.split.split) in run.unkept})
+    if rows:
+        count_lower(meter, run.probe.costs, replace(batch, input_ids=batch.input_ids[rows]))
+
+
+def _count(run: Forecaster, splits: Iterable[EncodedSplit], max_tokens: int, enter: Callable[..., None]) -> StageRecord:
     """Cost of one pass over some splits."""
     meter = Meter("")
-    for split in splits:
-        for batch in iterate_batches(split, max_tokens, probe.base.pad_token_id, layout=probe.layout):
-            enter(meter, probe.costs, batch)
+    for batch in _iterate(run.probe, splits, max_tokens):
+        enter(meter, run.probe.costs, batch)
     return meter.record
 
 
 def _count_lower(probe: AdaptedModel, splits: Iterable[EncodedSplit]) -> StageRecord:
     """The blocks below the lowest adapted one, once a row."""
-    return _count(probe, splits, FILL_TOKENS, count_lower) if probe.prefix else _NOTHING
+    meter = Meter("")
+    for batch in _iterate(probe, splits, FILL_TOKENS) if probe.prefix else ():
+        count_lower(meter, probe.costs, batch)
+    return meter.record
 
 
-def _measure_cache(config: RunConfig, probe: AdaptedModel, rows: Rows) -> int:
-    """Bytes that the activations below the lowest adapted block take while the run lasts."""
-    if probe.prefix is None:
-        return 0
-    n_tokens = sum(int(split.input_lengths.sum()) for split in rows.learning)  # shared contexts take a little less
-    model = probe.base.model
-    needed = n_tokens * int(model.config.hidden_size) * model.dtype.itemsize
-    return min(needed, int(config.model.prefix_cache_gb * 1e9))
+def _iterate(probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int) -> Iterator[Batch]:
+    for split in splits:
+        yield from iterate_batches(split, max_tokens, probe.base.pad_token_id, layout=probe.layout)
 
 
-def _prediction_tokens(config: RunConfig, probe: AdaptedModel) -> int:
-    return choose_max_tokens(probe, config.evaluation.max_tokens_per_batch)
+def _prediction_tokens(run: Forecaster) -> int:
+    return choose_max_tokens(run.probe, run.config.evaluation.max_tokens_per_batch)
 
 
 def _times(record: StageRecord, n: float) -> StageRecord:
@@ -270,53 +352,5 @@ def _times(record: StageRecord, n: float) -> StageRecord:
         flops=round(n * record.flops),
         n_tokens=round(n * record.n_tokens),
         n_padded_tokens=round(n * record.n_padded_tokens),
+        dequantization_flops=round(n * record.dequantization_flops),
     )
-
-
-def _measure_work(record: StageRecord) -> int:
-    return record.flops or record.n_padded_tokens
-
-
-def _measure_rates(probe: AdaptedModel, rows: Rows, max_tokens: int) -> _Rates:
-    """Time a forward pass and a training step on a few middling rows, after one of each to warm up."""
-    split = max(rows.train, key=lambda s: s.n_examples)
-    batch = collate([(split, e) for e in _choose_timed(split, max_tokens)], probe.base.pad_token_id)
-    before, peaks = psutil.Process().memory_info().rss, {"forward": 0, "training": 0}
-    seconds = {"forward": 0.0, "training": 0.0}
-    for _ in range(2):
-        for kind in seconds:
-            with Meter(kind) as meter:  # what a pass holds at its fullest is let go at its end
-                _pass_once(probe, batch, is_training=kind == "training")
-            seconds[kind] = meter.record.wall_seconds
-            peaks[kind] = peaks[kind] or max(meter.record.peak_memory_bytes - before, 0)
-    meters = {kind: Meter(kind) for kind in seconds}
-    if probe.prefix:
-        for meter in meters.values():
-            count_lower(meter, probe.costs, batch)
-    count_forward(meters["forward"], probe.costs, batch)
-    count_training(meters["training"], probe.costs, batch)
-    return _Rates(
-        forward=_measure_work(meters["forward"].record) / seconds["forward"],
-        training=_measure_work(meters["training"].record) / seconds["training"],
-        bytes_per_token=peaks["training"] / batch.n_padded_tokens,
-        forward_bytes_per_token=peaks["forward"] / batch.n_padded_tokens,
-    )
-
-
-def _choose_timed(split: EncodedSplit, max_tokens: int) -> list[int]:
-    """Up to eight middling examples, no more than fit a step: one with sixty choices is sixty rows."""
-    middle = np.argsort(split.example_lengths, kind="stable")[split.n_examples // 2 :][:8]
-    lengths, n_rows = split.measure("rows")
-    padded = np.maximum.accumulate(lengths[middle]) * np.cumsum(n_rows[middle])
-    n_fitting = int((padded <= max_tokens).sum())
-    return [int(example) for example in middle[: max(n_fitting, 1)]]
-
-
-def _pass_once(probe: AdaptedModel, batch: Batch, *, is_training: bool) -> None:
-    with activate(probe, THETA0, trainable=is_training), torch.set_grad_enabled(is_training):
-        loss = cross_entropy(score(probe, batch).z, batch).mean()
-        if is_training:
-            loss.backward()
-            probe.peft.zero_grad(set_to_none=True)
-    if probe.device.type == "cuda":
-        torch.cuda.synchronize()  # else the clock stops before the work does

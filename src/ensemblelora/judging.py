@@ -62,7 +62,7 @@ def train_baselines(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows
     everyone = range(len(rows.names))
     with work.stage("baselines", rows.learning_fingerprint(), work.start_fingerprint, work.config.training) as stage:
         if stage.is_needed:
-            train_adapter(work, probe, _SHARED, everyone, rows, stage)
+            train_adapter(work, probe, _SHARED, everyone, rows, stage, is_whole=True)
     load_adapter(probe, _SHARED, work.folder.adapter(_SHARED))
     return _SHARED
 
@@ -119,7 +119,7 @@ def _score_tests(
     work: Workspace, probe: AdaptedModel, ensemble: Ensemble, shared: str | None, rows: Rows, meter: Meter
 ) -> dict[str, Any]:
     config = work.config.evaluation
-    plain: dict[str, str | None] = {"base": THETA0, _SHARED: shared}
+    plain: dict[str, str | None] = {"base": probe.origin, _SHARED: shared}
     baselines = {str(method): name for method in config.baselines if (name := plain[method]) is not None}
     tables = [
         _score_task(probe, ensemble, task, split, baselines, config.max_tokens_per_batch, meter)
@@ -200,7 +200,10 @@ def _measure_health(
     )
     return {
         "tasks": {name: asdict(entry) for name, entry in zip(rows.names, found, strict=True)},
-        "distances": {name: measure_distance(probe, name) for name in _list_adapters(ensemble, shared)},
+        "distances": {
+            name: measure_distance(probe, name, start=probe.origin if name == _SHARED else THETA0)
+            for name in _list_adapters(ensemble, shared)
+        },
     }
 
 
@@ -233,13 +236,13 @@ def _enter_costs(work: Workspace, probe: AdaptedModel, ensemble: Ensemble, share
     )
     by_method = {"base": MethodCosts()} if "base" in work.config.evaluation.baselines else {}
     if shared is not None:
-        stage = "baselines" if shared == _SHARED else "train"
+        taken = ("baselines",) if shared == _SHARED else ("warmup", "train")
         by_method[_SHARED] = MethodCosts(
-            train_flops=work.flops_of(stage), adapter_bytes=one, train_seconds=work.seconds_of(stage)
+            train_flops=work.flops_of(*taken), adapter_bytes=one, train_seconds=work.seconds_of(*taken)
         )
     for method, groups, training in (
-        ("own group", own, ("train", "boost")),
-        ("ensemble", used, ("train", "boost", "combine")),
+        ("own group", own, ("warmup", "train", "boost")),
+        ("ensemble", used, ("warmup", "train", "boost", "combine")),
     ):
         by_method[method] = replace(
             grouped,

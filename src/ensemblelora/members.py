@@ -10,6 +10,7 @@ from ensemblelora.config import RunConfig
 from ensemblelora.ensemble import Ensemble
 from ensemblelora.errors import UsageError
 from ensemblelora.models import Head, load_base
+from ensemblelora.startpoint import load_start
 
 __all__ = ["load_members"]
 
@@ -36,8 +37,8 @@ def load_members(path: Path, config: RunConfig, ensemble: Ensemble, *, head: Hea
             f"{path}: made with another version of {config.model.name!r} or another model.dtype than the "
             f"one loaded now{_say_packed(config)}; give the original, or run again"
         )
-    adapted = attach(base, config.adapter, seed=config.seed)
     folder = artifacts.RunFolder.open(path)
+    adapted = load_start(config, folder, attach(base, config.adapter, seed=config.seed))
     for member in ensemble.members:
         load_adapter(adapted, member.name, folder.adapter(member.name))
     return adapted

@@ -52,6 +52,7 @@ __all__ = [
     "find_blocks",
     "find_target_modules",
     "forked_generators",
+    "in_float32",
     "load_base",
     "prepare_base",
 ]
@@ -149,6 +150,25 @@ def forked_generators(device: torch.device) -> Iterator[None]:
     """Set torch's global generators back on leaving, so that drawing initial weights shifts nobody else's numbers."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def in_float32(network: nn.Module) -> Iterator[None]:
+    """Inside, a model of lower precision computes in float32; undone exactly, so no tensor may be added meanwhile.
+
+    Weights packed in 4 bits stay as they are: they are unpacked in their input's precision.
+    """
+
+    def list_floats() -> list[torch.Tensor]:
+        return [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+
+    dtypes = [tensor.dtype for tensor in list_floats()]
+    nn.Module.float(network)  # the model's own method refuses this for quantised models
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(list_floats(), dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
 
 
 def find_target_modules(model: nn.Module, layers: Sequence[int] | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,14 @@ from ensemblelora.data.batching import Batch
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.fusion import can_fuse, can_mix, fused
 from ensemblelora.prefix import HiddenCache
-from ensemblelora.scoring import Scores, score_batch
+from ensemblelora.scoring import Scores, score_batch, scored_hidden
 from ensemblelora.switch import MemberSwitch
 
 __all__ = [
     "FILL_TOKENS",
     "MemberRunner",
     "choose_max_tokens",
+    "compute_hidden",
     "members_in_turn",
     "run_lower",
     "score",
@@ -40,7 +42,9 @@ __all__ = [
     "without_cache",
 ]
 
-_FEWEST_TOKENS, _MOST_TOKENS, _TYPICAL_WIDTH = 512, 8192, 512
+_FEWEST_TOKENS, _TYPICAL_WIDTH = 512, 512
+_MOST_TOKENS = 8192
+_MOST_TOKENS_ON_PROCESSOR = 4096  # what its allocator keeps of larger passes adds up, pass by pass
 FILL_TOKENS = 4096
 """padded tokens of a pass that fills the cache; it keeps no activations"""
 
@@ -78,6 +82,18 @@ def score(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None, no
         return score_batch(adapted.network, batch, normalize=normalize)
 
 
+def compute_hidden(adapted: AdaptedModel, batch: Batch, *, lower: Tensor | None = None) -> Tensor:
+    """Last hidden states at the scored positions with whatever adapter is active, ``(n_scored, hidden)``.
+
+    Args:
+        adapted: The model.
+        batch: What to run.
+        lower: What :func:`run_lower` gave for the batch, so that several adapters can share it.
+    """
+    with _from(adapted, lower):
+        return scored_hidden(adapted.network, batch)
+
+
 def run_lower(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None) -> Tensor | None:
     """What enters the lowest adapted block, ``(rows, width, h)``; none where that is the model's first."""
     prefix = adapted.prefix
@@ -105,7 +121,11 @@ def run_lower(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None
 
 
 def choose_max_tokens(adapted: AdaptedModel, asked: MaxTokens) -> int:
-    """Padded tokens of a pass that keeps no activations: what a quarter of the free memory holds, up to 8,192."""
+    """Padded tokens of a pass that keeps no activations: what a quarter of the free memory holds.
+
+    At most 4,096 on a processor and 8,192 on an accelerator. Free memory is looked at once a process, so that all
+    passes of a run are alike and its record can name their size.
+    """
     if asked != "auto":
         return asked
     config = adapted.base.model.config
@@ -114,11 +134,17 @@ def choose_max_tokens(adapted: AdaptedModel, asked: MaxTokens) -> int:
     # A block's widest moment: the residual, a few of its size, the MLP's two inner values, a row of attention scores.
     numbers = 8 * hidden + 3 * inner + 2 * int(config.num_attention_heads) * _TYPICAL_WIDTH
     bytes_per_token = numbers * max(adapted.base.model.dtype.itemsize, 2) * 2
-    if adapted.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(adapted.device)
+    return _find_fitting(bytes_per_token, adapted.device)
+
+
+@cache
+def _find_fitting(bytes_per_token: int, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available
-    return int(min(max(free // 4 // bytes_per_token, _FEWEST_TOKENS), _MOST_TOKENS))
+    most = _MOST_TOKENS_ON_PROCESSOR if device.type == "cpu" else _MOST_TOKENS
+    return int(min(max(free // 4 // bytes_per_token, _FEWEST_TOKENS), most))
 
 
 def without_cache(adapted: AdaptedModel) -> AdaptedModel:

@@ -50,13 +50,14 @@ def run(config: RunConfig, *, until: str = "report") -> RunResult:
         raise ConfigError(f"stage {until!r}: expected one of {', '.join(STAGES)}")
     check_place(Path(config.out))
     tasks, rows, probe = stages.prepare(config)
-    start = stages.identify_start(config, probe)
+    start = stages.identify_start(config, probe, rows)
     with open_workspace(config, until=until, start_fingerprint=start) as work:
         stages.describe_run(work, tasks, rows, probe)
         probe = stages.keep_lower_layers(
             config, work.path, probe, rows
         )  # activations that no adapter changes, once a row
 
+        probe = stages.warm_up(work, probe, rows)  # another start than the base model, where one is asked for
         store = stages.take_features(work, probe, rows)  # projected gradients, section 2.2
         oracle, affinity = stages.estimate_affinity(work, store, rows, probe)  # f-hat of many subsets; equation 1
         plan = stages.choose_plan(work, oracle, affinity, rows, probe)  # groups, m, or "do not group"

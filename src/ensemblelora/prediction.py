@@ -141,7 +141,8 @@ def member_nll(scores: MemberScores, labels: np.ndarray) -> np.ndarray:
         summed: np.ndarray = np.add.reduceat(rows, starts, axis=1)
         return summed
     picked = values[:, np.arange(len(labels)), labels]
-    nll: np.ndarray = np.logaddexp.reduce(values, axis=2) - picked
+    with np.errstate(invalid="ignore"):  # whoever asks says what a score that is not a number means
+        nll: np.ndarray = np.logaddexp.reduce(values, axis=2) - picked
     return nll
 
 

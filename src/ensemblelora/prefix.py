@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from ensemblelora.progress import note, track
 from ensemblelora.scoring import model_inputs
 from ensemblelora.sharing import make_probe
 
-__all__ = ["FrozenPrefix", "HiddenCache", "find_prefix"]
+__all__ = ["FrozenPrefix", "HiddenCache", "choose_kept", "count_slots", "find_prefix", "find_room"]
 
 _FILE = "hidden.npy"
 _DISK_SHARE = 0.8
@@ -131,7 +132,8 @@ class HiddenCache:
     @property
     def bytes_to_come(self) -> int:
         """What the splits that are to be kept and are not filled yet will take on disk."""
-        n_slots = sum(place.n_slots for place in self._places.values() if not place.is_filled)
+        files = {place.folder: place for place in self._places.values()}  # parts of a split share its file
+        n_slots = sum(place.n_slots for place in files.values() if not place.is_filled)
         return n_slots * self.width * self.dtype.itemsize
 
     def enlist(self, splits: Sequence[EncodedSplit]) -> None:
@@ -141,24 +143,23 @@ class HiddenCache:
         for path in self.folder.iterdir():
             if path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)
-        # Writing to a mapped file on a full disk would kill the process; what was written before is room, too.
-        on_disk = sum(file.stat().st_size for file in self.folder.rglob(_FILE))
-        disk, left_out = int(_DISK_SHARE * shutil.disk_usage(self.folder).free) + on_disk, 0
-        room = min(self.max_bytes, disk)
-        for split, name in zip(splits, names, strict=True):
-            place = _Place(split, self.folder / name, self.width)
-            n_bytes = place.n_slots * self.width * self.dtype.itemsize
-            if n_bytes <= room:
-                room -= n_bytes
-                self._places[id(split)] = place
-            else:
-                left_out += 1
-        if left_out:
-            limit = "the free disk" if disk < self.max_bytes else f"model.prefix_cache_gb ({self.max_bytes / 1e9:.1f})"
+        room = find_room(self.folder, self.max_bytes)
+        sizes = [count_slots(split) * self.width * self.dtype.itemsize for split in splits]
+        are_kept = choose_kept(sizes, room)
+        for split, name, is_kept in zip(splits, names, are_kept, strict=True):
+            if is_kept:
+                self._places[id(split)] = _Place(split, self.folder / name, self.width)
+        if not all(are_kept):
+            limit = "the free disk" if room < self.max_bytes else f"model.prefix_cache_gb ({self.max_bytes / 1e9:.1f})"
             note(
-                f"activations below the adapted layers: {left_out} of {len(splits)} splits don't fit {limit} "
-                "and are computed each time"
+                f"activations below the adapted layers: {are_kept.count(False)} of {len(splits)} splits don't fit "
+                f"{limit} and are computed each time"
             )
+
+    def enlist_part(self, part: EncodedSplit, whole: EncodedSplit, rows: NDArray[np.int64]) -> None:
+        """Let some rows of a split be found as those of a split of their own; nothing if the whole is not kept."""
+        if (place := self._places.get(id(whole))) is not None:
+            self._places[id(part)] = place.take(part, rows)
 
     def read(self, batch: Batch, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
         """Gather a batch's hidden states ``(rows, width, h)``, and say which rows were kept ``(rows,)``."""
@@ -175,8 +176,9 @@ class HiddenCache:
 
     def missing(self, batch: Batch) -> list[EncodedSplit]:
         """Splits of the batch that are to be kept and are not filled yet."""
-        found = {id(span.split): self._places.get(id(span.split)) for span in batch.spans}
-        return [place.split for place in found.values() if place is not None and not place.is_filled]
+        found = (self._places.get(key) for key in {id(span.split): None for span in batch.spans})
+        unfilled = {place.folder: place.split for place in found if place is not None and not place.is_filled}
+        return list(unfilled.values())
 
     def fill(
         self, split: EncodedSplit, run: Callable[[Batch], Tensor], *, layout: Layout, max_tokens: int, pad_token_id: int
@@ -205,6 +207,7 @@ class _Place:
 
     def __init__(self, split: EncodedSplit, folder: Path, width: int) -> None:
         self.split, self.folder, self._width = split, folder, width
+        self.part = split  # whose rows are found; held, since it is known by its address
         shared = split.shared_lengths
         per_row = np.repeat(shared, split.row_counts)
         own = split.input_lengths - per_row
@@ -216,6 +219,13 @@ class _Place:
         first = split.example_rows[:-1]
         self._shared, self._shared_starts = per_row, np.repeat(ends[first] - sizes[first], split.row_counts)
         self._values: NDArray[Any] | None = None
+
+    def take(self, part: EncodedSplit, rows: NDArray[np.int64]) -> _Place:
+        """The same file, where ``part`` is a split of some of the rows."""
+        place = copy(self)
+        place.part, place._own_starts = part, self._own_starts[rows]
+        place._shared, place._shared_starts = self._shared[rows], self._shared_starts[rows]
+        return place
 
     @property
     def is_filled(self) -> bool:
@@ -241,6 +251,30 @@ class _Place:
             start = max(span.start, n_shared)
             first = int(self._own_starts[span.row]) + start - n_shared
             yield start - span.start, range(first, first + end - start)
+
+
+def count_slots(split: EncodedSplit) -> int:
+    """Tokens whose activations are kept of a split: all that are read, a context that choices share once."""
+    return int(split.input_lengths.sum() - (split.shared_lengths * (split.row_counts - 1)).sum())
+
+
+def choose_kept(sizes: Sequence[int], room: int) -> list[bool]:
+    """Say which of some splits, of so many bytes, fit the room that those before them leave."""
+    kept: list[bool] = []
+    for size in sizes:
+        kept.append(size <= room)
+        room -= size * kept[-1]
+    return kept
+
+
+def find_room(folder: Path, max_bytes: int) -> int:
+    """Bytes that activations may take in a folder, which need not be there yet, so that the disk is never full.
+
+    Writing to a mapped file on a full disk would kill the process; what was written before is room, too.
+    """
+    ground = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    on_disk = sum(file.stat().st_size for file in folder.rglob(_FILE))
+    return min(max_bytes, int(_DISK_SHARE * shutil.disk_usage(ground).free) + on_disk)
 
 
 def find_prefix(network: PreTrainedModel) -> FrozenPrefix | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +24,13 @@ from ensemblelora.reproduction.exhibit import Reproduction, Row
 
 __all__ = ["render_comparison", "render_exhibit"]
 
-_UNITS = {"accuracy": format_percent, "flops": format_flops, "bytes": format_bytes, "ratio": format_ratio}
+_UNITS: Mapping[str, Callable[[float | None], str]] = {
+    "accuracy": format_percent,
+    "flops": format_flops,
+    "bytes": format_bytes,
+    "ratio": format_ratio,
+    "nats": format_number,
+}
 
 
 def render_comparison(page: Page) -> list[Text | Table]:
@@ -41,7 +47,7 @@ def render_comparison(page: Page) -> list[Text | Table]:
     parts += [Text(line) for line in _list_primary(page)]
     if page.statistics.at_chance:
         told = join_names(list(page.statistics.at_chance), limit=12)
-        parts.append(Text(f"at chance under every method: {told}", style="dim"))
+        parts.append(Text(f"at chance by validation rows: {told}", style="dim"))
     failures = page.study.head.failures
     parts += [Text(f"failed: {name}, {why}", style="yellow") for name, why in failures.items()]
     parts.append(Text(f"report: {page.path}"))
@@ -66,7 +72,7 @@ def _tabulate(page: Page) -> Table:
         table.add_column(name, justify="left" if name == "method" else "right")
     for method in rank_methods(found):
         accuracy = method.mean.get("accuracy")
-        interval = format_interval(accuracy.low, accuracy.high, scale=100, digits=1) if accuracy else ""
+        interval = format_interval(*accuracy.ends, scale=100, digits=1) if accuracy else ""
         table.add_row(
             Text(method.name),
             _write(accuracy, 100, 1),
@@ -92,7 +98,9 @@ def _list_primary(page: Page) -> Iterator[str]:
     for result in found.primary:
         what = "accuracy" if result.metric == "accuracy" else "loss"
         change = describe_change(result, found.confidence)
-        yield f"{result.a} against {result.b}, {what}: {change}, corrected p {format_p_value(result.p_holm)}"
+        where = ", tasks above chance" if result.is_above_chance else ""
+        p_value = f"corrected p {format_p_value(result.p_holm)}"
+        yield f"{result.a} against {result.b}, {what}{where}: {change}, {p_value}"
 
 
 def render_exhibit(made: Reproduction) -> list[Text | Table]:

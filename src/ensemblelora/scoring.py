@@ -26,7 +26,15 @@ from transformers import PreTrainedModel
 from ensemblelora.data.batching import Batch
 from ensemblelora.errors import ModelError
 
-__all__ = ["Scores", "check_output_layer", "cross_entropy", "model_inputs", "score_batch"]
+__all__ = [
+    "Scores",
+    "check_output_layer",
+    "cross_entropy",
+    "model_inputs",
+    "score_batch",
+    "score_hidden",
+    "scored_hidden",
+]
 
 _OUTPUT_TOLERANCE = 0.02  # of the largest logit; bfloat16 rounding stays well below, a forgotten scaling does not
 _POSITIONS_AT_ONCE = 256  # 50 MB of float32 logits with 49,152 tokens
@@ -56,7 +64,7 @@ def score_batch(network: nn.Module, batch: Batch, *, normalize: bool = False) ->
     """
     if len(batch.kinds) and batch.kinds[0] == "classification":  # a model has one head, so all examples are
         return _score_classes(network, batch, normalize=normalize)
-    return _score_positions(network, batch, _scored_hidden(network, batch), normalize=normalize)
+    return score_hidden(network, batch, scored_hidden(network, batch), normalize=normalize)
 
 
 def cross_entropy(z: Tensor, batch: Batch, *, loss: str = "label_softmax") -> Tensor:
@@ -92,7 +100,7 @@ def check_output_layer(network: nn.Module, batch: Batch) -> None:
     with torch.inference_mode():
         logits: Tensor = network(**model_inputs(network, batch), use_cache=False).logits
         rows, columns = torch.from_numpy(batch.positions).to(logits.device).unbind(1)
-        own, ours = logits[rows, columns].float(), _output_layer(network, _scored_hidden(network, batch))
+        own, ours = logits[rows, columns].float(), _output_layer(network, scored_hidden(network, batch))
     error = float((own - ours).abs().max() / own.abs().max().clamp(min=1e-6))
     if not error <= _OUTPUT_TOLERANCE:
         raise ModelError(
@@ -118,8 +126,8 @@ def model_inputs(network: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": hidden[:, None], "position_ids": positions}
 
 
-def _scored_hidden(network: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states at the scored positions, ``(n_scored, hidden)``."""
+def scored_hidden(network: nn.Module, batch: Batch) -> Tensor:
+    """Run the model's body: last hidden states at the scored positions, ``(n_scored, hidden)``; not for classifiers."""
     body: nn.Module = network.base_model  # type: ignore[assignment]  # a property that torch's types don't know
     hidden: Tensor = body(**model_inputs(network, batch), use_cache=False).last_hidden_state
     rows, columns = torch.from_numpy(batch.positions).to(hidden.device).unbind(1)
@@ -136,8 +144,16 @@ def _score_classes(network: nn.Module, batch: Batch, *, normalize: bool) -> Scor
     return Scores(z=z.masked_fill(absent, -torch.inf), token_logprobs=z.new_empty(0))
 
 
-def _score_positions(network: nn.Module, batch: Batch, hidden: Tensor, *, normalize: bool) -> Scores:
-    # hidden (n_scored, h); targets (n_scored,), -1 marks a verbalizer row
+def score_hidden(network: nn.Module, batch: Batch, hidden: Tensor, *, normalize: bool = False) -> Scores:
+    """Score every example from last hidden states, whose sums have the summed logits where the output layer is linear.
+
+    Args:
+        network: The transformers model; its output layer alone is run.
+        batch: What the states are of.
+        hidden: ``(n_scored, hidden)``, as :func:`scored_hidden` gives them.
+        normalize: See :func:`score_batch`.
+    """
+    # targets (n_scored,), -1 marks a verbalizer row
     device = hidden.device
     targets = torch.from_numpy(batch.targets).to(device)
     choice_of = torch.from_numpy(batch.position_choice).to(device)

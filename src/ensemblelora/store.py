@@ -99,6 +99,19 @@ class FeatureStore:
         """
         return FeatureWriter(self, task, split, fingerprint, mode=mode, shard_bytes=shard_bytes)
 
+    def write(self, block: FeatureBlock, fingerprint: str) -> None:
+        """Write a whole block.
+
+        Args:
+            block: Its task, split and rows.
+            fingerprint: Identity of everything the features depend on.
+
+        Raises:
+            StoreError: If a number is not finite, or a row is there twice.
+        """
+        with self.writer(block.task, block.split, fingerprint, mode=block.mode) as writer:
+            writer.append(**{name: getattr(block, name) for name in DTYPES}, ids=block.ids)
+
     def read(self, task: str, split: str, *, verify: bool = True) -> FeatureBlock:
         """Return a block: memory-mapped if it has one shard, otherwise concatenated in memory.
 

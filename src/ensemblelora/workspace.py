@@ -10,28 +10,29 @@ from __future__ import annotations
 
 import os
 import platform
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ensemblelora import __version__, artifacts, progress
-from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts, StageRecord
+from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts
+from ensemblelora.attempts import Attempt
 from ensemblelora.config import RunConfig, dump_config
 from ensemblelora.errors import OutputError
 from ensemblelora.files import is_temporary
 
 __all__ = [
     "ORACLE_FILE",
+    "OpenRun",
     "StageRun",
     "Workspace",
     "check_place",
     "describe_environment",
+    "open_run",
     "open_workspace",
 ]
 
@@ -40,6 +41,7 @@ ORACLE_FILE = "oracle.json"
 
 # Every stage in its order, and the files in which others read its outcome.
 _OUTCOMES: Mapping[str, tuple[str, ...]] = {
+    "warmup": (),
     "features": (),
     "affinity": (artifacts.AFFINITY_FILE, ORACLE_FILE),
     "group": (artifacts.PLAN_FILE,),
@@ -50,7 +52,6 @@ _OUTCOMES: Mapping[str, tuple[str, ...]] = {
     "evaluate": (artifacts.RESULTS_FILE,),
     "report": (artifacts.REPORT_HTML_FILE, artifacts.REPORT_MARKDOWN_FILE),
 }
-_SAVING_SECONDS = 5.0
 
 
 class _LastStageReached(Exception):
@@ -69,16 +70,16 @@ class StageRun:
     """what the stage leaves; recorded with checksums when it ends"""
 
 
-@dataclass(eq=False)
-class Workspace:
-    """The open run folder of one config."""
+@dataclass(eq=False, kw_only=True)
+class OpenRun:
+    """An open run folder: its stages, none of which is run twice, and what they cost."""
 
-    config: RunConfig
     folder: artifacts.RunFolder
-    until: str
-    start_fingerprint: str
-    """identity of model, adapter settings and seed: of the point theta0"""
+    until: str = ""
+    """the last stage to run; none: all"""
     ledger: Ledger = field(default_factory=Ledger)
+    outcomes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """stages whose files go before they or an earlier one is run again, in their order"""
 
     @property
     def path(self) -> Path:
@@ -131,46 +132,32 @@ class Workspace:
         """Wall seconds of the named stages so far."""
         return sum(record.wall_seconds for record in self.ledger.stages if record.stage in stages)
 
+    def peaks_of(self, *stages: str) -> tuple[int, int]:
+        """Highest memory of the process in the named stages, and the most above what a stage began with."""
+        found = [record for record in self.ledger.stages if record.stage in stages]
+        peaks = [(record.peak_memory_bytes, record.added_memory_bytes) for record in found]
+        return max((peak for peak, _ in peaks), default=0), max((added for _, added in peaks), default=0)
+
     def _carry_out(self, run: StageRun) -> Iterator[StageRun]:
-        earlier = self._read_spent(run)
-        started = time.perf_counter()
-
-        def spent() -> StageRecord:
-            record = run.meter.record  # the meter fills in the time when it ends
-            seconds = record.wall_seconds or time.perf_counter() - started
-            return earlier.joined(replace(record, wall_seconds=seconds))
-
-        def save() -> None:
-            artifacts.write_json(self._note(run.name), {"fingerprint": run.fingerprint, "spent": asdict(spent())})
-
+        attempt = Attempt(self._note(run.name), run.fingerprint, run.meter)
         self._clear_outcomes(run.name)
-        save()
         try:
-            with progress.stage(run.name), run.meter, _repeating(save):
+            with progress.stage(run.name), attempt.measured():
                 yield run
         finally:
-            self._write_ledger(self.ledger.with_stage(spent()))
-            save()
+            self._write_ledger(self.ledger.with_stage(attempt.spent))
         self.folder.mark_done(run.name, run.fingerprint, files=run.files)
 
     def _clear_outcomes(self, name: str) -> None:
         """Drop what this stage and later ones left of other inputs."""
-        stages = list(_OUTCOMES)
+        stages = list(self.outcomes)
         self.folder.forget(name)
-        for later in stages[stages.index(name) :]:
-            found = [path for file in _OUTCOMES[later] if (path := self.path / file).exists()]
+        for later in stages[stages.index(name) :] if name in self.outcomes else ():
+            found = [path for file in self.outcomes[later] if (path := self.path / file).exists()]
             if found:
                 self.folder.forget(later)
             for path in found:
                 path.unlink()
-
-    def _read_spent(self, run: StageRun) -> StageRecord:
-        """What earlier attempts at this very stage cost."""
-        path = self._note(run.name)
-        content = artifacts.read_json(path) if path.exists() else {}
-        return (
-            StageRecord(**content["spent"]) if content.get("fingerprint") == run.fingerprint else StageRecord(run.name)
-        )
 
     def _write_ledger(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -178,6 +165,16 @@ class Workspace:
 
     def _note(self, name: str) -> Path:
         return self.path / artifacts.STAGES_FOLDER / f"{name}.begun.json"
+
+
+@dataclass(eq=False, kw_only=True)
+class Workspace(OpenRun):
+    """The open run folder of one config."""
+
+    config: RunConfig
+    start_fingerprint: str
+    """identity of model, adapter settings and seed: of the point theta0"""
+    outcomes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _OUTCOMES)
 
 
 def check_place(path: Path) -> None:
@@ -204,6 +201,25 @@ def check_place(path: Path) -> None:
 
 
 @contextmanager
+def open_run(path: Path, config: str) -> Iterator[OpenRun]:
+    """Make or take up a run folder, whatever kind of run it is of, and hold its lock.
+
+    Args:
+        path: The folder.
+        config: The run's, as it is written to the folder.
+
+    Raises:
+        OutputError: If the folder can't be written, is no run folder, or is in use.
+    """
+    folder = artifacts.RunFolder.create(path)
+    with folder.lock():
+        artifacts.write_text(folder.path / artifacts.CONFIG_FILE, config)
+        costs = folder.path / artifacts.COSTS_FILE
+        ledger = Ledger.from_dict(artifacts.read_json(costs)) if costs.exists() else Ledger()
+        yield OpenRun(folder=folder, ledger=ledger)
+
+
+@contextmanager
 def open_workspace(config: RunConfig, *, until: str, start_fingerprint: str) -> Iterator[Workspace]:
     """Make or take up the run folder, hold its lock, and leave after the stage ``until``.
 
@@ -215,21 +231,21 @@ def open_workspace(config: RunConfig, *, until: str, start_fingerprint: str) -> 
     Raises:
         OutputError: If the folder can't be written, is no run folder, or is in use.
     """
-    folder = artifacts.RunFolder.create(Path(config.out))
-    with folder.lock():
-        artifacts.write_text(folder.path / artifacts.CONFIG_FILE, dump_config(config))
-        costs = folder.path / artifacts.COSTS_FILE
-        ledger = Ledger.from_dict(artifacts.read_json(costs)) if costs.exists() else Ledger()
-        with suppress(_LastStageReached):
-            yield Workspace(config, folder, until, start_fingerprint, ledger)
+    with open_run(Path(config.out), dump_config(config)) as run, suppress(_LastStageReached):
+        yield Workspace(
+            config=config, folder=run.folder, until=until, start_fingerprint=start_fingerprint, ledger=run.ledger
+        )
 
 
-def describe_environment(model: Mapping[str, Any], device: str, before: Mapping[str, Any]) -> dict[str, Any]:
+def describe_environment(
+    model: Mapping[str, Any], device: str, max_tokens: int, before: Mapping[str, Any]
+) -> dict[str, Any]:
     """Versions and machine, for ``environment.json``.
 
     Args:
         model: What is known of the base model.
         device: Where it runs.
+        max_tokens: Padded tokens of a pass that keeps no activations, as found for this machine or as asked for.
         before: What the file says so far, whose date of creation stays.
     """
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")}
@@ -240,24 +256,6 @@ def describe_environment(model: Mapping[str, Any], device: str, before: Mapping[
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
         "model": dict(model),
+        "max_tokens_per_batch": max_tokens,
         "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-@contextmanager
-def _repeating(save: Callable[[], None]) -> Iterator[None]:
-    """Call ``save`` every few seconds while the body runs: a killed process can't say what it has spent."""
-    is_over = threading.Event()
-
-    def repeat() -> None:
-        while not is_over.wait(_SAVING_SECONDS):
-            with suppress(OutputError):  # a full disk: the stage itself will say so
-                save()
-
-    thread = threading.Thread(target=repeat, name="saving costs", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()

@@ -123,13 +123,21 @@ def count_full_step_flops(shape: ModelShape, work: Workload) -> int:
 
 
 def count_gradient_pass_flops(
-    shape: ModelShape, work: Workload, adapter: AdapterShape, *, n_backwards: int, n_outputs: int, projection_flops: int
+    shape: ModelShape,
+    work: Workload,
+    adapter: AdapterShape,
+    *,
+    n_backwards: int,
+    n_outputs: int,
+    projection_flops: int,
+    reaches_down: bool = False,
 ) -> int:
-    """FLOPs of taking projected gradients at the start point.
+    """FLOPs of taking projected gradients at the start point, or at an adapter that has moved from there.
 
     One forward pass; ``n_backwards`` backward passes to the outputs of the matrices that begin at zero (LoRA's B, a
     bottleneck's up-projection), which give each row's gradient of these (2 T P_B); and the projection of each
-    differentiated number's gradient.
+    differentiated number's gradient. Where these matrices have moved, the passes reach the others (LoRA's A, a
+    down-projection), too, and give each row's gradient of all (2 T P_a).
 
     Args:
         shape: The base model.
@@ -139,9 +147,13 @@ def count_gradient_pass_flops(
         n_outputs: Differentiated numbers, all examples together.
         projection_flops: Of projecting one gradient, which depends on the kind of projection; a dense one takes
             2 p' proj_dim.
+        reaches_down: Whether the first of the small products has a gradient, as after a warm-up.
     """
-    backward = _count_backward_flops(shape, work, adapter, with_weight_gradients=False)
-    rows = 2 * work.n_tokens * adapter.n_up_weights
+    if reaches_down:
+        backward, rows = _count_backward_flops(shape, work, adapter, with_weight_gradients=True), 0
+    else:
+        backward = _count_backward_flops(shape, work, adapter, with_weight_gradients=False)
+        rows = 2 * work.n_tokens * adapter.n_up_weights
     return count_forward_flops(shape, work, adapter) + n_backwards * (backward + rows) + projection_flops * n_outputs
 
 

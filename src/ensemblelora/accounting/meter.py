@@ -38,6 +38,7 @@ class StageRecord:
         peak_memory_bytes: Highest resident memory of the process during the stage.
         peak_accelerator_bytes: Highest memory torch held on the accelerator; none where there is none.
         dequantization_flops: Operations that unpack a 4-bit base, one a weight and pass; not in ``flops``.
+        added_memory_bytes: Of the peak, what was not resident when the stage began.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class StageRecord:
     peak_memory_bytes: int = 0
     peak_accelerator_bytes: int | None = None
     dequantization_flops: int = 0
+    added_memory_bytes: int = 0
 
     def joined(self, later: StageRecord) -> StageRecord:
         """Return the cost of a stage that was interrupted and went on: sums, and the higher of the peaks."""
@@ -61,6 +63,7 @@ class StageRecord:
             peak_memory_bytes=max(self.peak_memory_bytes, later.peak_memory_bytes),
             peak_accelerator_bytes=max(peaks, default=None),
             dequantization_flops=self.dequantization_flops + later.dequantization_flops,
+            added_memory_bytes=max(self.added_memory_bytes, later.added_memory_bytes),
         )
 
 
@@ -153,7 +156,7 @@ class Meter:
         self._record = StageRecord(stage)
         self._started = time.perf_counter()
         self._process = psutil.Process()
-        self._peak = 0
+        self._peak = self._resident = 0
         self._is_over = threading.Event()
         self._sampler = threading.Thread(target=self._sample_until_over, name=f"meter-{stage}", daemon=True)
 
@@ -162,6 +165,7 @@ class Meter:
         self._started = time.perf_counter()
         _reset_accelerator_peak()
         self._sample()
+        self._resident = self._peak
         self._sampler.start()
         return self
 
@@ -176,6 +180,7 @@ class Meter:
             self._record,
             wall_seconds=time.perf_counter() - self._started,
             peak_memory_bytes=self._peak,
+            added_memory_bytes=self._peak - self._resident,
             peak_accelerator_bytes=_read_accelerator_peak(),
         )
 

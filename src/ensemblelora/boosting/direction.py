@@ -32,7 +32,7 @@ from ensemblelora.gradients.tap import layer_parts
 from ensemblelora.passes import score
 from ensemblelora.seeding import seed_for
 
-__all__ = ["find_direction", "sum_gradients"]
+__all__ = ["expand_weights", "find_direction", "sum_gradients"]
 
 _LayerSteps = Mapping[str, tuple[Tensor | None, Tensor | None]]
 """(weight, bias) of each trained layer; a vector that scales activations has no bias"""
@@ -56,7 +56,7 @@ def find_direction(setup: Setup, name: str, state: GroupState) -> tuple[dict[str
         return _train_on_residual(setup, name, state), 1.0
     w, alphas, length = _fit_group(state, setup.config.l2_penalty)
     if setup.config.direction == "projected":
-        return _as_state(setup.adapted, name, _expand(setup.adapted, setup.projector, state, w)), length
+        return expand_weights(setup.adapted, name, setup.projector, state.splits("train"), w), length
     weighted = [(task.train, task.features.mode, alpha) for task, alpha in zip(state.tasks, alphas, strict=True)]
     step = sum_gradients(setup.adapted, name, weighted, max_tokens=setup.max_tokens, meter=setup.meter)
     return step, length
@@ -74,7 +74,7 @@ def _fit_group(
     features = [np.asarray(task.features.features) for task in state.tasks]
     targets = [
         residual_targets(scores, task.train.labels, task.features.mode)
-        for scores, task in zip(state.scores["train"], state.tasks, strict=True)
+        for scores, task in zip(state.scores("train"), state.tasks, strict=True)
     ]
     width = max(block.shape[1] for block in features)  # tasks with fewer outputs get outputs without a gradient
     jacobian = np.concatenate([np.pad(f, ((0, 0), (0, width - f.shape[1]), (0, 0))) for f in features])
@@ -118,21 +118,35 @@ def sum_gradients(
     return _as_state(adapted, name, gradients)
 
 
-def _expand(adapted: AdaptedModel, projector: Projector, state: GroupState, w: npt.NDArray[np.float64]) -> _LayerSteps:
-    """``P w``, layer by layer; the coordinates themselves where nothing was projected."""
-    layers = find_active_layers(adapted, state.splits("train"))
+def expand_weights(
+    adapted: AdaptedModel,
+    name: str,
+    projector: Projector,
+    splits: Sequence[EncodedSplit],
+    w: npt.NDArray[np.float64],
+) -> dict[str, Tensor]:
+    """Return ``P w``, the coordinates themselves where nothing was projected, keyed as saved tensors are.
+
+    Args:
+        adapted: The model.
+        name: An adapter at theta0, used as the place to compute in and left as it was.
+        projector: P.
+        splits: Any rows, for which layers have a gradient at theta0.
+        w: Weights of a linear model of projected gradients ``(proj_dim,)``.
+    """
+    layers = find_active_layers(adapted, splits)
     weights, start = torch.from_numpy(w.astype(np.float32)), 0
     steps: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-    for name, module in layers.items():
+    for layer, module in layers.items():
         parts: list[Tensor | None] = []
-        for part, shape in layer_parts(name, module):
+        for part, shape in layer_parts(layer, module):
             size = math.prod(shape)
             own = weights[start : start + size] if projector.proj_type == "none" else weights
             parts.append(projector.expand(part, shape, own))
             start += size
         weight, bias = (*parts, None)[:2]
-        steps[name] = (weight, bias)
-    return steps
+        steps[layer] = (weight, bias)
+    return _as_state(adapted, name, steps)
 
 
 def _train_on_residual(setup: Setup, name: str, state: GroupState) -> dict[str, Tensor]:
@@ -150,7 +164,7 @@ def _train_on_residual(setup: Setup, name: str, state: GroupState) -> dict[str, 
             z = score(adapted, batch, meter=setup.meter).z
             current, base = (
                 torch.from_numpy(_stack([values[t][e] for t, e in step], z.shape[1])).to(z.device)
-                for values in (state.scores["train"], state.base["train"])
+                for values in (state.scores("train"), state.base("train"))
             )
             moved = torch.where(torch.isfinite(z), current + config.boosting_rate * (z - base), -torch.inf)
             loss = torch.nn.functional.cross_entropy(moved, torch.from_numpy(batch.labels).to(z.device))

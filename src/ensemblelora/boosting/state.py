@@ -53,28 +53,39 @@ class Setup:
         ]
 
 
-@dataclass(eq=False)
 class GroupState:
-    """F of one group and the base's own scores, per task."""
+    """F of one group and the base's own scores, per task; rows are scored when they are first asked about.
 
-    tasks: Sequence[BoostTask]
-    scores: dict[Part, Scores]
-    base: dict[Part, Scores]
+    Attributes:
+        tasks: The group's.
+    """
 
-    @classmethod
-    def start(cls, setup: Setup, member: str, tasks: Sequence[BoostTask]) -> GroupState:
+    def __init__(self, setup: Setup, member: str, tasks: Sequence[BoostTask]) -> None:
         """Take F from the group's own adapter."""
-        state = cls(tasks, {}, {})
-        for part in ("train", "validation"):
-            both = setup.predict(state.splits(part), [member, THETA0])
-            state.scores[part] = [values[0] for values in both]
-            state.base[part] = [values[1] for values in both]
-        return state
+        self.tasks = tasks
+        self._setup, self._member = setup, member
+        self._scores: dict[Part, Scores] = {}
+        self._base: dict[Part, Scores] = {}
+
+    def scores(self, part: Part) -> Scores:
+        """F."""
+        if part not in self._scores:
+            self._scores[part] = self._score(part, self._member)
+        return self._scores[part]
+
+    def base(self, part: Part) -> Scores:
+        """Scores at theta0; F comes with them in one pass where it was not asked for before."""
+        if part not in self._base:
+            names = [THETA0] if part in self._scores else [THETA0, self._member]
+            found = self._setup.predict(self.splits(part), names)
+            self._base[part] = [values[0] for values in found]
+            self._scores.setdefault(part, [values[-1] for values in found])
+        return self._base[part]
 
     @property
     def n_rows(self) -> int:
         """Training rows of all tasks."""
-        return sum(len(scores) for scores in self.scores["train"])
+        return sum(split.n_examples for split in self.splits("train"))
 
     def splits(self, part: Part) -> list[EncodedSplit]:
         """The tasks' encoded rows."""
@@ -82,20 +93,34 @@ class GroupState:
 
     def nll(self, part: Part, scores: Scores | None = None) -> float:
         """Mean over the rows of all tasks, as the training loss counts them; of F, or of other scores."""
-        found = self.scores[part] if scores is None else scores
+        found = self.scores(part) if scores is None else scores
         sizes = [len(split.labels) for split in self.splits(part)]
         means = [mean_nll(values, split.labels) for values, split in zip(found, self.splits(part), strict=True)]
         return float(np.average(means, weights=sizes))
 
-    def add(self, setup: Setup, booster: str, rate: float) -> None:
-        """Move F by a booster that was kept."""
-        found = {part: [values[0] for values in setup.predict(self.splits(part), [booster])] for part in self.scores}
-        self.scores = {part: self.moved(part, new, rate) for part, new in found.items()}
+    def error(self, part: Part, scores: Scores | None = None) -> float:
+        """Share of the rows of all tasks that are answered wrongly; by F, or by other scores."""
+        found = self.scores(part) if scores is None else scores
+        pairs = zip(found, self.splits(part), strict=True)
+        return float(np.concatenate([values.argmax(axis=1) != split.labels for values, split in pairs]).mean())
+
+    def add(self, booster: str, rate: float) -> None:
+        """Move F by a booster that was kept in an earlier attempt."""
+        parts: tuple[Part, ...] = ("train", "validation")
+        self.replace({part: self.moved(part, self._score(part, booster), rate) for part in parts})
+
+    def replace(self, scores: dict[Part, Scores]) -> None:
+        """Put other scores in F's place."""
+        self._scores.update(scores)
+
+    def _score(self, part: Part, name: str) -> Scores:
+        return [values[0] for values in self._setup.predict(self.splits(part), [name])]
 
     def moved(self, part: Part, new: Scores, rate: float) -> Scores:
         """F plus ``rate`` times the change from the base to the new adapter; absent choices stay absent."""
+        base = self.base(part)
         with np.errstate(invalid="ignore"):  # -inf - -inf, where it is not used
             return [
                 np.where(np.isfinite(f), f + rate * (z - z0), f)
-                for f, z, z0 in zip(self.scores[part], new, self.base[part], strict=True)
+                for f, z, z0 in zip(self.scores(part), new, base, strict=True)
             ]

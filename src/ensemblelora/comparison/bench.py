@@ -23,7 +23,7 @@ from ensemblelora.comparison.pool import Pool
 from ensemblelora.comparison.record import TaskRows
 from ensemblelora.config import RunConfig
 from ensemblelora.counting import count_forward, count_lower
-from ensemblelora.data.batching import collate, iterate_batches, plan_batches
+from ensemblelora.data.batching import collate, iterate_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.models import BaseModel, load_base
@@ -60,7 +60,9 @@ class Bench:
     def describe(self) -> None:
         """Write ``environment.json`` and ``tasks.json``, as a run does."""
         start = stages.identify_start(self._config, self._probe)
-        work = Workspace(self._config, artifacts.RunFolder(self._folder), "report", start)
+        work = Workspace(
+            config=self._config, folder=artifacts.RunFolder(self._folder), until="report", start_fingerprint=start
+        )
         stages.describe_run(work, self._tasks, self.rows, self._probe)
 
     def open_pool(self, seed: int, learning_rate: float) -> Pool:
@@ -81,7 +83,8 @@ class Bench:
             plan = folder / "plan"
             _share_features(home, plan)
         start = stages.identify_start(config, self._probe)
-        return Pool(config, folder, self.rows, self._probe, start_fingerprint=start, plan_folder=plan)
+        places = {"plan_folder": plan, "base_folder": self._folder / "base"}
+        return Pool(config, folder, self.rows, self._probe, start_fingerprint=start, **places)
 
     def reload(self) -> None:
         """Load the model again, where a failure may have left it changed."""
@@ -133,7 +136,7 @@ class Bench:
         self._seed = seed
 
     def _keep_lower(self, probe: AdaptedModel) -> AdaptedModel:
-        return stages.keep_lower_layers(self._config, self._folder, probe, self.rows)
+        return stages.keep_lower_layers(self._config, self._folder, probe, self.rows, with_tests=True)
 
     def _load(self) -> BaseModel:
         config = self._config
@@ -173,8 +176,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _count_fill(meter: Meter, probe: AdaptedModel, split: EncodedSplit) -> None:
-    for indices in plan_batches(*split.measure(probe.layout), FILL_TOKENS):
-        batch = collate([(split, int(e)) for e in indices], probe.base.pad_token_id, layout=probe.layout)
+    for batch in iterate_batches(split, FILL_TOKENS, probe.base.pad_token_id, layout=probe.layout):
         count_lower(meter, probe.costs, batch)
 
 

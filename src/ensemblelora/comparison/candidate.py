@@ -17,7 +17,7 @@ from ensemblelora.ensemble import Ensemble, Member, combined_scores, needed_adap
 from ensemblelora.grouping import Partition
 from ensemblelora.prediction import MemberScores
 
-__all__ = ["Candidate", "Costs", "make_candidate", "make_ensemble"]
+__all__ = ["NOTHING", "Candidate", "Costs", "make_candidate", "make_ensemble"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -30,7 +30,8 @@ class Costs:
         train_flops: FLOPs of everything that is fine-tuned for it, boosting and weights included.
         select_flops: FLOPs spent on deciding what to train.
         seconds: Measured, both together.
-        peak_memory_bytes: The process's highest in its trainings.
+        peak_memory_bytes: The process's highest in what is done for it.
+        added_memory_bytes: The highest above what was resident when a part of it began.
         n_bytes: Of all tensors it keeps beside the base model.
         forward_passes: A prediction takes, averaged over tasks.
     """
@@ -39,6 +40,7 @@ class Costs:
     select_flops: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    added_memory_bytes: int = 0
     n_bytes: int = 0
     forward_passes: float = 1.0
 
@@ -55,9 +57,49 @@ class Costs:
             train_flops=sum(one.flops for one in trained) + more.pop("train_flops", 0),
             seconds=sum(one.seconds for one in trained) + more.pop("seconds", 0.0),
             peak_memory_bytes=max((one.peak_memory_bytes for one in trained), default=0),
+            added_memory_bytes=max((one.added_memory_bytes for one in trained), default=0),
             n_bytes=sum({one.name: one.n_bytes for one in (trained if kept is None else kept)}.values()),
             **more,
         )
+
+    @classmethod
+    def of_scoring(cls, pool: Pool, names: Mapping[int, Sequence[str]], part: Part) -> Costs:
+        """Charge for scoring rows, which was done: FLOPs as if they were scored for this method alone.
+
+        Args:
+            pool: Holds the scores.
+            names: Of each task, the adapters that score its rows together.
+            part: Which rows.
+        """
+        return cls(
+            train_flops=sum(pool.count_scoring(task, part, len(some)) for task, some in names.items()),
+            seconds=sum(pool.time_scoring(some, task, part) for task, some in names.items()),
+        )
+
+    def as_choosing(self) -> Costs:
+        """The same as the price of deciding what to train."""
+        return replace(self, train_flops=0, select_flops=self.flops, n_bytes=0)
+
+    @property
+    def flops(self) -> int:
+        """To make it: training and deciding."""
+        return self.train_flops + self.select_flops
+
+    def plus(self, *others: Costs) -> Costs:
+        """Add what was done besides: sums and peaks; what is kept, and what a prediction takes, stay."""
+        every = (self, *others)
+        return replace(
+            self,
+            train_flops=sum(one.train_flops for one in every),
+            select_flops=sum(one.select_flops for one in every),
+            seconds=sum(one.seconds for one in every),
+            peak_memory_bytes=max(one.peak_memory_bytes for one in every),
+            added_memory_bytes=max(one.added_memory_bytes for one in every),
+        )
+
+
+NOTHING = Costs(0)
+"""what a decision costs that needs neither a model nor time"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +161,7 @@ def make_candidate(
         return [_score(pool, ensemble, task, part) for task in pool.everyone]
 
     described = {"weights": ensemble.weights, "members": [member.name for member in ensemble.members]}
-    full = Costs(**{**vars(costs), "forward_passes": float(np.mean(passes))})
+    full = replace(costs, forward_passes=float(np.mean(passes)))
     return Candidate(predict, full, groups, {**described, **notes})
 
 

@@ -7,7 +7,7 @@ carried out before, so that asking for up to four of them costs four.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from ensemblelora import __version__, artifacts
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import adapter_bytes
 from ensemblelora.boosting import Boosting, BoostRound, Setup, boost_once, start_boosting
-from ensemblelora.comparison.candidate import Candidate, Costs, make_candidate, make_ensemble
+from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_candidate, make_ensemble
 from ensemblelora.comparison.matched import match_steps
-from ensemblelora.comparison.planned import Planned, make_plan
+from ensemblelora.comparison.planned import Planned, charge_features, make_part_plan, make_plan
 from ensemblelora.comparison.pool import Pool, Trained
 from ensemblelora.ensemble import Member, needed_adapters, sum_groups
 from ensemblelora.gradients.collect import make_projector
@@ -60,6 +60,8 @@ def train_ours(
     weights: Weighting | None = None,
     with_shared: bool = False,
     matches_steps: bool = False,
+    train_fraction: float | None = None,
+    regroup: Callable[[Pool], Partition] | None = None,
 ) -> Candidate:
     """The method as a whole: the plan's groups, boosters where a group still errs, convex weights.
 
@@ -72,26 +74,23 @@ def train_ours(
         weights: None: the config's. ``global`` is the paper's reading.
         with_shared: Let the weights choose one adapter for all tasks, too; costs its training.
         matches_steps: Train every group for as many optimiser steps as one adapter for all takes.
+        train_fraction: Share of the training rows that features are taken of; none: the config's.
+        regroup: Gives other groups than the plan's, which is then not paid for; boosters need features all the same.
 
     Reference:
         Paper, algorithm 2 and section 2.3.
     """
-    planned = make_plan(pool)
-    groups = planned.plan.groups
+    planned = make_plan(pool) if train_fraction is None else make_part_plan(pool, train_fraction)
+    groups = planned.plan.groups if regroup is None else regroup(pool)
     trained = [pool.train(group, settings=match_steps(pool, group) if matches_steps else None) for group in groups]
     boosted = boost_members(pool, planned, groups, trained, n_rounds)
     shared = [pool.train(pool.everyone)] if with_shared else []
     added = [one for one in shared if one not in trained]  # where the plan is one group, it is there already
     names = [one.name for one in (*trained, *added)]
     members = (*(Member(name, g, "group", 1.0) for g, name in enumerate(names)), *boosted.members)
-    rows, flops = weigh_members(pool, members, to_labels(groups).tolist(), weights)
-    costs = Costs.of(
-        [*trained, *boosted.spent, *added],
-        kept=[*trained, *boosted.kept, *added],
-        train_flops=flops,
-        select_flops=planned.select_flops,
-        seconds=planned.seconds,
-    )
+    rows, weighed = weigh_members(pool, members, to_labels(groups).tolist(), weights)
+    select = planned.costs if regroup is None else charge_features(pool, planned) if boosted.rounds else NOTHING
+    costs = Costs.of([*trained, *boosted.spent, *added], kept=[*trained, *boosted.kept, *added]).plus(weighed, select)
     tasks = (*groups, *(pool.everyone for _ in added))
     ensemble = make_ensemble(pool, names, rows, groups=tasks, boosters=boosted.members)
     notes: dict[str, Any] = {"boosting": [asdict(entry) for entry in boosted.rounds]}
@@ -100,7 +99,7 @@ def train_ours(
 
 def weigh_members(
     pool: Pool, members: Sequence[Member], own: Sequence[int], weights: Weighting | None = None
-) -> tuple[npt.NDArray[np.float64], int]:
+) -> tuple[npt.NDArray[np.float64], Costs]:
     """Find every task's weights on validation rows.
 
     Args:
@@ -110,7 +109,7 @@ def weigh_members(
         weights: None: the config's.
 
     Returns:
-        Weights ``(n_tasks, m)``, and the FLOPs of scoring the validation rows, where that was needed.
+        Weights ``(n_tasks, m)``, and what scoring the validation rows took, where that was needed.
 
     Reference:
         Paper, section 2.3; docs/paper.md, row "ensemble weights".
@@ -120,15 +119,13 @@ def weigh_members(
         config = config.model_copy(update={"weights": weights})
     groups = range(sum(member.kind == "group" for member in members))
     if config.weights == "own" or len(groups) == 1:
-        return np.eye(len(groups))[list(own)], 0
+        return np.eye(len(groups))[list(own)], NOTHING
     if config.weights == "uniform":
-        return np.full((pool.n_tasks, len(groups)), 1 / len(groups)), 0
-    scores, flops = [], 0
-    for task, split in enumerate(pool.rows.validation):
-        names = needed_adapters(members, groups, split.kind)
-        scores.append(sum_groups(pool.score(names, task, "validation"), names, members, groups))
-        flops += pool.count_scoring(task, "validation", len(names))
-    return settle_weights(scores, pool.rows.validation, own, config, seed=pool.config.seed)[0], flops
+        return np.full((pool.n_tasks, len(groups)), 1 / len(groups)), NOTHING
+    names = {t: needed_adapters(members, groups, split.kind) for t, split in enumerate(pool.rows.validation)}
+    scores = [sum_groups(pool.score(some, t, "validation"), some, members, groups) for t, some in names.items()]
+    fitted, _ = settle_weights(scores, pool.rows.validation, own, config, seed=pool.config.seed)
+    return fitted, Costs.of_scoring(pool, names, "validation")
 
 
 def boost_members(
@@ -138,7 +135,7 @@ def boost_members(
 
     Args:
         pool: Takes the boosters up.
-        planned: For its features.
+        planned: For its features; rows without any are passed over.
         groups: Tasks of each adapter; free-text tasks are passed over.
         trained: The groups' adapters.
         n_rounds: Boosters at most; none: the config's.
@@ -150,7 +147,7 @@ def boost_members(
     wanted = pool.config.boosting.n_rounds if n_rounds is None else n_rounds
     if not wanted:
         return Boosted()
-    settings = (pool.config.boosting.model_copy(update={"n_rounds": 0}), pool.config.gradients)
+    settings = (pool.config.boosting.model_copy(update={"n_rounds": 0}), planned.gradients)
     suffix = f"boost-{artifacts.fingerprint(settings)[:8]}"
     identity = artifacts.fingerprint(__version__, [one.name for one in trained], groups, settings)
     path = pool.folder / "kept" / f"boosting-{identity[:16]}.json"
@@ -195,7 +192,7 @@ def _go_on(
             meter=meter,
         )
         clock = _Clock(meter)
-        tasks = list_boost_tasks(groups, pool.rows, planned.store)
+        tasks = list_boost_tasks(groups, pool.rows, planned.store, pool.probe)
         boosting = start_boosting(setup, names, tasks, earlier=known.rounds, suffix=suffix)
         if known.rounds:
             clock.read()  # scoring them again is the price of asking twice, and not the method's
@@ -208,6 +205,7 @@ def _go_on(
             flops=flops,
             seconds=seconds,
             peak_memory_bytes=meter.record.peak_memory_bytes,
+            added_memory_bytes=meter.record.added_memory_bytes,
             n_steps=0,
             validation_nll=entry.heldout_nll_after,
             n_bytes=adapter_bytes(pool.probe),

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ensemblelora import artifacts
-from ensemblelora.adapters import adapter_bytes, adapter_state, add_adapter, attach
-from ensemblelora.comparison.candidate import Candidate, Costs, make_candidate, make_ensemble
+from ensemblelora.adapters import adapter_bytes, adapter_state, add_adapter, attach, draw_start
+from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_candidate, make_ensemble
 from ensemblelora.comparison.combined import boost_members
 from ensemblelora.comparison.planned import make_plan
 from ensemblelora.comparison.pool import Part, Pool, Runner, Trained
@@ -27,6 +27,7 @@ from ensemblelora.errors import ConfigError
 from ensemblelora.folding import rank_of, stack_adapters
 from ensemblelora.models import load_base
 from ensemblelora.prediction import MemberScores, predict_members
+from ensemblelora.seeding import seed_for
 from ensemblelora.stages import identify_start
 from ensemblelora.training import measure_validation_nll
 
@@ -43,11 +44,13 @@ __all__ = [
 
 
 def train_copies(pool: Pool) -> Candidate:
-    """As many adapters for all tasks as ours has in all, alike but for the order of their rows, averaged.
+    """As many adapters for all tasks as ours has in all, averaged; each has its own start and order of its rows.
 
-    Costs as many trainings of the shared adapter, and as many passes at inference.
+    The first is the shared adapter; what is random in theta0 (LoRA's A) is drawn anew for every other. Costs as many
+    trainings of the shared adapter, and as many passes at inference.
     """
-    trained = _train_copies(pool)
+    starts = [None, *(_draw_start(pool, c) for c in range(1, count_ours(pool)))]
+    trained = [pool.train(pool.everyone, start=start, copy=c) for c, start in enumerate(starts)]
     weights = np.full((pool.n_tasks, len(trained)), 1 / len(trained))
     ensemble = make_ensemble(pool, [one.name for one in trained], weights)
     return make_candidate(pool, ensemble, Costs.of(trained), n_members=len(trained))
@@ -77,15 +80,16 @@ def train_wide(pool: Pool) -> Candidate:
 
 
 def mix_copies(pool: Pool) -> Candidate:
-    """A soup: the averaged weights of the adapters of :func:`train_copies`, as one adapter.
+    """A soup: the averaged weights of as many adapters as :func:`train_copies` has, as one adapter.
 
-    A and B are averaged each by itself, as the literature does it; this is not the average of what they do to the
+    They have one start, without which an average of weights means nothing, and differ by the order of their rows. A
+    and B are averaged each by itself, as the literature does it; this is not the average of what they do to the
     weights, ``B A``. Costs the copies' trainings, and one pass at inference.
 
     Reference:
         Wortsman and others, "Model soups" (2022), uniform soup.
     """
-    return _mix(pool, _train_copies(pool), Costs(train_flops=0))
+    return _mix(pool, [pool.train(pool.everyone, copy=c) for c in range(count_ours(pool))], NOTHING)
 
 
 def mix_groups(pool: Pool, *, is_exact: bool = False) -> Candidate:
@@ -98,8 +102,7 @@ def mix_groups(pool: Pool, *, is_exact: bool = False) -> Candidate:
     """
     planned = make_plan(pool)
     trained = [pool.train(group) for group in planned.plan.groups]
-    select = Costs(0, select_flops=planned.select_flops, seconds=planned.seconds)
-    return _mix_exactly(pool, trained, select) if is_exact else _mix(pool, trained, select)
+    return (_mix_exactly if is_exact else _mix)(pool, trained, planned.costs)
 
 
 def count_ours(pool: Pool) -> int:
@@ -163,8 +166,15 @@ def score_elsewhere(
         return [pool.score([name], task, part, run=run) for task in pool.everyone]
 
 
-def _train_copies(pool: Pool) -> list[Trained]:
-    return [pool.train(pool.everyone, copy=c) for c in range(count_ours(pool))]
+def _draw_start(pool: Pool, copy: int) -> Trained:
+    """Another start than theta0, which the pool keeps as an adapter."""
+    name = f"pool-start-{artifacts.fingerprint(pool.start_fingerprint, pool.config.seed, copy)[:16]}"
+
+    def draw() -> dict[str, object]:
+        state = draw_start(pool.probe, seed=seed_for(pool.config.seed, "copy", copy))
+        return asdict(_keep_state(pool, name, state))
+
+    return Trained.from_dict(pool.recall("start", name, draw))
 
 
 def _mix(pool: Pool, trained: Sequence[Trained], select: Costs) -> Candidate:
@@ -218,8 +228,7 @@ def _recall_soup(pool: Pool, name: str, mix: Callable[[], dict[str, object]]) ->
 
 def _charge(trained: Sequence[Trained], soup: Trained, select: Costs) -> Costs:
     """A soup costs its parts' trainings, and is all that is kept."""
-    found = Costs.of(trained, kept=[soup], select_flops=select.select_flops, seconds=select.seconds)
-    return replace(found, forward_passes=1.0)
+    return replace(Costs.of(trained, kept=[soup]).plus(select), forward_passes=1.0)
 
 
 @contextmanager

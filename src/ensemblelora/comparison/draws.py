@@ -1,7 +1,9 @@
-"""Every method and pair of methods in the same draws of test rows, and what draws say about a difference. No torch.
+"""Every method and pair of methods in the same draws of test rows, and how much the rows make them vary. No torch.
 
 In: a :class:`~.record.StudyRecord`. Out: :class:`Sample`. A row's values are averaged over seeds first; then groups of
-rows are drawn with replacement, task by task, the same ones for all methods.
+rows are drawn with replacement, task by task, the same ones for all methods. That says how much the choice of rows
+matters for these very trainings; :mod:`.uncertainty` adds what others would have changed. A task whose test rows are of
+a single group stays in every mean as it was measured, and out of the resampling.
 
 Cost: draws x groups of rows random numbers a task, and a matrix product for all methods and pairs together. The slow
 twin, :func:`ensemblelora.evaluation.metrics.compare_paired_tasks`, takes one pair at a time.
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora.comparison.record import MethodRecord, StudyRecord, TaskRows
+from ensemblelora.comparison.uncertainty import Error, RowSpread, join_errors, measure_rows
 from ensemblelora.evaluation.metrics import resample_means
 
 __all__ = [
@@ -23,7 +26,6 @@ __all__ = [
     "Pair",
     "Sample",
     "adjust_holm",
-    "compute_bootstrap_p_value",
     "compute_interval",
     "draw_sample",
 ]
@@ -41,14 +43,39 @@ class Sample:
         study: What is drawn from.
         by_task: Task and metric -> method or pair of methods -> each draw's mean ``(n_draws,)``; of a pair, of the
             difference on the seeds that both have.
+        spreads: The same, how the mean varies with the choice of rows; not of tasks with a single group of them.
     """
 
     study: StudyRecord
     by_task: Mapping[tuple[str, str], Mapping[str | Pair, Array]]
+    spreads: Mapping[tuple[str, str], Mapping[str | Pair, RowSpread]]
 
     def draws(self, key: str | Pair, metric: str, tasks: Sequence[str]) -> Array:
-        """Each draw's mean over tasks ``(n_draws,)``."""
+        """Each draw's mean over tasks ``(n_draws,)``; NaN where no task's rows can be drawn."""
+        if not any(self.spreads[task, metric] for task in tasks):
+            return np.full(self.n_draws, np.nan)
         return np.asarray(np.mean([self.by_task[task, metric][key] for task in tasks], axis=0))
+
+    def error(self, key: str | Pair, metric: str, tasks: Sequence[str], per_seed: Array) -> Error | None:
+        """How sure a mean over tasks is; none of a single seed.
+
+        Args:
+            key: A method, or a pair.
+            metric: Of the mean.
+            tasks: Behind it.
+            per_seed: Each seed's mean, or difference of means.
+        """
+        rows = [found[key] for task in tasks if (found := self.spreads[task, metric])]
+        return join_errors(rows, len(tasks), per_seed)
+
+    @property
+    def n_draws(self) -> int:
+        """How often rows were drawn."""
+        return next((len(draws) for found in self.by_task.values() for draws in found.values()), 0)
+
+    def list_undrawn(self) -> tuple[str, ...]:
+        """Tasks whose test rows are of a single group."""
+        return tuple(dict.fromkeys(task for (task, _), found in self.spreads.items() if not found))
 
     def per_seed(self, method: str, metric: str, tasks: Sequence[str], seeds: Sequence[int]) -> Array:
         """Each seed's mean over tasks as measured ``(n_seeds,)``."""
@@ -76,14 +103,18 @@ def draw_sample(study: StudyRecord, pairs: Sequence[Pair], *, n_bootstrap: int, 
         seed: Their root.
     """
     by_task: dict[tuple[str, str], dict[str | Pair, Array]] = {}
+    spreads: dict[tuple[str, str], dict[str | Pair, RowSpread]] = {}
     for i, task in enumerate(study.head.tasks):
         for metric in METRICS:
             columns = dict(_list_columns(study, task, metric, pairs))
             if columns:
                 rows = np.stack(list(columns.values()), axis=1)  # (n_rows, methods and pairs)
                 drawn = resample_means(rows, task.groups, n_bootstrap=n_bootstrap, seed=seed, task=i)
-                by_task[task.name, metric] = dict(zip(columns, drawn.T, strict=True))
-    return Sample(study, by_task)
+                measured = np.where(np.isnan(drawn), rows.mean(axis=0), drawn)  # as it is, where nothing can be drawn
+                by_task[task.name, metric] = dict(zip(columns, measured.T, strict=True))
+                varied = {key: measure_rows(values, task.groups) for key, values in columns.items()}
+                spreads[task.name, metric] = {key: found for key, found in varied.items() if found is not None}
+    return Sample(study, by_task, spreads)
 
 
 def compute_interval(draws: npt.ArrayLike, confidence: float) -> tuple[float | None, float | None]:
@@ -95,40 +126,23 @@ def compute_interval(draws: npt.ArrayLike, confidence: float) -> tuple[float | N
     return float(low), float(high)
 
 
-def compute_bootstrap_p_value(difference: float, draws: npt.ArrayLike) -> float | None:
-    """Return the two-sided p-value of no difference.
-
-    Draws scatter about the measured difference as measured ones scatter about the true one, so that, were the true one
-    zero, a measured one would lie as far from zero as draws lie from the measured one. It counts as a draw itself, lest
-    a p-value be zero.
+def adjust_holm(p_values: Sequence[float], *, n_more: int = 0) -> tuple[float, ...]:
+    """Return Holm's corrected p-values: the k-th smallest of m times m - k + 1, made rising, at most 1.
 
     Args:
-        difference: Measured.
-        draws: The same in draws of rows with replacement ``(n,)``.
-
-    Returns:
-        None where draws are not finite, as of a task with a single group of rows.
-
-    Example:
-        >>> compute_bootstrap_p_value(1.0, [0.9, 1.1, 1.0])
-        0.25
-    """
-    spread = np.abs(np.asarray(draws, dtype=np.float64) - difference)
-    if not np.isfinite(spread).all():
-        return None
-    return float((1 + (spread >= abs(difference)).sum()) / (1 + len(spread)))
-
-
-def adjust_holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Return Holm's corrected p-values: the k-th smallest of m times m - k + 1, made rising, at most 1.
+        p_values: Of the tests that could be made.
+        n_more: Tests that were named, too, and could not be made; each counts as one whose p-value is 1.
 
     Example:
         >>> adjust_holm([0.5, 0.125, 0.25])
         (0.5, 0.375, 0.5)
+        >>> adjust_holm([0.125], n_more=2)
+        (0.375,)
     """
+    n_tests = len(p_values) + n_more
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(np.argsort(p_values, kind="stable")):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        highest = max(highest, min(1.0, (n_tests - rank) * p_values[place]))
         adjusted[place] = highest
     return tuple(adjusted)
 

@@ -2,13 +2,17 @@
 
 Each gives a partition of the tasks, and :func:`~.grouped.train_groups` an adapter a group, so that what differs from
 ours is the partition alone. All have the number of groups of our plan, which is given to them: what the plan cost is
-not charged. Those that measure how alike tasks are use the plan's clustering, and meet the config's constraints.
+not charged. Those that measure how alike tasks are use the plan's clustering, and meet the config's constraints. Those
+that learn it from the data (gradients, lookahead, trained adapters, texts) may also say that tasks are not to be
+grouped, as our plan may: they train one adapter for all besides, and keep what has the lower validation loss
+(:mod:`.chosen`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +20,13 @@ import numpy.typing as npt
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, adapter_state
-from ensemblelora.comparison.candidate import Candidate
+from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs
+from ensemblelora.comparison.chosen import Option, train_best
 from ensemblelora.comparison.grouped import train_groups
 from ensemblelora.comparison.likeness import compare_adapters, compare_formats, compare_texts, find_categories
-from ensemblelora.comparison.lookahead import measure_lookahead
-from ensemblelora.comparison.planned import make_plan
+from ensemblelora.comparison.lookahead import level_gains, measure_lookahead
+from ensemblelora.comparison.matched import match_steps
+from ensemblelora.comparison.planned import charge_features, make_plan
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.errors import ConfigError
 from ensemblelora.grouping import Partition, cluster
@@ -32,6 +38,7 @@ from ensemblelora.seeding import generator_for
 __all__ = [
     "Wanted",
     "choose_number",
+    "draw_groups",
     "group_by_adapters",
     "group_by_category",
     "group_by_chance",
@@ -61,12 +68,24 @@ class Wanted:
         return len(self.sizes)
 
 
-def group_by_chance(pool: Pool, draw: int) -> Candidate:
+def group_by_chance(pool: Pool, draw: int, *, matches_steps: bool = False) -> Candidate:
     """Random groups of the same sizes as the plan's, uniformly among those that meet the config's constraints.
 
     Args:
         pool: The seed's.
         draw: Which one; each is another, and another in every seed.
+        matches_steps: Train every group for as many optimiser steps as one adapter for all takes.
+
+    Raises:
+        ConfigError: If a thousand draws meet the constraints in none.
+    """
+    settle = partial(match_steps, pool) if matches_steps else None
+    candidate = train_groups(pool, draw_groups(pool, draw), settle=settle)
+    return _note(candidate, n_groups_from=choose_number(pool).source)
+
+
+def draw_groups(pool: Pool, draw: int) -> Partition:
+    """Draw the groups of :func:`group_by_chance`.
 
     Raises:
         ConfigError: If a thousand draws meet the constraints in none.
@@ -76,39 +95,50 @@ def group_by_chance(pool: Pool, draw: int) -> Candidate:
     for _ in range(_MAX_DRAWS):
         groups = sample_partition(wanted.sizes, generator)
         if constraints.allows(groups):
-            return _train(pool, groups, wanted)
+            return groups
     raise ConfigError(f"random groups: none of {_MAX_DRAWS} draws meets the constraints on groups; leave them out")
 
 
 def group_by_gradients(pool: Pool) -> Candidate:
     """Clusters by the cosine of the tasks' mean projected loss gradients at theta0 (paper, sections 3.1 and 5).
 
-    Costs the gradient pass over the training rows: their share, by tokens, of ours, which takes validation rows too.
+    Costs the gradient pass over the training rows, which is less than ours, that takes validation rows too; and one
+    adapter for all, or the groups, whichever is not kept.
     """
     planned = make_plan(pool)
     cosines = measure_gradient_cosines(make_judge(planned.oracle, seed=pool.config.seed))
-    n_train, n_all = (sum(int(s.input_lengths.sum()) for s in some) for some in (pool.rows.train, pool.rows.learning))
-    share = n_train / n_all
-    flops, seconds = round(share * planned.feature_flops), share * planned.feature_seconds
-    return _cluster(pool, cosines, select_flops=flops, seconds=seconds)
+    return _cluster_or_not(pool, cosines, charge_features(pool, planned))
 
 
-def group_by_lookahead(pool: Pool) -> Candidate:
+def group_by_lookahead(pool: Pool, *, matches_steps: bool = False) -> Candidate:
     """Clusters by TAG's affinity (paper, sections 3.1 and 5): what a step on one task does to the others' losses.
 
-    Costs a training of the shared adapter, and what is looked at meanwhile; see :mod:`.lookahead`.
+    Costs a training of an adapter for all, and what is looked at meanwhile; see :mod:`.lookahead`. That adapter is the
+    shared one but for the order of its rows, which stands for it where tasks are not to be grouped.
+
+    Args:
+        pool: The seed's.
+        matches_steps: Train every group for as many optimiser steps as one adapter for all takes.
     """
     found = measure_lookahead(pool)
-    gains = np.array(found["gains"])
-    candidate = _cluster(pool, (gains + gains.T) / 2, select_flops=found["flops"], seconds=found["seconds"])
-    candidate = replace(candidate, notes={**candidate.notes, "n_looks": found["n_looks"]})
-    return _raise_peak(candidate, found["peak_memory_bytes"])
+    select = Costs(
+        0,
+        select_flops=found["flops"],
+        seconds=found["seconds"],
+        peak_memory_bytes=found["peak_memory_bytes"],
+        added_memory_bytes=found.get("added_memory_bytes", 0),
+    )
+    candidate = _cluster_or_not(
+        pool, level_gains(found["gains"]), select, paid=[(pool.everyone,)], matches_steps=matches_steps
+    )
+    return _note(candidate, gains=found["gains"], n_looks=found["n_looks"])
 
 
 def group_by_adapters(pool: Pool) -> Candidate:
     """Clusters of trained adapters, one a task, by the cosine of the changes that they make to the weights.
 
-    Costs a fine-tuning a task, before the groups' own.
+    Costs a fine-tuning a task, before the groups' own; one adapter per task, which is there already, is kept where
+    neither groups nor one adapter for all have a lower validation loss.
     """
     singles = [pool.train((task,)) for task in pool.everyone]
     states = []
@@ -117,15 +147,14 @@ def group_by_adapters(pool: Pool) -> Candidate:
         states.append(adapter_state(pool.probe, single.name))
     adapter = pool.config.adapter
     cosines = compare_adapters(states, adapter_state(pool.probe, THETA0), scale=adapter.lora_alpha / adapter.r)
-    flops, seconds = sum(single.flops for single in singles), sum(single.seconds for single in singles)
-    candidate = _cluster(pool, cosines, select_flops=flops, seconds=seconds)
-    return _raise_peak(candidate, max(single.peak_memory_bytes for single in singles))
+    select = Costs.of(singles, kept=[]).as_choosing()
+    return _cluster_or_not(pool, cosines, select, paid=[tuple((task,) for task in pool.everyone)])
 
 
 def group_by_texts(pool: Pool) -> Candidate:
     """Clusters by the cosine of the tasks' mean embeddings of some training rows, by the base model itself.
 
-    Costs a forward pass over 64 rows of every task.
+    Costs a forward pass over 64 rows of every task; and one adapter for all, or the groups, whichever is not kept.
     """
     seed, max_tokens = pool.config.seed, pool.config.training.max_tokens_per_batch
 
@@ -138,12 +167,15 @@ def group_by_texts(pool: Pool) -> Candidate:
 
     inputs = (pool.rows.learning_fingerprint(), pool.probe.base.fingerprint, _TEXTS, seed)
     found = pool.recall("texts", inputs, measure)
-    return _cluster(pool, np.array(found["cosines"]), select_flops=found["flops"], seconds=found["seconds"])
+    select = Costs(0, select_flops=found["flops"], seconds=found["seconds"])
+    return _cluster_or_not(pool, np.array(found["cosines"]), select)
 
 
 def group_by_format(pool: Pool) -> Candidate:
     """Clusters by form alone: kind of scoring, number of choices, labels. Costs nothing."""
-    return _cluster(pool, compare_formats(pool.rows.train))
+    likeness, wanted = compare_formats(pool.rows.train), choose_number(pool)
+    candidate = train_groups(pool, _cluster(pool, likeness, wanted.n_groups))
+    return _note(candidate, n_groups_from=wanted.source, likeness=likeness.tolist())
 
 
 def group_by_category(pool: Pool) -> Candidate:
@@ -152,8 +184,7 @@ def group_by_category(pool: Pool) -> Candidate:
     Raises:
         DataError: If a task is none of the paper's ten datasets.
     """
-    groups = find_categories(pool.rows.names)
-    return _train(pool, groups, Wanted(tuple(len(group) for group in groups), "the categories"))
+    return _note(train_groups(pool, find_categories(pool.rows.names)), n_groups_from="the categories")
 
 
 def choose_number(pool: Pool) -> Wanted:
@@ -174,32 +205,36 @@ def choose_number(pool: Pool) -> Wanted:
     return Wanted(tuple(len(part) for part in np.array_split(np.arange(n_tasks), n_groups)), "nothing: halves")
 
 
-def _cluster(pool: Pool, likeness: FloatArray, *, select_flops: int = 0, seconds: float = 0.0) -> Candidate:
-    """Cluster the tasks as the plan does, and train the groups."""
-    wanted, constraints = choose_number(pool), read_constraints(pool.config.grouping, pool.rows.names)
-    n_restarts, seed = pool.config.grouping.n_restarts, pool.config.seed
-    found = cluster(
-        likeness, wanted.n_groups, constraints=constraints, n_restarts=n_restarts, seed=seed, is_bound_needed=False
-    )
-    likeness_notes = {"likeness": likeness.tolist()}
-    return _train(pool, found.groups, wanted, select_flops=select_flops, seconds=seconds, notes=likeness_notes)
-
-
-def _train(
+def _cluster_or_not(
     pool: Pool,
-    groups: Partition,
-    wanted: Wanted,
+    likeness: FloatArray,
+    select: Costs = NOTHING,
     *,
-    select_flops: int = 0,
-    seconds: float = 0.0,
-    notes: Mapping[str, Any] | None = None,
+    paid: Sequence[Partition] = (),
+    matches_steps: bool = False,
 ) -> Candidate:
-    candidate = train_groups(pool, groups, select_flops=select_flops, seconds=seconds)
-    return replace(candidate, notes={**candidate.notes, "n_groups_from": wanted.source, **(notes or {})})
+    """Train the clusters, and one adapter for all, and keep what is better; ``paid`` were trained to find them."""
+    wanted, constraints = choose_number(pool), read_constraints(pool.config.grouping, pool.rows.names)
+    every = [_cluster(pool, likeness, wanted.n_groups), (pool.everyone,), *paid]
+    options = [Option(g, g in paid) for g in dict.fromkeys(every) if constraints.allows(g) or g == every[0]]
+    settle = partial(match_steps, pool) if matches_steps else None
+    candidate = train_best(pool, options, select=select, settle=settle)
+    return _note(candidate, n_groups_from=wanted.source, likeness=likeness.tolist())
 
 
-def _raise_peak(candidate: Candidate, peak_memory_bytes: int) -> Candidate:
-    """Count the memory of what was trained to find the groups."""
-    costs = candidate.costs
-    peak = max(costs.peak_memory_bytes, peak_memory_bytes)
-    return replace(candidate, costs=replace(costs, peak_memory_bytes=peak))
+def _cluster(pool: Pool, likeness: FloatArray, n_groups: int) -> Partition:
+    """Cluster the tasks as the plan does."""
+    config = pool.config.grouping
+    return cluster(
+        likeness,
+        n_groups,
+        constraints=read_constraints(config, pool.rows.names),
+        n_restarts=config.n_restarts,
+        seed=pool.config.seed,
+        is_bound_needed=False,
+    ).groups
+
+
+def _note(candidate: Candidate, **notes: Any) -> Candidate:
+    known: Mapping[str, Any] = candidate.notes
+    return replace(candidate, notes={**known, **notes})

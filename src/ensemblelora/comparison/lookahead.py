@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ensemblelora import training
-from ensemblelora.accounting.meter import Meter
+from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import AdaptedModel, remove_adapter
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import TrainingConfig
@@ -38,7 +38,7 @@ from ensemblelora.passes import score
 from ensemblelora.scoring import cross_entropy
 from ensemblelora.seeding import seed_for
 
-__all__ = ["STEPS_BETWEEN", "Lookahead", "match_rate", "measure_lookahead"]
+__all__ = ["STEPS_BETWEEN", "Lookahead", "count_looks", "level_gains", "match_rate", "measure_lookahead"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -56,8 +56,8 @@ def measure_lookahead(pool: Pool) -> dict[str, Any]:
         pool: The seed's.
 
     Returns:
-        ``gains`` Z ``(n, n)``, row i for the step on task i; ``n_looks``; ``flops``, ``seconds`` and
-        ``peak_memory_bytes`` of training and looking.
+        ``gains`` Z ``(n, n)``, row i for the step on task i; ``n_looks``; ``flops``, ``seconds``,
+        ``peak_memory_bytes`` and ``added_memory_bytes`` of training and looking.
 
     Raises:
         TrainingError: If a loss becomes something else than a number.
@@ -65,6 +65,28 @@ def measure_lookahead(pool: Pool) -> dict[str, Any]:
     inputs = (pool.rows.learning_fingerprint(), pool.start_fingerprint, pool.config.training, STEPS_BETWEEN)
     found: dict[str, Any] = pool.recall(_NAME, inputs, lambda: _train_looking(pool))
     return found
+
+
+def level_gains(gains: npt.ArrayLike) -> FloatArray:
+    """Turn Z into an affinity: ``(Z + Z^T) / 2``, its diagonal on the level of each task's other entries.
+
+    ``Z_ii``, what a step does to its own batch, is no affinity to anyone, and many times the others. In the clustering
+    it would count by one over the size of its group, and make a group of its own of every task that learns fast.
+
+    Args:
+        gains: Z ``(n, n)``; its diagonal is not looked at.
+
+    Example:
+        >>> level_gains([[9.0, 1.0, 3.0], [1.0, 0.0, 0.0], [3.0, 0.0, 5.0]])
+        array([[2. , 1. , 3. ],
+               [1. , 0.5, 0. ],
+               [3. , 0. , 1.5]])
+    """
+    measured = np.asarray(gains, dtype=np.float64)
+    found, n_others = (measured + measured.T) / 2, max(1, len(measured) - 1)
+    np.fill_diagonal(found, 0.0)
+    np.fill_diagonal(found, found.sum(axis=1) / n_others)
+    return np.asarray(found)
 
 
 def match_rate(gradients: Sequence[Sequence[Tensor]], learning_rate: float) -> float:
@@ -105,12 +127,8 @@ class Lookahead(TrainerCallback):
             seed: The run's seed.
             meter: Told what every pass costs.
         """
-        self._adapted, self._name, self._splits, self._config, self._meter = adapted, name, splits, config, meter
-        once, self._layout = config.model_copy(update={"num_train_epochs": 1}), training.choose_layout(adapted, config)
-        self._schedules = [
-            schedule_training([split], once, seed=seed_for(seed, _NAME, split.task), layout=self._layout)
-            for split in splits
-        ]
+        self._adapted, self._name, self._config, self._meter = adapted, name, config, meter
+        self._batches = _LookBatches(adapted, splits, config, seed=seed)
         self._total = np.zeros((len(splits), len(splits)))
         self.n_looks = 0
         """how often it looked"""
@@ -122,7 +140,7 @@ class Lookahead(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look, if it is time."""
-        if (state.global_step - 1) % STEPS_BETWEEN == 0:
+        if _is_time(state.global_step):
             self._total += self.look()
             self.n_looks += 1
 
@@ -133,7 +151,7 @@ class Lookahead(TrainerCallback):
             TrainingError: If a loss is not finite.
         """
         parameters = [p for p in self._adapted.peft.parameters() if p.requires_grad]
-        batches = [self._take_batch(task) for task in range(len(self._splits))]
+        batches = self._batches.take(self.n_looks)
         with _evaluating(self._adapted.peft), _kept(parameters) as start:
             before, gradients = zip(*(self._differentiate(batch, parameters) for batch in batches), strict=True)
             rate, after = match_rate(gradients, self._config.learning_rate), []
@@ -149,11 +167,6 @@ class Lookahead(TrainerCallback):
             raise TrainingError("a loss after a lookahead step is not finite; lower training.learning_rate")
         return np.asarray(gains)
 
-    def _take_batch(self, task: int) -> Batch:
-        schedule, split = self._schedules[task], self._splits[task]
-        step = schedule[self.n_looks % len(schedule)]
-        return collate([(split, e) for _, e in step], self._adapted.base.pad_token_id, layout=self._layout)
-
     def _differentiate(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> tuple[float, list[Tensor]]:
         with torch.enable_grad(), self._alone():
             loss = self._measure(batch, is_trained=True)
@@ -161,7 +174,7 @@ class Lookahead(TrainerCallback):
 
     def _measure(self, batch: Batch, *, is_trained: bool) -> Tensor:
         """Mean loss over a batch, entered in the meter."""
-        normalize, costs = self._config.loss == "vocab_softmax", self._adapted.costs
+        normalize, costs = _normalizes(self._config), self._adapted.costs
         count = count_training if is_trained else count_forward
         count(self._meter, costs, batch, normalize=normalize)
         z = score(self._adapted, batch, meter=self._meter, normalize=normalize).z
@@ -170,6 +183,61 @@ class Lookahead(TrainerCallback):
     def _alone(self) -> AbstractContextManager[Any]:
         """Run this adapter as it is now: without gradients, layers keep the weights that they met first."""
         return fused(self._adapted, [self._name]) if can_fuse(self._adapted) else nullcontext()
+
+
+class _LookBatches:
+    """A batch of every task for each look, one after the other and round again."""
+
+    def __init__(
+        self, adapted: AdaptedModel, splits: Sequence[EncodedSplit], config: TrainingConfig, *, seed: int
+    ) -> None:
+        once, self._layout = config.model_copy(update={"num_train_epochs": 1}), training.choose_layout(adapted, config)
+        self._splits, self._pad_token_id = splits, adapted.base.pad_token_id
+        self._schedules = [
+            schedule_training([split], once, seed=seed_for(seed, _NAME, split.task), layout=self._layout)
+            for split in splits
+        ]
+
+    def take(self, look: int) -> list[Batch]:
+        """The batches of a look, counted from 0, in the order of tasks."""
+        return [
+            collate([(split, e) for _, e in schedule[look % len(schedule)]], self._pad_token_id, layout=self._layout)
+            for split, schedule in zip(self._splits, self._schedules, strict=True)
+        ]
+
+
+def count_looks(
+    adapted: AdaptedModel, splits: Sequence[EncodedSplit], config: TrainingConfig, *, seed: int
+) -> tuple[StageRecord, StageRecord]:
+    """Count what looking ahead costs besides the training, from the lowest adapted block up, without doing it.
+
+    Args:
+        adapted: The model.
+        splits: Training rows, one split a task.
+        config: Batches, loss, epochs.
+        seed: The pool's root seed.
+
+    Returns:
+        Passes with a backward pass, and forward passes.
+    """
+    own_seed, layout = seed_for(seed, _NAME), training.choose_layout(adapted, config)
+    schedule = schedule_training(splits, config, seed=seed_for(own_seed, "batches", _NAME), layout=layout)
+    batches = _LookBatches(adapted, splits, config, seed=own_seed)
+    trained, forward, normalize = Meter("train"), Meter("forward"), _normalizes(config)
+    for look in range(sum(_is_time(step + 1) for step in range(len(schedule)))):
+        for batch in batches.take(look):
+            count_training(trained, adapted.costs, batch, normalize=normalize)
+            count_forward(forward, adapted.costs, batch, times=len(splits), normalize=normalize)
+    return trained.record, forward.record
+
+
+def _is_time(step: int) -> bool:
+    """Whether to look after a step, counted from 1."""
+    return (step - 1) % STEPS_BETWEEN == 0
+
+
+def _normalizes(config: TrainingConfig) -> bool:
+    return config.loss == "vocab_softmax"
 
 
 @contextmanager
@@ -220,4 +288,5 @@ def _train_looking(pool: Pool) -> dict[str, Any]:
         "flops": spent.flops,
         "seconds": spent.wall_seconds,
         "peak_memory_bytes": spent.peak_memory_bytes,
+        "added_memory_bytes": spent.added_memory_bytes,
     }

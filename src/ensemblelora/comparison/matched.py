@@ -8,6 +8,7 @@ groups are seen many times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from ensemblelora.comparison.candidate import Candidate
 from ensemblelora.comparison.grouped import train_groups
@@ -15,7 +16,6 @@ from ensemblelora.comparison.planned import make_plan
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import TrainingConfig
 from ensemblelora.data.batching import schedule_training
-from ensemblelora.grouping import Partition
 from ensemblelora.seeding import seed_for
 from ensemblelora.training import choose_layout
 
@@ -42,13 +42,13 @@ def match_steps(pool: Pool, tasks: Sequence[int], *, target: Sequence[int] | Non
 
 def train_singles_longer(pool: Pool) -> Candidate:
     """One adapter a task, for as many steps as one for all takes: n trainings of that length, T each."""
-    return _train_matched(pool, tuple((task,) for task in pool.everyone))
+    return train_groups(pool, tuple((task,) for task in pool.everyone), settle=partial(match_steps, pool))
 
 
 def train_planned_longer(pool: Pool) -> Candidate:
     """The plan's groups without boosting or weights, each for as many steps as one adapter for all takes."""
     planned = make_plan(pool)
-    return _train_matched(pool, planned.plan.groups, select_flops=planned.select_flops, seconds=planned.seconds)
+    return train_groups(pool, planned.plan.groups, select=planned.costs, settle=partial(match_steps, pool))
 
 
 def train_shared_longer(pool: Pool) -> Candidate:
@@ -56,12 +56,6 @@ def train_shared_longer(pool: Pool) -> Candidate:
     settings = pool.config.training
     doubled = settings.model_copy(update={"num_train_epochs": 2 * settings.num_train_epochs})
     return train_groups(pool, (pool.everyone,), settle=lambda _: doubled)
-
-
-def _train_matched(pool: Pool, groups: Partition, *, select_flops: int = 0, seconds: float = 0.0) -> Candidate:
-    return train_groups(
-        pool, groups, select_flops=select_flops, seconds=seconds, settle=lambda group: match_steps(pool, group)
-    )
 
 
 def _count_steps(pool: Pool, tasks: Sequence[int]) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from ensemblelora.artifacts import write_json, write_text
+from ensemblelora.comparison.ablation_sections import write_boosting, write_numbers
+from ensemblelora.comparison.closing import list_limits, write_again
 from ensemblelora.comparison.record import OURS, StudyRecord, read_study
 from ensemblelora.comparison.sections import (
     describe_change,
     format_p_value,
-    list_limits,
     rank_methods,
-    write_again,
     write_costs,
     write_groups,
     write_pareto,
@@ -35,7 +35,17 @@ from ensemblelora.report.wording import count, format_flops, format_number, form
 __all__ = ["COMPARISON_FILES", "Page", "compose_comparison", "describe_study", "write_headline", "write_page"]
 
 COMPARISON_FILES = ("compare.html", "compare.md", "compare.json")
-_SECTIONS = (write_primary, write_scores, write_pareto, write_costs, write_groups, list_limits, write_again)
+_SECTIONS = (
+    write_primary,
+    write_scores,
+    write_pareto,
+    write_numbers,
+    write_boosting,
+    write_costs,
+    write_groups,
+    list_limits,
+    write_again,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,8 @@ def write_headline(found: Statistics) -> str:
     """Say in one sentence how ours stands against the best of the methods it is compared with, or which is the best."""
     metric = "accuracy" if any("accuracy" in method.mean for method in found.methods.values()) else "nll"
     ranked = [method for method in rank_methods(found) if metric in method.mean]
-    rivals = [m for m in ranked for pair in found.primary if (pair.a, pair.b, pair.metric) == (OURS, m.name, metric)]
+    against = [pair.b for pair in found.primary if pair.a == OURS and pair.metric == metric]
+    rivals = [method for method in ranked if method.name in against]
     what = "accuracy" if metric == "accuracy" else "loss"
     if OURS in found.methods and rivals:
         result = found.find(OURS, rivals[0].name, metric)
@@ -137,10 +148,11 @@ def _write_tiles(study: StudyRecord, found: Statistics) -> tuple[Tile, ...]:
     seeds, seconds = count(len(study.head.seeds), "seed"), sum(r.costs["seconds"] for r in study.records)
     n_rows = sum(len(task.groups) for task in study.head.tasks)
     tiles = [
-        Tile("Methods", str(len(found.methods)), f"{seeds}, {count(len(study.records), 'record')}"),
+        Tile("Methods", str(len(study.methods)), f"{seeds}, {count(len(study.records), 'record')}"),
         Tile("Test rows", f"{n_rows:,}", count(len(found.tasks), "task")),
     ]
-    visible = [r.detectable for r in found.primary if r.metric == "accuracy" and r.detectable is not None]
+    primary = [r for r in found.primary if r.metric == "accuracy" and not r.is_above_chance]
+    visible = [r.detectable for r in primary if r.detectable is not None]
     if visible:
         points = f"{format_number(100 * float(np.median(visible)), 1)} points"
         tiles.append(Tile("Could be found", points, "of accuracy by a primary comparison, in 80% of studies"))

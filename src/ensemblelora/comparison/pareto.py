@@ -91,7 +91,7 @@ class _Point:
     @classmethod
     def of(cls, method: MethodResult, metric: str, cost: float) -> _Point:
         figure = method.mean[metric]
-        ends = [figure.value if end is None else end for end in (figure.low, figure.high)]
+        ends = [figure.value if end is None else end for end in figure.ends]
         low, value, high = ends[0], figure.value, ends[1]
         if metric == "accuracy":
             low, value, high = 1 - high, 1 - value, 1 - low

@@ -9,14 +9,18 @@ Memory: the base, and as many adapters as are asked about at once. Test rows are
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import TrainerCallback
 
 from ensemblelora import __version__, artifacts, training
 from ensemblelora.accounting.meter import Meter, StageRecord
@@ -29,6 +33,7 @@ from ensemblelora.adapters import (
     remove_adapter,
     save_adapter,
 )
+from ensemblelora.attempts import Attempt
 from ensemblelora.config import RunConfig, TrainingConfig
 from ensemblelora.counting import count_forward, count_lower
 from ensemblelora.data.batching import iterate_batches
@@ -39,11 +44,14 @@ from ensemblelora.prediction import MemberScores, arrange_scores, predict_member
 from ensemblelora.seeding import seed_for
 from ensemblelora.stages import Rows
 
-__all__ = ["Part", "Pool", "Runner", "Trained"]
+__all__ = ["Part", "Pool", "Runner", "Trained", "Watch"]
 
 Part = Literal["train", "validation", "test"]
 Runner = Callable[[list[str], EncodedSplit], NDArray[np.float32]]
 """scores rows with some adapters, ``(len(names), n_rows, K)``"""
+
+Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
+"""told after every optimiser step how many were done, of how many, and what gives the adapter's tensors as they are"""
 
 _MOST_LOADED = 16
 """adapters kept in the model between questions"""
@@ -56,13 +64,16 @@ class Trained:
     name: str
     tasks: tuple[int, ...]
     flops: int
-    """of this fine-tuning alone, without those that it started from; validation of checkpoints included"""
+    """of this fine-tuning alone, without those that it started from; validation of checkpoints included, and what was
+    done before it was broken off"""
     seconds: float
     peak_memory_bytes: int
     n_steps: int
     validation_nll: float
-    """mean over its tasks, of the checkpoint kept"""
+    """mean over its tasks, or over those that chose the checkpoint, of the one kept"""
     n_bytes: int
+    added_memory_bytes: int = 0
+    """of the peak, what was not resident when it began"""
 
     @classmethod
     def of(
@@ -75,6 +86,7 @@ class Trained:
             flops=spent.flops,
             seconds=spent.wall_seconds,
             peak_memory_bytes=spent.peak_memory_bytes,
+            added_memory_bytes=spent.added_memory_bytes,
             n_steps=run.n_steps,
             validation_nll=run.best_validation_nll,
             n_bytes=n_bytes,
@@ -96,6 +108,7 @@ class Pool:
         probe: The model; theta0 depends on the seed.
         start_fingerprint: Identity of theta0.
         plan_folder: Where features and plan are; pools whose plans are the same share it.
+        base_folder: Where theta0's scores are: every adapter starts as the base model, whatever the seed and rate.
     """
 
     def __init__(
@@ -107,10 +120,12 @@ class Pool:
         *,
         start_fingerprint: str,
         plan_folder: Path | None = None,
+        base_folder: Path | None = None,
     ) -> None:
         self.config, self.folder, self.rows, self.probe = config, folder, rows, probe
         self.start_fingerprint = start_fingerprint
         self.plan_folder = folder / "plan" if plan_folder is None else plan_folder
+        self.base_folder = folder if base_folder is None else base_folder
         self._are_tests_open = False
 
     @property
@@ -131,6 +146,8 @@ class Pool:
         copy: int = 0,
         settings: TrainingConfig | None = None,
         weights: Sequence[NDArray[np.float64]] | None = None,
+        judges: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Trained:
         """Fine-tune an adapter on some tasks, or find the one that was.
 
@@ -141,16 +158,23 @@ class Pool:
             settings: None: the config's.
             weights: What each training row's loss is multiplied with, ``(n_rows,)`` of each task in ascending order of
                 their indices; none: one.
+            judges: Tasks whose validation rows choose the checkpoint; none: those it trains on.
+            watch: Told of every step, where the adapter is not there yet.
+
+        Raises:
+            TrainingError: If it diverges, or did so before.
         """
         chosen, settings = tuple(sorted(tasks)), settings or self.config.training
         rows = self.rows.learning_fingerprint(chosen)
         identity = artifacts.fingerprint(
-            __version__, rows, chosen, self.start_fingerprint, settings, copy, start and start.name, weights
+            *(__version__, rows, chosen, self.start_fingerprint, settings, copy, start and start.name, weights),
+            *(() if judges is None else (tuple(judges), self.rows.learning_fingerprint(judges))),
         )
         name = f"pool-{identity[:16]}"
         record = self.folder / "adapters" / name / "trained.json"
         if not record.exists():
-            self._train(name, chosen, start, copy, settings, weights)
+            with self._remembering(name):
+                self._train(name, chosen, start, copy, settings, weights, chosen if judges is None else judges, watch)
         return Trained.from_dict(artifacts.read_json(record))
 
     def keep(self, trained: Trained) -> Trained:
@@ -192,15 +216,23 @@ class Pool:
         places = {name: self._place_of(name, task, part) for name in names}
         missing = [name for name, place in places.items() if not place.exists()]
         if missing:
-            for name, values in zip(missing, (run or self._run)(missing, split), strict=True):
+            began = time.perf_counter()
+            found = (run or self._run)(missing, split)
+            seconds = np.array((time.perf_counter() - began) / len(missing))
+            for name, values in zip(missing, found, strict=True):
                 places[name].parent.mkdir(parents=True, exist_ok=True)
-                artifacts.save_arrays(places[name], {"values": values})
+                artifacts.save_arrays(places[name], {"values": values, "seconds": seconds})
         values = np.stack([artifacts.load_arrays(places[name])["values"] for name in names])
         return arrange_scores(split, values)
 
     def is_scored(self, name: str, part: Part) -> bool:
         """Whether all tasks' rows were scored with an adapter before."""
         return all(self._place_of(name, task, part).exists() for task in self.everyone)
+
+    def time_scoring(self, names: Sequence[str], task: int, part: Part) -> float:
+        """Seconds that scoring one task's rows with some adapters took; whenever it was done."""
+        kept = [artifacts.load_arrays(self._place_of(name, task, part)) for name in names]
+        return float(sum(arrays.get("seconds", 0.0) for arrays in kept))
 
     def count_scoring(self, task: int, part: Part, n_adapters: int) -> int:
         """FLOPs of scoring one task's rows with some adapters together; the same whether they were scored or not."""
@@ -246,8 +278,22 @@ class Pool:
         finally:
             self._are_tests_open = False
 
+    @contextmanager
+    def _remembering(self, name: str) -> Iterator[None]:
+        """Let a training that diverges fail again at once when another method asks for it; its note says why."""
+        note = self.folder / "failed" / f"{name}.json"
+        if note.exists():
+            raise TrainingError(f"{artifacts.read_json(note)['reason']} (so it was before; {note} remembers it)")
+        try:
+            yield
+        except TrainingError as error:
+            remove_adapter(self.probe, name)
+            artifacts.write_json(note, {"reason": str(error)})
+            raise
+
     def _place_of(self, name: str, task: int, part: Part) -> Path:
-        return self.folder / "scores" / name / f"{part}-{task}.npz"
+        home = self.base_folder if name == THETA0 else self.folder
+        return home / "scores" / name / f"{part}-{task}.npz"
 
     def _run(self, names: list[str], split: EncodedSplit) -> np.ndarray:
         self.load(names)
@@ -261,19 +307,35 @@ class Pool:
         copy: int,
         settings: TrainingConfig,
         weights: Sequence[NDArray[np.float64]] | None,
+        judges: Sequence[int],
+        watch: Watch | None,
     ) -> None:
         if start is not None:
             self.load([start.name])
         state = None if start is None else adapter_state(self.probe, start.name)
-        train, validation = ([self.split(i, part) for i in tasks] for part in ("train", "validation"))
-        with Meter("train") as meter:
+        train, validation = [self.split(i, "train") for i in tasks], [self.split(i, "validation") for i in judges]
+        attempt = Attempt(self.folder / "checkpoints" / f"{name}.begun.json", name, Meter("train"))
+        with attempt.measured():
             (trained,) = training.fine_tune_together(
                 self.probe,
                 [training.TrainingJob(name, train, validation, start=state, weights=weights)],
                 settings,
                 seed=seed_for(self.config.seed, "pool", str(copy), *map(str, tasks)),
                 checkpoints=self.folder / "checkpoints" / name,
-                meter=meter,
+                meter=attempt.meter,
+                callbacks=[] if watch is None else [_StepTeller(self.probe, name, watch)],
             )
-        self.keep(Trained.of(name, tasks, trained, meter.record, adapter_bytes(self.probe, name)))
+        self.keep(Trained.of(name, tasks, trained, attempt.spent, adapter_bytes(self.probe, name)))
+        attempt.forget()
         remove_adapter(self.probe, name)
+
+
+class _StepTeller(TrainerCallback):
+    """Tells a watch of every step of one adapter."""
+
+    def __init__(self, probe: AdaptedModel, name: str, watch: Watch) -> None:
+        self._read, self._watch = partial(adapter_state, probe, name), watch
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell."""
+        self._watch(int(state.global_step), int(state.max_steps), self._read)

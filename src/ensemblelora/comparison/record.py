@@ -7,7 +7,7 @@ statistic of them can be computed later, without a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,10 @@ class MethodRecord:
         groups: Tasks that were trained together, by name; none where there is no partition.
         notes: What the method keeps for the record.
         nll: Loss of each test row, by task (nats).
-        correct: Whether each test row's answer is right, by task; none for free text.
+        correct: Whether each test row's answer is right, by task; none for free text. A share where draws are pooled.
+        chance: How likely so many right answers to validation rows were, by task, if it were no better than always
+            giving the most frequent one; none for free text.
+        is_rate_at_edge: Whether the learning rate is the smallest or the largest of those that were tried.
     """
 
     identity: str
@@ -142,7 +145,9 @@ class MethodRecord:
     groups: tuple[tuple[str, ...], ...] | None
     notes: Mapping[str, Any]
     nll: Mapping[str, tuple[float, ...]]
-    correct: Mapping[str, tuple[int, ...] | None]
+    correct: Mapping[str, tuple[float, ...] | None]
+    chance: Mapping[str, float | None] = field(default_factory=dict)
+    is_rate_at_edge: bool = False
 
 
 @dataclass(frozen=True)

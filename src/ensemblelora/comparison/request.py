@@ -11,18 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ensemblelora import artifacts
 from ensemblelora.comparison.methods import METHODS, Method
+from ensemblelora.comparison.pooled import RANDOM, RANDOM_OURS, list_pooled
 from ensemblelora.comparison.record import OURS, STUDY_FILE
-from ensemblelora.config import RunConfig, dump_config
+from ensemblelora.config import RunConfig, dump_config, load_config
 from ensemblelora.errors import OutputError, UsageError
 from ensemblelora.files import describe_error, is_temporary
+from ensemblelora.startpoint import is_warm
 
 __all__ = ["Request", "check_request", "choose_methods", "choose_primary", "hold_folder", "keep_config"]
 
 _MOST_SEEDS = 100
+_OF_GROUPS = (
+    ("grouped", RANDOM),
+    ("grouped", "gradient-cosine"),
+    ("grouped", "tag"),
+    (OURS, RANDOM_OURS),
+)
 _MOST_NAMED_KEYS = 4
 
 
@@ -73,6 +79,11 @@ def check_request(
     rates = tuple(sorted(set(learning_rates))) or (config.training.learning_rate,)
     if not all(0 < rate < float("inf") for rate in rates):
         raise UsageError(f"learning rates {', '.join(map(str, rates))}: expected positive numbers")
+    if is_warm(config):
+        raise UsageError(
+            "gradients.linearize_at warmup: a comparison has methods of its own for that, warm and warm-plan; name "
+            "them in --methods, and leave the key out"
+        )
     chosen, rows_seed = choose_methods(methods), config.seed if config.data.seed is None else config.data.seed
     data = config.data.model_copy(update={"seed": rows_seed})
     return Request(
@@ -103,16 +114,21 @@ def choose_methods(names: Sequence[str]) -> tuple[Method, ...]:
 def choose_primary(methods: Sequence[Method], primary: Sequence[tuple[str, str]] | None) -> tuple[tuple[str, str], ...]:
     """Say which comparisons are the purpose of a study.
 
+    Where none are named: ours against every rival, and, as ours has boosters and weights that rivals have not, what the
+    groups alone are worth: ours without these against other ways to group, ours against random groups with them.
+
     Args:
         methods: Those compared.
-        primary: Pairs; none: ours against every rival among the methods.
+        primary: Pairs of methods, or of draws as one (:mod:`.pooled`); none: as above, as far as they are there.
 
     Raises:
         UsageError: If a pair names a method that is not compared, or one twice.
     """
     names = [method.name for method in methods]
+    names += list_pooled(names)
     if primary is None:
-        return tuple((OURS, method.name) for method in methods if method.is_rival and OURS in names)
+        rivals = [(OURS, method.name) for method in methods if method.is_rival]
+        return tuple(pair for pair in (*rivals, *_OF_GROUPS) if set(pair) <= set(names))
     for a, b in primary:
         if a == b or not {a, b} <= set(names):
             raise UsageError(f"primary comparison {a}:{b}: expected two of the methods {', '.join(names)}")
@@ -153,10 +169,11 @@ def keep_config(request: Request) -> None:
 
 
 def _check_config(request: Request) -> None:
-    path, text = request.folder / artifacts.CONFIG_FILE, dump_config(request.config)
+    path = request.folder / artifacts.CONFIG_FILE
     if not path.exists():
         return
-    before, now = (_flatten(yaml.safe_load(one)) for one in (path.read_text(encoding="utf-8"), text))
+    # Read as a config: keys that it does not name yet have their defaults.
+    before, now = (_flatten(one.model_dump(mode="json")) for one in (load_config(path), request.config))
     keys = sorted({*before, *now} - {"out"})
     changed = [key for key in keys if before.get(key) != now.get(key)]
     if changed:

@@ -6,16 +6,13 @@ of their mean, the best first; those that lost stay.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.comparison.pareto import draw_pareto
 from ensemblelora.comparison.record import StudyRecord
 from ensemblelora.comparison.statistics import LEVEL, Figure, MethodResult, PairedResult, Statistics
-from ensemblelora.config import dump_config
-from ensemblelora.report.document import Block, Bullets, Cell, Column, FigureRow, Fold, Row, Section, Table, Text
+from ensemblelora.report.document import Block, Cell, Column, FigureRow, Row, Section, Table, Text
 from ensemblelora.report.wording import (
     count,
     format_bytes,
@@ -31,9 +28,7 @@ from ensemblelora.report.wording import (
 __all__ = [
     "describe_change",
     "format_p_value",
-    "list_limits",
     "rank_methods",
-    "write_again",
     "write_costs",
     "write_groups",
     "write_pareto",
@@ -82,11 +77,13 @@ def format_p_value(p_value: float | None) -> str:
 
 
 def describe_change(result: PairedResult, confidence: float) -> str:
-    """Write a difference with its interval: points of accuracy, or nats."""
+    """Write a difference with its interval, over the test rows alone where there is one seed: points, or nats."""
     metric = _METRICS[result.metric]
     change = f"{format_signed(metric.scale * result.difference, metric.digits)}{metric.unit}"
-    interval = _interval(metric, result.low, result.high)
-    return f"{change} ({confidence:.0%} interval {interval})" if interval else change
+    if interval := _interval(metric, result.low, result.high):
+        return f"{change} ({confidence:.0%} interval {interval})"
+    interval = _interval(metric, result.rows_low, result.rows_high)
+    return f"{change} ({confidence:.0%} interval over these trainings {interval})" if interval else change
 
 
 def write_primary(study: StudyRecord, found: Statistics) -> Section | None:
@@ -96,6 +93,7 @@ def write_primary(study: StudyRecord, found: Statistics) -> Section | None:
     columns = (
         Column("Comparison", is_number=False),
         Column("Difference"),
+        Column("Over these trainings"),
         Column("Over seeds"),
         Column("p"),
         Column("p, corrected"),
@@ -105,10 +103,12 @@ def write_primary(study: StudyRecord, found: Statistics) -> Section | None:
     n_late = len({(result.a, result.b) for result in found.primary if result.is_late})
     late = f" {count(n_late, 'pair')} marked late: named when both had been tested." if n_late else ""
     note = (
-        f"Accuracy in points, loss in nats, with {found.confidence:.0%} intervals over groups of test rows. p: "
-        "two-sided bootstrap, rows averaged over seeds; corrected by Holm's method for all lines. Over seeds: standard "
-        "deviation of the difference. Could be found: the true difference that 80% of such studies would find, at "
-        f"{LEVEL:.0%} alone and, below, at the strictest level of the correction.{late}"
+        f"Accuracy in points, loss in nats, with {found.confidence:.0%} intervals: over test rows and trainings "
+        "together (Student's t, Satterthwaite's degrees of freedom), and, over these trainings, over groups of test "
+        f"rows alone. p: two-sided, of rows and trainings; corrected by Holm's method for all {found.n_primary} lines "
+        "that were named, those without a result too. Over seeds: standard deviation of the difference. Could be "
+        f"found: the true difference that 80% of such studies would find, at {LEVEL:.0%} alone and, below, at the "
+        f"strictest level of the correction.{late}"
     )
     return Section("primary", "Comparisons named beforehand", [Table("Primary comparisons", columns, rows, note)])
 
@@ -120,12 +120,14 @@ def write_scores(study: StudyRecord, found: Statistics) -> Section:
     text = (
         f"{count(n_rows, 'test row')} of {count(len(found.tasks), 'task')}, the same for all methods and "
         f"{count(len(seeds), 'seed')}; none was read before its method was settled. Means of seeds; beside them the "
-        "standard deviation over seeds, under means over tasks the interval over test rows."
+        "standard deviation over seeds, under means over tasks the interval over test rows and trainings, or of one "
+        "seed over test rows."
     )
     if found.at_chance:
         text += (
-            f" On {join_names(list(found.at_chance))} no method is above what always answering the most frequent "
-            "class gives: they are marked, and left out of the second mean."
+            f" On {join_names(list(found.at_chance))} neither the base model nor the shared adapter is above always "
+            "giving the most frequent answer, by validation rows of the first seed: they are marked, and left out of "
+            "the second mean, whatever other methods do there."
         )
     blocks: list[Block] = [Text(text)]
     blocks += [_score_table(metric, found) for metric in _METRICS.values() if _has(found, metric)]
@@ -147,8 +149,9 @@ def write_costs(study: StudyRecord, found: Statistics) -> Section:
     note = (
         "Everything that a method needs is charged to it, also where another needed it too. FLOPs by formula; its "
         "inference for a test row in the mean over tasks. Of one adapter: training and choosing, over those of one "
-        "adapter for all. Time and the process's peak memory as measured. Search of the rate: the other learning rates "
-        "tried on the first seed; not in the other columns."
+        "adapter for all. Time and the process's peak memory as measured; below, the most above what was resident when "
+        "a training or another part of it began. Search of the rate: the other learning rates tried on the first seed; "
+        "not in the other columns. Edge of the grid: the best rate was the smallest or the largest tried."
     )
     columns = (Column("Method", is_number=False), *map(Column, labels))
     blocks: list[Block] = [Table("Costs", columns, rows, note)]
@@ -165,8 +168,8 @@ def write_pareto(study: StudyRecord, found: Statistics) -> Section | None:
     if not figures:
         return None
     caption = (
-        "Dotted: methods that no other beats in both. Bars: intervals over test rows. What costs nothing of a kind is "
-        "left out of that picture."
+        "Dotted: methods that no other beats in both. Bars: intervals over test rows and trainings. What costs nothing "
+        "of a kind is left out of that picture."
     )
     return Section("pareto", "Error against cost", [FigureRow(figures, caption)])
 
@@ -186,40 +189,6 @@ def write_groups(study: StudyRecord, found: Statistics) -> Section | None:
     return Section("groups", "Who trained together", [table])
 
 
-def list_limits(study: StudyRecord, found: Statistics) -> Section:
-    """What the numbers can't say, and what is missing."""
-    items = [
-        "Intervals and p-values are over test rows of these tasks. The spread over seeds covers starts and orders of "
-        "rows; which rows were drawn to learn from is the same throughout.",
-    ]
-    if len(study.head.seeds) < 3:
-        items.append(f"{count(len(study.head.seeds), 'seed')}: the spread over seeds is hardly known.")
-    incomplete = [m.name for m in found.methods.values() if len(m.seeds) < len(study.head.seeds)]
-    if incomplete:
-        items.append(f"Fewer seeds than the others have: {join_names(incomplete, 12)}.")
-    missing = [name for name in study.head.methods if name not in found.methods]
-    if missing:
-        items.append(f"Without any result yet: {join_names(missing, 12)}.")
-    blocks: list[Block] = [Bullets(tuple(items))]
-    if study.head.failures:
-        told = tuple(f"{name} failed: {why}" for name, why in study.head.failures.items())
-        blocks.append(Bullets(told, is_warning=True))
-    return Section("limits", "What this can't say", blocks)
-
-
-def write_again(study: StudyRecord, found: Statistics) -> Section:
-    """How to make the comparison again."""
-    rates = ",".join(f"{rate:g}" for rate in study.head.learning_rates)
-    asked = ["--methods", ",".join(study.head.methods), "--seeds", str(len(study.head.seeds))]
-    config = str(study.folder / CONFIG_FILE)
-    command = shlex.join(["ensemblelora", "compare", config, *asked, "--learning-rates", rates])
-    facts = [(name, value) for name, value in study.environment.items() if isinstance(value, str)]
-    columns = (Column("What", is_number=False), Column("Used here", is_number=False))
-    table = Table("Environment", columns, tuple(Row((Cell(name), Cell(value))) for name, value in facts))
-    folded = Fold(dump_config(study.config).strip(), summary=f"The config ({CONFIG_FILE})", language="yaml")
-    return Section("again", "Make it again", [Fold(command, language="sh"), table, folded])
-
-
 def _has(found: Statistics, metric: _Metric) -> bool:
     return any(metric.key in method.mean for method in found.methods.values())
 
@@ -229,14 +198,16 @@ def _primary_row(result: PairedResult) -> Row:
     gain = result.difference if metric.is_higher_better else -result.difference
     is_shown = result.p_holm is not None and result.p_holm < LEVEL
     tags = [*(["better" if gain > 0 else "worse"] if is_shown else []), *(["late"] if result.is_late else [])]
+    what = [metric.key.replace("nll", "loss"), *(["tasks above chance"] if result.is_above_chance else [])]
     strict, alone = (_scaled(metric, value) for value in (result.detectable_corrected, result.detectable))
     return Row(
         (
-            Cell(f"{result.a} against {result.b}", metric.key.replace("nll", "loss"), tag=", ".join(tags)),
+            Cell(f"{result.a} against {result.b}", ", ".join(what), tag=", ".join(tags)),
             Cell(
                 format_signed(metric.scale * result.difference, metric.digits),
                 _interval(metric, result.low, result.high),
             ),
+            Cell(_interval(metric, result.rows_low, result.rows_high) or format_number(None)),
             Cell(_scaled(metric, result.seed_sd)),
             Cell(format_p_value(result.p_value)),
             Cell(format_p_value(result.p_holm), is_best=is_shown),
@@ -265,7 +236,7 @@ def _score_table(metric: _Metric, found: Statistics) -> Table:
             row.append(_score_cell(metric, figure, best, is_mean=is_mean))
     heads = [f"{label} (at chance)" if label in found.at_chance else label for label, *_ in columns]
     rows = _add_differences(metric, found, ranked, rows)
-    extra = [f"Against {found.reference}"] if found.reference else []
+    extra = [f"Against {found.reference}", "Over these trainings"] if found.reference else []
     arrow = "Higher is better" if metric.is_higher_better else "Lower is better"
     note = f"{arrow}; the best of a column in bold. Against one adapter for all: not corrected for the number of lines."
     return Table(
@@ -279,17 +250,18 @@ def _score_table(metric: _Metric, found: Statistics) -> Table:
 def _add_differences(
     metric: _Metric, found: Statistics, ranked: Sequence[MethodResult], rows: Sequence[list[Cell]]
 ) -> list[list[Cell]]:
-    """Add each method's difference to the reference, with its interval."""
+    """Add each method's difference to the reference, with its interval, and that over test rows alone."""
     if found.reference is None:
         return list(rows)
     longer = []
     for method, row in zip(ranked, rows, strict=True):
         result = found.find(method.name, found.reference, metric.key)
         if result is None:
-            longer.append([*row, Cell(format_number(None))])
+            longer.append([*row, *[Cell(format_number(None))] * 2])
             continue
         text = format_signed(metric.scale * result.difference, metric.digits)
-        longer.append([*row, Cell(text, _interval(metric, result.low, result.high))])
+        rows_alone = _interval(metric, result.rows_low, result.rows_high) or format_number(None)
+        longer.append([*row, Cell(text, _interval(metric, result.low, result.high)), Cell(rows_alone)])
     return longer
 
 
@@ -300,7 +272,7 @@ def _score_cell(metric: _Metric, figure: Figure | None, best: str | None, *, is_
     spread = "" if figure.seed_sd is None else f"± {_scaled(metric, figure.seed_sd)}"
     detail = spread
     if is_mean:
-        detail = "; ".join(part for part in (spread, _interval(metric, figure.low, figure.high)) if part)
+        detail = "; ".join(part for part in (spread, _interval(metric, *figure.ends)) if part)
     return Cell(text, detail, is_best=text == best)
 
 
@@ -315,18 +287,24 @@ def _find_best(metric: _Metric, figures: Sequence[Figure | None]) -> str | None:
 def _cost_row(method: MethodResult, base: float) -> Row:
     costs = method.costs
     texts: list[str] = [
-        format_number(None) if method.learning_rate is None else f"{method.learning_rate:g}",
         format_flops(costs.train_flops),
         format_flops(costs.select_flops),
         f"{format_ratio(costs.flops / base)}\u00d7" if base else format_number(None),
         format_flops(costs.infer_flops),
         format_ratio(costs.forward_passes),
         format_seconds(costs.seconds),
-        format_bytes(costs.peak_memory_bytes) if costs.peak_memory_bytes else format_number(None),
-        format_bytes(costs.n_bytes),
-        format_flops(costs.grid_flops) if costs.grid_flops else format_number(None),
     ]
-    return Row((Cell(method.title, method.name), *map(Cell, texts)))
+    rate = format_number(None) if method.learning_rate is None else f"{method.learning_rate:g}"
+    peak = format_bytes(costs.peak_memory_bytes) if costs.peak_memory_bytes else format_number(None)
+    cells = (
+        Cell(method.title, method.name),
+        Cell(rate, tag="edge of the grid" if method.is_rate_at_edge else ""),
+        *map(Cell, texts),
+        Cell(peak, f"+{format_bytes(costs.added_memory_bytes)}" if costs.added_memory_bytes else ""),
+        Cell(format_bytes(costs.n_bytes)),
+        Cell(format_flops(costs.grid_flops) if costs.grid_flops else format_number(None)),
+    )
+    return Row(cells)
 
 
 def _interval(metric: _Metric, low: float | None, high: float | None) -> str:

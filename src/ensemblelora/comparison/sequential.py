@@ -6,21 +6,20 @@ In: a pool. Out: candidates of adapters that start from another adapter instead 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ensemblelora.comparison.candidate import Candidate, Costs, make_candidate, make_ensemble
+from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_candidate, make_ensemble
 from ensemblelora.comparison.combined import Weighting, weigh_members
+from ensemblelora.comparison.matched import match_steps
 from ensemblelora.comparison.planned import make_plan, make_warm_plan
 from ensemblelora.comparison.pool import Pool, Trained
-from ensemblelora.config import TrainingConfig
 from ensemblelora.ensemble import Member
-from ensemblelora.errors import ConfigError
 from ensemblelora.grouping import Partition, to_labels
+from ensemblelora.startpoint import halve_epochs
 
-__all__ = ["halve_epochs", "train_continued", "train_warm", "train_warm_plan"]
+__all__ = ["train_continued", "train_warm", "train_warm_plan"]
 
 
-def train_continued(pool: Pool, *, weights: Weighting = "own") -> Candidate:
+def train_continued(pool: Pool, *, weights: Weighting = "own", matches_steps: bool = False) -> Candidate:
     """MTL-FT: one adapter on all tasks, then one a task that goes on from it with the same settings.
 
     Costs one training for all and one more for each task's rows (2 T), n adapters, and one pass at inference; as an
@@ -29,14 +28,16 @@ def train_continued(pool: Pool, *, weights: Weighting = "own") -> Candidate:
     Args:
         pool: The seed's.
         weights: ``own``: each task is scored by its own adapter. ``task``: all n, by weights fitted for each task.
+        matches_steps: Let each continuation take as many optimiser steps as the one for all did.
 
     Reference:
         Paper, section 3.1 (MTL-FT) and section 2.1 (the ensemble of its adapters).
     """
     shared = pool.train(pool.everyone)
     singles = tuple((task,) for task in pool.everyone)
-    trained = [pool.train(group, start=shared) for group in singles]
-    return _put_together(pool, singles, trained, [shared], weights, Costs(0))
+    settings = [match_steps(pool, group) if matches_steps else None for group in singles]
+    trained = [pool.train(group, start=shared, settings=own) for group, own in zip(singles, settings, strict=True)]
+    return _put_together(pool, singles, trained, [shared], weights, NOTHING)
 
 
 def train_warm(pool: Pool) -> Candidate:
@@ -48,8 +49,7 @@ def train_warm(pool: Pool) -> Candidate:
     planned = make_plan(pool)
     warm = pool.train(pool.everyone, settings=first)
     trained = [pool.train(group, start=warm, settings=second) for group in planned.plan.groups]
-    select = Costs(0, select_flops=planned.select_flops, seconds=planned.seconds)
-    return _put_together(pool, planned.plan.groups, trained, [warm], "own", select)
+    return _put_together(pool, planned.plan.groups, trained, [warm], "own", planned.costs)
 
 
 def train_warm_plan(pool: Pool, *, weights: Weighting | None = None) -> Candidate:
@@ -66,24 +66,7 @@ def train_warm_plan(pool: Pool, *, weights: Weighting | None = None) -> Candidat
     warm = pool.train(pool.everyone, settings=first)
     planned = make_warm_plan(pool, warm, second)
     trained = [pool.train(group, start=warm, settings=second) for group in planned.plan.groups]
-    select = Costs(0, select_flops=planned.select_flops, seconds=planned.seconds)
-    return _put_together(pool, planned.plan.groups, trained, [warm], weights, select)
-
-
-def halve_epochs(settings: TrainingConfig) -> tuple[TrainingConfig, TrainingConfig]:
-    """Cut a training in two, each with a schedule of its own; of an odd number the second has the epoch more.
-
-    Raises:
-        ConfigError: If there is only one epoch.
-    """
-    n_epochs = settings.num_train_epochs
-    if n_epochs < 2:
-        raise ConfigError("training.num_train_epochs 1: a warm-up takes half of the epochs; give at least 2")
-    first = n_epochs // 2
-    return (
-        settings.model_copy(update={"num_train_epochs": first}),
-        settings.model_copy(update={"num_train_epochs": n_epochs - first}),
-    )
+    return _put_together(pool, planned.plan.groups, trained, [warm], weights, planned.costs)
 
 
 def _put_together(
@@ -97,9 +80,8 @@ def _put_together(
     """One adapter a group, combined by weights; ``before`` were trained on the way, and are not kept."""
     names = [one.name for one in trained]
     members = tuple(Member(name, g, "group", 1.0) for g, name in enumerate(names))
-    rows, flops = weigh_members(pool, members, to_labels(groups).tolist(), weights)
-    costs = Costs.of([*before, *trained], kept=trained, train_flops=flops)
-    costs = replace(costs, select_flops=select.select_flops, seconds=costs.seconds + select.seconds)
+    rows, weighed = weigh_members(pool, members, to_labels(groups).tolist(), weights)
+    costs = Costs.of([*before, *trained], kept=trained).plus(weighed, select)
     ensemble = make_ensemble(pool, names, rows, groups=groups)
     n_steps = {"before": [one.n_steps for one in before], "groups": [one.n_steps for one in trained]}
     return make_candidate(pool, ensemble, costs, groups=groups, n_steps=n_steps)

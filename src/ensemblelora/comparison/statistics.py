@@ -1,31 +1,24 @@
 """From rows' losses and answers to a table: means, spreads, paired differences, and what could be found. No torch.
 
-In: a :class:`~.record.StudyRecord`. Out: :class:`Statistics`, plain numbers. Tasks count equally. An interval says how
-much the choice of test rows matters; the spread over seeds stands beside it.
+In: a :class:`~.record.StudyRecord`. Out: :class:`Statistics`, plain numbers. Tasks count equally. Intervals and
+p-values are of test rows and trainings together (:mod:`.uncertainty`); beside them stand intervals over the test rows
+alone, of these very trainings. Methods that are draws of one thing are also one method (:mod:`.pooled`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from ensemblelora.comparison.draws import (
-    METRICS,
-    Array,
-    Sample,
-    adjust_holm,
-    compute_bootstrap_p_value,
-    compute_interval,
-    draw_sample,
-)
-from ensemblelora.comparison.ledger import MethodCosts, add_costs
-from ensemblelora.comparison.record import Primary, StudyRecord
-from ensemblelora.evaluation.metrics import compute_chance_p_value
+from ensemblelora.comparison.draws import METRICS, Array, Sample, adjust_holm, compute_interval, draw_sample
+from ensemblelora.comparison.ledger import MeanCosts, add_costs
+from ensemblelora.comparison.pooled import pool_draws
+from ensemblelora.comparison.record import OURS, Primary, StudyRecord
+from ensemblelora.comparison.uncertainty import Error
 from ensemblelora.report.power_section import estimate_detectable_difference
 
 __all__ = [
+    "ABLATIONS",
     "LEVEL",
     "Figure",
     "MethodResult",
@@ -37,7 +30,10 @@ __all__ = [
 
 LEVEL = 0.05
 """of tests, and of the power that is stated"""
-_FEWEST_DRAWS = 10_000  # a corrected p-value of sixteen comparisons must be able to fall below 0.05 by far
+ABLATIONS = (("ours-boost-1", "ours-boost-0"), (OURS, "ours-boost-0"))
+"""pairs that are compared besides, where both are there: what boosting adds"""
+_FEWEST_DRAWS = 10_000  # the ends of an interval are to be steady
+_CHANCE_METHODS = ("base", "shared")
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,10 @@ class Figure:
 
     Attributes:
         value: Mean over seeds, and over tasks where it is of several.
-        low: Lower end of its interval over test rows; none where a task has a single group of rows.
+        low: Lower end of its interval over test rows and trainings; none of a single seed.
         high: Upper end.
+        rows_low: Lower end over test rows alone; none where tasks have a single group of rows.
+        rows_high: Upper end.
         seed_sd: Standard deviation over seeds; none of a single one.
         per_seed: Each seed's own.
         n_tasks: Behind it.
@@ -56,9 +54,16 @@ class Figure:
     value: float
     low: float | None
     high: float | None
+    rows_low: float | None
+    rows_high: float | None
     seed_sd: float | None
     per_seed: tuple[float, ...]
     n_tasks: int = 1
+
+    @property
+    def ends(self) -> tuple[float | None, float | None]:
+        """Its interval as far as it is known: over test rows and trainings, or of one seed over test rows alone."""
+        return (self.rows_low, self.rows_high) if self.low is None else (self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,15 @@ class MethodResult:
     title: str
     seeds: tuple[int, ...]
     learning_rate: float | None
+    is_rate_at_edge: bool
+    """whether a smaller or larger rate than those that were tried might have been better"""
     per_task: Mapping[str, Mapping[str, Figure]]
     """task -> metric"""
     mean: Mapping[str, Figure]
     """over all tasks"""
     mean_above_chance: Mapping[str, Figure]
-    """over tasks on which some method is above chance"""
-    costs: MethodCosts
+    """over tasks that are not at chance"""
+    costs: MeanCosts
     groups: tuple[tuple[tuple[str, ...], ...] | None, ...]
     """each seed's"""
 
@@ -89,15 +96,20 @@ class PairedResult:
         b: What it is compared with.
         metric: ``accuracy``, where higher is better, or ``nll``.
         difference: Mean of a - b.
-        low: Lower end of its interval over test rows.
+        low: Lower end of its interval over test rows and trainings; none of a single seed.
         high: Upper end.
-        se: Standard error over test rows.
+        rows_low: Lower end over test rows alone.
+        rows_high: Upper end.
+        se: Standard error over test rows and trainings.
+        degrees: Of freedom, behind it.
         seed_sd: Standard deviation over seeds of the difference; none of a single one.
-        p_value: Two-sided, of this comparison alone; none where rows can't give one.
-        p_holm: Corrected for all primary comparisons; none for the others.
+        p_value: Two-sided, of this comparison alone; none where rows and trainings can't give one.
+        p_holm: Corrected for all primary comparisons that were named; none for the others.
         detectable: Smallest true difference found in 80 % of such studies, at :data:`LEVEL` alone.
         detectable_corrected: The same at the strictest level of the correction; none for other than primary ones.
         n_seeds: That both have.
+        n_tasks: Behind the mean.
+        is_above_chance: Whether tasks at chance are left out.
         is_late: Whether it was named after both were tested.
     """
 
@@ -107,13 +119,18 @@ class PairedResult:
     difference: float
     low: float | None
     high: float | None
+    rows_low: float | None
+    rows_high: float | None
     se: float | None
+    degrees: float | None
     seed_sd: float | None
     p_value: float | None
     p_holm: float | None
     detectable: float | None
     detectable_corrected: float | None
     n_seeds: int
+    n_tasks: int
+    is_above_chance: bool = False
     is_late: bool = False
 
 
@@ -123,73 +140,97 @@ class Statistics:
 
     Attributes:
         tasks: In the order of task indices.
-        at_chance: Tasks on which no method is above always answering the most frequent class.
-        methods: By name.
-        primary: Comparisons named beforehand, in both metrics.
-        others: Every method against the reference, not corrected.
+        at_chance: Tasks that validation rows could not tell from chance; see :func:`find_chance_tasks`.
+        undrawn: Tasks whose test rows are of a single group, and so in no interval.
+        methods: By name; draws of one thing by their own and together.
+        primary: Comparisons named beforehand, in both metrics, over all tasks and over those not at chance.
+        n_primary: Lines that were named, those without a result too; p-values are corrected for as many.
+        others: Every method against the reference, and :data:`ABLATIONS`, not corrected.
         reference: That method; none where it was not carried out.
         confidence: Of the intervals.
     """
 
     tasks: tuple[str, ...]
     at_chance: tuple[str, ...]
+    undrawn: tuple[str, ...]
     methods: Mapping[str, MethodResult]
     primary: tuple[PairedResult, ...]
+    n_primary: int
     others: tuple[PairedResult, ...]
     reference: str | None
     confidence: float
 
     def find(self, a: str, b: str, metric: str) -> PairedResult | None:
-        """The comparison of two methods in a metric, primary or not."""
-        found = (pair for pair in (*self.primary, *self.others) if (pair.a, pair.b, pair.metric) == (a, b, metric))
-        return next(found, None)
+        """The comparison of two methods in a metric over all tasks, primary or not."""
+        every = (pair for pair in (*self.primary, *self.others) if not pair.is_above_chance)
+        return next((pair for pair in every if (pair.a, pair.b, pair.metric) == (a, b, metric)), None)
 
 
 def compute_statistics(study: StudyRecord, *, reference: str = "shared", n_bootstrap: int | None = None) -> Statistics:
     """Compute the whole table.
 
     Args:
-        study: As far as it has come; pairs with a method that has no record are left out.
+        study: As far as it has come; pairs with a method that has no record are left out, and corrected for.
         reference: What every method is compared with besides, uncorrected.
         n_bootstrap: Draws; none: the config's, or 10,000 where these are fewer.
     """
-    settings, chance = study.config.evaluation, find_chance_tasks(study)
-    named = [pair for pair in study.head.primary if {pair.a, pair.b} <= set(study.methods)]
+    study, settings, chance = pool_draws(study), study.config.evaluation, find_chance_tasks(study)
+    present = set(study.methods)
+    named = [pair for pair in study.head.primary if {pair.a, pair.b} <= present]
     known = {(pair.a, pair.b) for pair in named}
-    others = [(name, reference) for name in study.methods if name != reference and reference in study.methods]
-    pairs = [*named, *(Primary(*pair) for pair in others if pair not in known)]
+    wanted = [*((name, reference) for name in study.methods if name != reference), *ABLATIONS]
+    others = [pair for pair in dict.fromkeys(wanted) if set(pair) <= present and pair not in known]
+    pairs = [*named, *(Primary(*pair) for pair in others)]
     draws = n_bootstrap or max(settings.n_bootstrap, _FEWEST_DRAWS)
     sample = draw_sample(study, [(pair.a, pair.b) for pair in pairs], n_bootstrap=draws, seed=study.config.seed)
-    every = [_compare(sample, pair, metric, settings.confidence) for pair in pairs for metric in METRICS]
-    found = [result for result in every if result is not None]
+    lines = list(_list_lines(sample, chance))
+    first = [_compare(sample, pair, *line, settings.confidence) for pair in named for line in lines]
+    rest = [
+        _compare(sample, Primary(*pair), metric, (), settings.confidence)
+        for pair in others
+        for metric, without in lines
+        if not without
+    ]
+    n_named = len(study.head.primary) * len(lines)
     return Statistics(
         tasks=tuple(task.name for task in study.head.tasks),
         at_chance=chance,
+        undrawn=sample.list_undrawn(),
         methods={name: _describe(sample, name, chance, settings.confidence) for name in study.methods},
-        primary=_correct([result for result in found if (result.a, result.b) in known]),
-        others=tuple(result for result in found if (result.a, result.b) not in known),
-        reference=reference if reference in study.methods else None,
+        primary=_correct([result for result in first if result is not None], n_named),
+        n_primary=n_named,
+        others=tuple(result for result in rest if result is not None),
+        reference=reference if reference in present else None,
         confidence=settings.confidence,
     )
 
 
 def find_chance_tasks(study: StudyRecord) -> tuple[str, ...]:
-    """Tasks on which no method is above always answering the most frequent class.
+    """Tasks on which neither the base model nor the shared adapter is above always giving the most frequent answer.
 
-    A method is tested on the rows of all its seeds, what a group of rows gives in all seeds being one value. Among so
-    many methods one is above by luck, so their p-values are corrected for their number (Holm). Free text has none.
+    By validation rows of the first seed, so that no test row and no other method can change which tasks they are; of
+    two p-values the smaller counts, corrected for there being two (Holm). None where the shared adapter was not
+    trained, as then nothing is known of what can be learnt; free text has no such answer.
     """
+    records = [record for name in _CHANCE_METHODS for record in study.of(name) if record.seed == study.head.seeds[0]]
+    if "shared" not in {record.method for record in records}:
+        return ()
     found = []
     for task in study.head.tasks:
-        p_values = []
-        for method in study.methods:
-            answers = [values for r in study.of(method) if (values := r.correct[task.name]) is not None]
-            if answers:
-                labels, groups = np.tile(task.labels, len(answers)), np.tile(task.groups, len(answers))
-                p_values.append(compute_chance_p_value(np.concatenate(answers), labels, groups))
+        p_values = [value for record in records if (value := record.chance.get(task.name)) is not None]
         if p_values and min(adjust_holm(p_values)) >= LEVEL:
             found.append(task.name)
     return tuple(found)
+
+
+def _list_lines(sample: Sample, chance: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Metrics, and the tasks that a mean leaves out: none, and those at chance where others are left."""
+    for metric in METRICS:
+        every = sample.list_tasks(metric)
+        if every:
+            yield metric, ()
+        if 0 < len(sample.list_tasks(metric, chance)) < len(every):
+            yield metric, tuple(chance)
 
 
 def _describe(sample: Sample, name: str, chance: Sequence[str], confidence: float) -> MethodResult:
@@ -198,8 +239,12 @@ def _describe(sample: Sample, name: str, chance: Sequence[str], confidence: floa
 
     def over(metric: str, tasks: Sequence[str]) -> Figure:
         values = sample.per_seed(name, metric, tasks, seeds)
-        low, high = compute_interval(sample.draws(name, metric, tasks), confidence)
-        return Figure(float(values.mean()), low, high, _sd(values), tuple(values.tolist()), len(tasks))
+        value, error = float(values.mean()), sample.error(name, metric, tasks, values)
+        low, high = _surround(value, error, confidence)
+        if metric == "accuracy" and low is not None and high is not None:  # Student's t does not end at 0 and 1
+            low, high = max(low, 0.0), min(high, 1.0)
+        rows_low, rows_high = compute_interval(sample.draws(name, metric, tasks), confidence)
+        return Figure(value, low, high, rows_low, rows_high, _sd(values), tuple(values.tolist()), len(tasks))
 
     def means(without: Sequence[str] = ()) -> dict[str, Figure]:
         return {m: over(m, tasks) for m in METRICS if (tasks := sample.list_tasks(m, without))}
@@ -209,6 +254,7 @@ def _describe(sample: Sample, name: str, chance: Sequence[str], confidence: floa
         title=records[0].title,
         seeds=seeds,
         learning_rate=records[0].learning_rate,
+        is_rate_at_edge=records[0].is_rate_at_edge,
         per_task={
             task.name: {m: over(m, [task.name]) for m in METRICS if task.name in sample.list_tasks(m)}
             for task in sample.study.head.tasks
@@ -220,16 +266,19 @@ def _describe(sample: Sample, name: str, chance: Sequence[str], confidence: floa
     )
 
 
-def _compare(sample: Sample, pair: Primary, metric: str, confidence: float) -> PairedResult | None:
-    """Compare two methods; none where no seed or no task has both."""
+def _compare(
+    sample: Sample, pair: Primary, metric: str, without: Sequence[str], confidence: float
+) -> PairedResult | None:
+    """Compare two methods; none where no seed has both."""
     both = pair.a, pair.b
-    seeds, tasks = sample.shared_seeds(both), sample.list_tasks(metric)
-    if not seeds or not tasks:
+    seeds, tasks = sample.shared_seeds(both), sample.list_tasks(metric, without)
+    if not seeds:
         return None
     first, second = (sample.per_seed(name, metric, tasks, seeds) for name in both)
-    difference, draws = float((first - second).mean()), sample.draws(both, metric, tasks)
-    p_value, (low, high) = compute_bootstrap_p_value(difference, draws), compute_interval(draws, confidence)
-    se = None if p_value is None else float(draws.std(ddof=1))
+    difference = float((first - second).mean())
+    error = sample.error(both, metric, tasks, first - second)
+    low, high = _surround(difference, error, confidence)
+    rows_low, rows_high = compute_interval(sample.draws(both, metric, tasks), confidence)
     return PairedResult(
         a=pair.a,
         b=pair.b,
@@ -237,31 +286,48 @@ def _compare(sample: Sample, pair: Primary, metric: str, confidence: float) -> P
         difference=difference,
         low=low,
         high=high,
-        se=se,
+        rows_low=rows_low,
+        rows_high=rows_high,
+        se=None if error is None else error.se,
+        degrees=None if error is None else error.degrees,
         seed_sd=_sd(first - second),
-        p_value=p_value,
+        p_value=None if error is None else error.p_value(difference),
         p_holm=None,
-        detectable=estimate_detectable_difference(se, confidence=1 - LEVEL) if se else None,
+        detectable=_detect(error, 1 - LEVEL),
         detectable_corrected=None,
         n_seeds=len(seeds),
+        n_tasks=len(tasks),
+        is_above_chance=bool(without),
         is_late=pair.is_late,
     )
 
 
-def _correct(found: Sequence[PairedResult]) -> tuple[PairedResult, ...]:
-    """Correct the primary comparisons, both metrics together, for their number."""
+def _correct(found: Sequence[PairedResult], n_named: int) -> tuple[PairedResult, ...]:
+    """Correct the primary comparisons for the number of lines that were named, whether or not each has a p-value."""
     p_values = [result.p_value for result in found if result.p_value is not None]
-    adjusted, strictest = iter(adjust_holm(p_values)), 1 - LEVEL / max(len(p_values), 1)
+    adjusted = iter(adjust_holm(p_values, n_more=n_named - len(p_values)))
+    strictest = 1 - LEVEL / max(n_named, 1)
     return tuple(
         result
-        if result.p_value is None or result.se is None
-        else replace(
-            result,
-            p_holm=next(adjusted),
-            detectable_corrected=estimate_detectable_difference(result.se, confidence=strictest) if result.se else None,
-        )
+        if result.p_value is None
+        else replace(result, p_holm=next(adjusted), detectable_corrected=_detect(_error_of(result), strictest))
         for result in found
     )
+
+
+def _surround(value: float, error: Error | None, confidence: float) -> tuple[float | None, float | None]:
+    return (None, None) if error is None else error.interval(value, confidence)
+
+
+def _error_of(result: PairedResult) -> Error | None:
+    return None if result.se is None or result.degrees is None else Error(result.se, result.degrees)
+
+
+def _detect(error: Error | None, confidence: float) -> float | None:
+    """None where nothing varies: rows that don't differ say nothing of what could be found."""
+    if error is None or not error.se:
+        return None
+    return estimate_detectable_difference(error.se, confidence=confidence, degrees=error.degrees)
 
 
 def _sd(values: Array) -> float | None:

@@ -24,6 +24,7 @@ from ensemblelora.comparison.bench import Bench
 from ensemblelora.comparison.candidate import Candidate, Costs
 from ensemblelora.comparison.methods import METHODS, Method
 from ensemblelora.comparison.pool import Part, Pool
+from ensemblelora.comparison.pooled import list_draws
 from ensemblelora.comparison.record import (
     STUDY_FILE,
     MethodRecord,
@@ -42,7 +43,7 @@ from ensemblelora.comparison.record import (
 from ensemblelora.comparison.request import Request, check_request, hold_folder, keep_config
 from ensemblelora.config import RunConfig
 from ensemblelora.errors import EnsembleLoraError, TrainingError, UsageError, first_line
-from ensemblelora.evaluation.metrics import compute_row_correct
+from ensemblelora.evaluation.metrics import compute_chance_p_value, compute_row_correct
 from ensemblelora.prediction import MemberScores, member_nll
 
 __all__ = ["Study", "compare"]
@@ -130,7 +131,8 @@ def _join_heads(request: Request, known: StudyHead | None, fresh: StudyHead, fai
     before, asked = known or fresh, [method.name for method in request.methods]
 
     def is_tested(name: str) -> bool:
-        return any(place_record(request.folder, name, seed).exists() for seed in (*before.seeds, *request.seeds))
+        seeds, draws = (*before.seeds, *request.seeds), list_draws(name, METHODS)
+        return any(place_record(request.folder, draw, seed).exists() for draw in draws for seed in seeds)
 
     pairs = {(pair.a, pair.b): pair for pair in before.primary}
     for a, b in request.primary:
@@ -173,7 +175,8 @@ def _measure_all(request: Request, head: StudyHead, bench: Bench) -> dict[str, s
             failures[method.name] = f"seed {seed}: {_describe(error)}"
             _logger.error("%s failed, %s; the others go on", method.name, failures[method.name])
             _logger.debug("where %s failed", method.name, exc_info=True)
-            bench.reload()
+            if not isinstance(error, UsageError):  # what can't be asked for is refused before the model is touched
+                bench.reload()
     return failures
 
 
@@ -203,7 +206,14 @@ def _measure_one(request: Request, head: StudyHead, bench: Bench, method: Method
         notes=candidate.notes,
         nll=nll,
         correct=correct,
+        chance=_measure_chance(candidate.predict("validation"), pool),
+        is_rate_at_edge=_is_at_edge(chosen.learning_rate, request.learning_rates) and method.is_trained,
     )
+
+
+def _is_at_edge(rate: float, tried: Sequence[float]) -> bool:
+    """Whether a rate beyond those that were tried might be better; of one that alone was tried nothing is known."""
+    return len(tried) > 1 and rate in (min(tried), max(tried))
 
 
 def _name_groups(candidate: Candidate, pool: Pool) -> tuple[tuple[str, ...], ...] | None:
@@ -249,6 +259,18 @@ def _test(candidate: Candidate, pool: Pool) -> tuple[dict[str, tuple[float, ...]
             right = compute_row_correct(scores.values[0], split.labels, split.n_choices)
             correct[split.task] = tuple(int(one) for one in right)
     return nll, correct
+
+
+def _measure_chance(found: Sequence[MemberScores], pool: Pool) -> dict[str, float | None]:
+    """P-value of being right on validation rows no more often than the most frequent answer is; none for free text."""
+    return {
+        split.task: None
+        if split.kind == "sequence"
+        else compute_chance_p_value(
+            compute_row_correct(scores.values[0], split.labels, split.n_choices), split.labels, split.groups
+        )
+        for scores, split in zip(found, pool.rows.validation, strict=True)
+    }
 
 
 def _compute_losses(found: Sequence[MemberScores], pool: Pool, part: Part) -> list[npt.NDArray[np.float64]]:

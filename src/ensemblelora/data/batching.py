@@ -248,13 +248,15 @@ def schedule_training(
 
 
 def plan_evaluations(n_steps: int, n_evaluations: int) -> frozenset[int]:
-    """Choose the steps after which an adapter is evaluated: evenly spaced, the last included.
+    """Choose the steps after which an adapter is evaluated: evenly spaced, the last included, and the start.
+
+    The start is among them so that a training which only does harm is seen, and what it began from is kept.
 
     Example:
         >>> sorted(plan_evaluations(10, 4))
-        [2, 5, 8, 10]
+        [0, 2, 5, 8, 10]
     """
-    return frozenset(max(1, round(n_steps * (i + 1) / n_evaluations)) for i in range(n_evaluations))
+    return frozenset({0, *(max(1, round(n_steps * (i + 1) / n_evaluations)) for i in range(n_evaluations))})
 
 
 class _Choice(NamedTuple):

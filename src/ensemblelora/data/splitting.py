@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ensemblelora.seeding import generator_for
 
-__all__ = ["cut_by_group", "draw_pool", "subsample"]
+__all__ = ["cut_by_group", "draw_pool", "sample_by_group", "subsample"]
 
 _TOTAL = object()  # a stratum no example can be of
 
@@ -56,6 +56,28 @@ def cut_by_group(
         for stratum, n in counts.items():
             missing[chosen][stratum] -= n
     return tuple(sorted(part) for part in parts)
+
+
+def sample_by_group(strata: Sequence[Hashable], groups: Sequence[Hashable], fraction: float, *, seed: int) -> list[int]:
+    """Keep a share of the examples: whole groups, strata spread evenly, and never nothing.
+
+    Args:
+        strata: (n_examples,). What to spread evenly, such as labels.
+        groups: (n_examples,). What must stay together.
+        fraction: Share of the examples, above 0; 1 keeps all.
+        seed: Orders groups of equal size.
+
+    Returns:
+        Positions kept, ascending; their number is the share asked for, up to half of a group.
+    """
+    if fraction >= 1 or not strata:
+        return list(range(len(strata)))
+    kept, _ = cut_by_group(strata, groups, (fraction, 1 - fraction), seed=seed)
+    if kept:
+        return kept
+    sizes = Counter(groups)
+    smallest = min(sizes, key=lambda group: sizes[group])
+    return [position for position, group in enumerate(groups) if group == smallest]
 
 
 def subsample(strata: Sequence[Hashable], limit: int | None, *, seed: int) -> list[int]:

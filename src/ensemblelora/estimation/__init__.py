@@ -14,6 +14,7 @@ from ensemblelora.estimation.oracle import (
     choose_l2_penalty,
     score_subsets,
 )
+from ensemblelora.estimation.reading import read_features
 from ensemblelora.estimation.scoring import (
     RowOutcomes,
     SubsetScores,
@@ -45,6 +46,7 @@ __all__ = [
     "mean_loss_gradients",
     "predict_outcomes",
     "predict_rows",
+    "read_features",
     "score_subsets",
     "simulate_training",
 ]

@@ -25,6 +25,8 @@ __all__ = [
     "compute_curvature_trace",
     "compute_hessian",
     "compute_logits",
+    "compute_loss_gradients",
+    "compute_loss_slopes",
     "compute_probabilities",
     "compute_row_nll",
     "sum_losses",
@@ -144,6 +146,30 @@ def compute_row_nll(logits: FloatArray, labels: npt.NDArray[np.int64]) -> FloatA
         return np.asarray(np.maximum(margins, 0.0) + np.log1p(np.exp(-np.abs(margins))))
     _, log_norm = compute_probabilities(logits)
     return np.asarray(log_norm - picked)
+
+
+def compute_loss_slopes(rows: LinearRows, weights: FloatArray | None = None) -> FloatArray:
+    """Return the derivative of each example's cross-entropy by its outputs, shape ``(n, c)``.
+
+    Args:
+        rows: n examples, c outputs.
+        weights: w, shape ``(d,)``; none: zero.
+    """
+    at = np.zeros(rows.jacobian.shape[1]) if weights is None else weights
+    residual = compute_probabilities(compute_logits(rows, at[None]))[0][:, :, 0]  # (n, K)
+    residual[np.arange(len(rows.labels)), rows.labels] -= 1.0
+    return np.asarray(residual @ rows.decoder)
+
+
+def compute_loss_gradients(rows: LinearRows, weights: FloatArray | None = None) -> FloatArray:
+    """Return the gradient of each example's cross-entropy at one weight vector, shape ``(n, d)``.
+
+    Args:
+        rows: n examples, c outputs, as they are stored (``unit`` 1).
+        weights: w, shape ``(d,)``; none: zero.
+    """
+    slopes = compute_loss_slopes(rows, weights)
+    return np.asarray(np.einsum("nc,ncd->nd", slopes, rows.jacobian.reshape(*slopes.shape, -1)))
 
 
 def compute_probabilities(logits: npt.NDArray[_Float]) -> tuple[npt.NDArray[_Float], npt.NDArray[_Float]]:

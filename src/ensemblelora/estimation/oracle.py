@@ -9,7 +9,7 @@ averaged over projection seeds; weights never are, since each seed has its own c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -32,10 +32,17 @@ _MAX_TRIAL_SUBSETS = 40
 
 @dataclass(frozen=True, eq=False)
 class TaskFeatures:
-    """Features of every task under one projection seed, train and validation in the same task order."""
+    """Features of every task under one projection seed, train and validation in the same task order.
+
+    Attributes:
+        train: One block per task.
+        validation: One block per task.
+        n_train: Training rows of each task, where ``train`` holds a share of them; none: it holds all.
+    """
 
     train: tuple[FeatureBlock, ...]
     validation: tuple[FeatureBlock, ...]
+    n_train: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse tasks that don't match."""
@@ -48,6 +55,16 @@ class TaskFeatures:
                     f"task {train.task!r}: train features are {train.mode} of dimension {train.proj_dim}, validation "
                     f"{validation.mode} of {validation.proj_dim} with {len(validation.ids)} rows; collect both again"
                 )
+        held = [block.n_examples for block in self.train]
+        if len(self.counts) != len(held) or any(n < h for n, h in zip(self.counts, held, strict=True)):
+            raise DataError(
+                f"{held} training rows have features, of {list(self.counts)}: expected a share of each task"
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Training rows of each task, with features or without."""
+        return self.n_train or tuple(block.n_examples for block in self.train)
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,7 @@ class Oracle:
         config: Settings of the fits.
         penalty_table: What the penalty was chosen from; empty if it was given.
         budget: What method ``steps`` simulates.
+        judges: Tasks whose validation loss chooses the epoch that method ``steps`` keeps; none: the subset's own.
     """
 
     replicates: tuple[TaskFeatures, ...]
@@ -109,6 +127,7 @@ class Oracle:
     config: EstimationConfig
     penalty_table: tuple[PenaltyTrial, ...] = ()
     budget: TrainingBudget | None = None
+    judges: Subset | None = None
     # Not part of the value: equal questions give equal answers with or without it.
     _memories: tuple[_Memory, ...] = field(default=(), repr=False)
 
@@ -149,10 +168,13 @@ class Oracle:
         """Training rows times iterations, summed over all fits so far: what a fit's cost is counted in.
 
         A row counts once for each of its outputs. The fit of all tasks, where the others start, is one of them.
+        Simulated steps take as many rows as the training would; fits, those that have features.
         """
         total = 0
         for replicate, memory in zip(self.replicates, self._memories, strict=True):
             sizes = [block.outputs.size for block in replicate.train]
+            if self.config.method == "steps":
+                sizes = [n * block.n_outputs for n, block in zip(replicate.counts, replicate.train, strict=True)]
             total += sum(fit.iterations * sum(sizes[i] for i in subset) for subset, fit in memory.fits.items())
             total += memory.problem.start_iterations * sum(sizes) if memory.problem is not None else 0
         return total
@@ -163,14 +185,8 @@ class Oracle:
 
     def take_replicates(self, which: Sequence[int]) -> Oracle:
         """Return an oracle of some of the projection seeds that shares this one's fits."""
-        return Oracle(
-            tuple(self.replicates[r] for r in which),
-            self.l2_penalty,
-            self.config,
-            self.penalty_table,
-            self.budget,
-            tuple(self._memories[r] for r in which),
-        )
+        chosen = tuple(self.replicates[r] for r in which)
+        return replace(self, replicates=chosen, _memories=tuple(self._memories[r] for r in which))
 
     def solve(self, subsets: Sequence[Subset]) -> None:
         """Fit the subsets not known yet side by side, so that questions about single tasks find them solved."""
@@ -199,6 +215,10 @@ class Oracle:
             converged=np.all([fit.converged for fit in fits], axis=0),
             l2_penalty=self.l2_penalty,
         )
+
+    def weights(self, subsets: Sequence[Subset]) -> tuple[FloatArray, ...]:
+        """Return every subset's fitted weights in projected coordinates, ``(k, d)``, one entry per projection seed."""
+        return tuple(stack.weights for stack in self._fit(subsets))
 
     def row_outcomes(self, subsets: Sequence[Subset], task: int) -> tuple[RowOutcomes, ...]:
         """Return one task's row by row outcomes under every subset, one entry per projection seed."""
@@ -236,6 +256,7 @@ class Oracle:
                 replicate.train,
                 l2_penalty=self.l2_penalty,
                 balance=self.config.balance,
+                n_train=replicate.counts,
                 max_iter=self.config.max_iter,
                 tolerance=self.config.tolerance,
             )
@@ -244,8 +265,10 @@ class Oracle:
         return [_KnownFit(weights, bool(done), int(count)) for weights, done, count in solved]
 
     def _fit_steps(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> list[_KnownFit]:
-        budget = cast("TrainingBudget", self.budget)
-        found = simulate_training(replicate.train, replicate.validation, check_subsets(subsets, self.n_tasks), budget)
+        budget, checked = cast("TrainingBudget", self.budget), check_subsets(subsets, self.n_tasks)
+        found = simulate_training(
+            replicate.train, replicate.validation, checked, budget, n_train=replicate.counts, judges=self.judges
+        )
         return [_KnownFit(weights, True, budget.num_train_epochs) for weights in found]
 
 
@@ -255,6 +278,7 @@ def build_oracle(
     *,
     subsets: Sequence[Subset] = (),
     budget: TrainingBudget | None = None,
+    judges: Subset | None = None,
 ) -> Oracle:
     """Make an oracle, choosing the relative ridge if the config says ``auto``.
 
@@ -263,16 +287,19 @@ def build_oracle(
         config: Settings of the fits.
         subsets: What the ridge is chosen on; none: every single task and all tasks together.
         budget: What method ``steps`` simulates.
+        judges: Tasks whose validation loss chooses ridge and epoch; none: each subset's own.
 
     Raises:
         DataError: If the features of tasks or seeds don't match.
     """
     if config.method == "steps" or config.l2_penalty != "auto":
         penalty = 0.0 if config.l2_penalty == "auto" else config.l2_penalty
-        return Oracle(tuple(replicates), penalty, config, budget=budget)
+        return Oracle(tuple(replicates), penalty, config, budget=budget, judges=judges)
     first = replicates[0]
-    penalty, table = choose_l2_penalty(first.train, first.validation, subsets, config)
-    return Oracle(tuple(replicates), penalty, config, table)
+    penalty, table = choose_l2_penalty(
+        first.train, first.validation, subsets, config, n_train=first.n_train, judges=judges
+    )
+    return Oracle(tuple(replicates), penalty, config, table, judges=judges)
 
 
 def choose_l2_penalty(
@@ -280,6 +307,9 @@ def choose_l2_penalty(
     validation: Sequence[FeatureBlock],
     subsets: Sequence[Subset],
     config: EstimationConfig,
+    *,
+    n_train: tuple[int, ...] | None = None,
+    judges: Subset | None = None,
 ) -> tuple[float, tuple[PenaltyTrial, ...]]:
     """Choose the relative ridge with the least predicted validation loss, before any training.
 
@@ -292,15 +322,17 @@ def choose_l2_penalty(
         validation: One block per task.
         subsets: Tuples of task indices; may be empty.
         config: Its ``l2_grid`` holds the candidates.
+        n_train: As :class:`TaskFeatures` has it.
+        judges: Tasks whose nll a subset counts by instead; singles and the full set then don't join.
 
     Returns:
         The penalty (of equals the largest) and the table of those tried, by rising penalty.
     """
-    features = TaskFeatures(tuple(train), tuple(validation))
-    asked = _choose_trial_subsets(check_subsets(subsets, len(train)), len(train))
+    features = TaskFeatures(tuple(train), tuple(validation), n_train)
+    asked = _choose_trial_subsets(check_subsets(subsets, len(train)), len(train) if judges is None else 0)
     trials: list[PenaltyTrial] = []
     for penalty in sorted(set(config.l2_grid), reverse=True):
-        trials.append(_try_penalty(features, asked, penalty, config))
+        trials.append(_try_penalty(features, asked, penalty, config, judges))
         if len(trials) > 2 and trials[-3].nll < trials[-2].nll < trials[-1].nll:
             break
     best = min(trials, key=lambda trial: trial.nll)
@@ -319,11 +351,15 @@ def score_subsets(
 
 
 def _try_penalty(
-    features: TaskFeatures, subsets: Sequence[Subset], penalty: float, config: EstimationConfig
+    features: TaskFeatures,
+    subsets: Sequence[Subset],
+    penalty: float,
+    config: EstimationConfig,
+    judges: Subset | None,
 ) -> PenaltyTrial:
     oracle = Oracle((features,), penalty, config)
     scores = oracle.score(subsets)
-    own = [scores.nll[s, list(subset)].mean() for s, subset in enumerate(scores.subsets)]
+    own = [scores.nll[s, list(judges or subset)].mean() for s, subset in enumerate(scores.subsets)]
     return PenaltyTrial(
         l2_penalty=float(penalty),
         nll=float(np.mean(own)),
@@ -335,9 +371,11 @@ def _try_penalty(
 
 
 def _choose_trial_subsets(subsets: Sequence[Subset], n_tasks: int) -> list[Subset]:
+    """Thin out the subsets, and add singles and the full set of the first tasks; of none, nothing is added."""
     step = max(1, -(-len(subsets) // _MAX_TRIAL_SUBSETS))
     singles = [(i,) for i in range(0, n_tasks, max(1, -(-n_tasks // _MAX_TRIAL_SUBSETS)))]
-    return list(dict.fromkeys([*subsets[::step], *singles, tuple(range(n_tasks))]))
+    full = [tuple(range(n_tasks))] if n_tasks else []
+    return list(dict.fromkeys([*subsets[::step], *singles, *full]))
 
 
 def _stack(fits: Sequence[_KnownFit], dimension: int) -> _Stack:

@@ -49,7 +49,7 @@ class SubsetProblem:
     Attributes:
         rows: The tasks' rows, gradients divided by ``unit``.
         unit: Square root of the mean curvature c.
-        counts: Training examples of each task, shape ``(n_tasks,)``.
+        counts: Training examples of each task, those without features included, shape ``(n_tasks,)``.
         l2_penalty: Relative ridge.
         max_iter: Most objective evaluations per subset.
         tolerance: Of the gradient norm.
@@ -120,6 +120,7 @@ def prepare_problem(
     l2_penalty: float,
     balance: Literal["example", "task"] = "example",
     example_weights: Sequence[npt.ArrayLike] | None = None,
+    n_train: Sequence[int] | None = None,
     max_iter: int = 100,
     tolerance: float = 1e-6,
 ) -> SubsetProblem:
@@ -130,6 +131,8 @@ def prepare_problem(
         l2_penalty: Relative ridge, above 0, in curvature units.
         balance: Whether every example or every task has the same weight in a subset's loss.
         example_weights: Weights a_s of each task's examples instead, such as AdaBoost's; multiplied into ``balance``.
+        n_train: Training examples of each task, where the blocks hold a share of them that stands for all: examples
+            then weigh as many as they stand for, and ridges fall with all of them; none: the blocks hold all.
         max_iter: Most objective evaluations per subset.
         tolerance: Stop where the gradient norm is at most this times ``max(1, |L_S|)``, in curvature units.
 
@@ -142,8 +145,11 @@ def prepare_problem(
     _check_shapes(train)
     unit = float(np.sqrt(_mean_curvature(train)))
     weights: Sequence[npt.ArrayLike | None] = [None] * len(train) if example_weights is None else example_weights
-    rows = tuple(_weigh_rows(block, given, balance, unit) for block, given in zip(train, weights, strict=True))
-    counts = np.array([len(block.ids) for block in train], dtype=np.float64)
+    counts = np.array([len(block.ids) for block in train] if n_train is None else n_train, dtype=np.float64)
+    rows = tuple(
+        _weigh_rows(block, given, balance, unit, count)
+        for block, given, count in zip(train, weights, counts, strict=True)
+    )
     base = np.zeros((1, train[0].proj_dim), dtype=np.float32)
     measured = [sum_losses(task, base) for task in rows]
     return SubsetProblem(
@@ -213,13 +219,14 @@ def evaluate_batch(
 
 
 def _weigh_rows(
-    block: FeatureBlock, given: npt.ArrayLike | None, balance: Literal["example", "task"], unit: float
+    block: FeatureBlock, given: npt.ArrayLike | None, balance: Literal["example", "task"], unit: float, count: float
 ) -> LinearRows:
+    """Weigh a block's rows, which stand for ``count`` rows."""
     n = len(block.ids)
     weights = np.ones(n) if given is None else np.asarray(given, dtype=np.float64)
     if weights.shape != (n,) or not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
         raise DataError(f"task {block.task!r}: example weights must be {n} non-negative numbers, not all 0")
-    return LinearRows.from_block(block, weights / n if balance == "task" else weights, unit=unit)
+    return LinearRows.from_block(block, weights / n if balance == "task" else weights * (count / n), unit=unit)
 
 
 def _check_shapes(train: Sequence[FeatureBlock]) -> None:

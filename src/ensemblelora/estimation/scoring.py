@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.estimation.loss import LinearRows, compute_logits, compute_probabilities, compute_row_nll
+from ensemblelora.estimation.loss import LinearRows, compute_logits, compute_loss_slopes, compute_row_nll
 from ensemblelora.store import FeatureBlock
 
 __all__ = [
@@ -210,9 +210,7 @@ def mean_loss_gradients(train: Sequence[FeatureBlock]) -> FloatArray:
     gradients = []
     for block in train:
         rows = LinearRows.from_block(block)
-        residual = compute_probabilities(compute_logits(rows, np.zeros((1, block.proj_dim))))[0][:, :, 0]  # (n, K)
-        residual[np.arange(len(block.ids)), block.labels] -= 1.0
-        gradients.append((residual @ rows.decoder).reshape(-1) @ rows.jacobian / len(block.ids))
+        gradients.append(compute_loss_slopes(rows).reshape(-1) @ rows.jacobian / len(block.ids))
     return np.array(gradients)
 
 

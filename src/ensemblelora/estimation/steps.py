@@ -11,8 +11,12 @@ about the rate, also those that have no gradient at theta0 (LoRA's A) as soon as
 what the training does. The expansion can't see them; going farther along the gradients by ``sqrt(p / p')``, so that the
 distance is that of all p trained numbers, stands for them (docs/decisions/0009).
 
+Where the blocks hold a share of the training rows, an epoch still has all of its steps, of as many rows: each row that
+there is stands in for the others as often as any.
+
 Cost: 6 E N_S c d flops a subset, linear in the rows. Memory: 4 c d bytes for each row of the batches of the subsets
-that are simulated at once (``block_bytes``); training blocks are read where they lie.
+that are simulated at once (``block_bytes``); training blocks are copied where they are small, and else read where they
+lie.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ __all__ = ["TrainingBudget", "simulate_training"]
 FloatArray = npt.NDArray[np.float64]
 Subset = tuple[int, ...]
 
+_JOINED_BYTES = 2**28
+"""of all tasks' gradients, up to which they are copied side by side: a batch of many tasks is then taken at once"""
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8  # AdamW's own, which transformers leaves as they are
 
 
@@ -80,6 +86,8 @@ def simulate_training(
     subsets: Sequence[Subset],
     budget: TrainingBudget,
     *,
+    n_train: Sequence[int] | None = None,
+    judges: Subset | None = None,
     block_bytes: int = 2**28,
 ) -> FloatArray:
     """Train the linear model on every subset of tasks.
@@ -89,29 +97,32 @@ def simulate_training(
         validation: One block per task; the epoch is chosen by the mean loss of the subset's own.
         subsets: Non-empty tuples of distinct task indices.
         budget: Steps, rate, schedule. A subset's order of rows depends on the budget's seed and the subset alone.
+        n_train: Training rows of each task, where the blocks hold a share of them; none: the blocks hold all.
+        judges: Tasks whose mean loss chooses the epoch instead, whatever the subset.
         block_bytes: Memory for the rows of the batches of the subsets that are simulated at once.
 
     Returns:
         Weights in the units of the features, shape ``(k, d)``.
     """
-    rows, held = _Rows(train), [LinearRows.from_block(block) for block in validation]
+    rows, held = _Rows(train, n_train), [LinearRows.from_block(block) for block in validation]
     sizes = [_batch_size(rows, subset, budget) for subset in subsets]
     found = np.zeros((len(subsets), train[0].proj_dim))
     for which in _split(sizes, rows.bytes_per_row, block_bytes):
-        found[which] = _simulate(rows, held, [subsets[s] for s in which], budget)
+        found[which] = _simulate(rows, held, [subsets[s] for s in which], budget, judges)
     return found
 
 
 class _Rows:
     """All tasks' training rows, numbered one after the other, with classes and outputs padded to the largest."""
 
-    def __init__(self, blocks: Sequence[FeatureBlock]) -> None:
+    def __init__(self, blocks: Sequence[FeatureBlock], n_train: Sequence[int] | None = None) -> None:
         self.blocks = blocks
-        self.counts = np.array([block.n_examples for block in blocks])
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        held = np.array([block.n_examples for block in blocks])
+        self.counts = held if n_train is None else np.array(n_train)  # of an epoch
+        self.starts = np.concatenate([[0], np.cumsum(held)])
         self.n_outputs = max(block.n_outputs for block in blocks)
         self.n_classes = max(block.decoder.shape[0] for block in blocks)
-        n, task_of = int(self.starts[-1]), np.repeat(np.arange(len(blocks)), self.counts)
+        n, task_of = int(self.starts[-1]), np.repeat(np.arange(len(blocks)), held)
         self.outputs = np.zeros((n, self.n_outputs))
         self.offsets = np.full((n, self.n_classes), -np.inf)
         decoders = np.zeros((len(blocks), self.n_classes, self.n_outputs))
@@ -122,13 +133,25 @@ class _Rows:
             decoders[i, : block.decoder.shape[0], : block.n_outputs] = block.decoder
         self.decoders, self.task_of = decoders, task_of
         self.labels = np.concatenate([np.asarray(block.labels) for block in blocks])
+        self._joined = self._collect(np.arange(n)) if n * self.bytes_per_row <= _JOINED_BYTES else None
 
     @property
     def bytes_per_row(self) -> int:
         return 4 * self.n_outputs * self.blocks[0].proj_dim
 
+    def deal(self, task: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """One epoch's rows of a task: each one that is there, as often as it takes to make up all rows."""
+        first, n = int(self.starts[task]), int(self.starts[task + 1] - self.starts[task])
+        n_times, n_more = divmod(int(self.counts[task]), n)
+        dealt = np.tile(np.arange(first, first + n), n_times)
+        return np.append(dealt, first + generator.choice(n, n_more, replace=False)) if n_more else dealt
+
     def jacobians(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Projected gradients of some rows, ``(len(index), c, d)``."""
+        return self._collect(index) if self._joined is None else self._joined[index]
+
+    def _collect(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """The same from where they lie, block by block."""
         found = np.zeros((len(index), self.n_outputs, self.blocks[0].proj_dim), np.float32)
         tasks = self.task_of[index]
         order = np.argsort(tasks, kind="stable")
@@ -140,14 +163,21 @@ class _Rows:
         return found
 
 
-def _simulate(rows: _Rows, held: Sequence[LinearRows], subsets: Sequence[Subset], budget: TrainingBudget) -> FloatArray:
+def _simulate(
+    rows: _Rows,
+    held: Sequence[LinearRows],
+    subsets: Sequence[Subset],
+    budget: TrainingBudget,
+    judges: Subset | None,
+) -> FloatArray:
     per_epoch = np.array([_steps_per_epoch(subset, budget) for subset in subsets])
     n_steps = per_epoch * budget.num_train_epochs
     n_stops = budget.num_train_epochs * budget.evaluations_per_epoch
     stops = [plan_evaluations(int(n), n_stops) for n in n_steps]
     generators = [generator_for(budget.seed, "simulated training", *map(str, subset)) for subset in subsets]
     optimizer = _Optimizer(np.zeros((len(subsets), rows.blocks[0].proj_dim)), budget, n_steps)
-    best, least = np.zeros_like(optimizer.weights), np.full(len(subsets), np.inf)
+    best = np.zeros_like(optimizer.weights)
+    least = _validation_losses(held, [subset if judges is None else judges for subset in subsets], best)  # the start's
     for epoch in range(budget.num_train_epochs):
         batches = [_deal(rows, *given) for given in zip(subsets, per_epoch, generators, strict=True)]
         for j in range(int(per_epoch.max())):
@@ -156,7 +186,8 @@ def _simulate(rows: _Rows, held: Sequence[LinearRows], subsets: Sequence[Subset]
             done = epoch * per_epoch[active] + j  # steps before this one, (a,)
             optimizer.step(active, gradients, done)
             due = np.array([s for s, n in zip(active, done, strict=True) if n + 1 in stops[s]], dtype=np.intp)
-            losses = _validation_losses(held, [subsets[s] for s in due], optimizer.weights[due])
+            judged = [subsets[s] if judges is None else judges for s in due]
+            losses = _validation_losses(held, judged, optimizer.weights[due])
             is_better = losses < least[due]
             better = due[is_better]
             best[better], least[better] = optimizer.weights[better], losses[is_better]
@@ -185,29 +216,31 @@ class _Optimizer:
 
 
 def _mean_gradients(rows: _Rows, batches: Sequence[npt.NDArray[np.int64]], weights: FloatArray) -> FloatArray:
-    """Gradient of the mean loss of each subset's batch at its weights, ``(a, d)``."""
-    sizes = np.array([len(batch) for batch in batches])
-    owner, index = np.repeat(np.arange(len(batches)), sizes), np.concatenate(batches)
+    """Gradient of the mean loss of each subset's batch at its weights, ``(a, d)``; those of one size in one product."""
+    sizes, width = np.array([len(batch) for batch in batches]), weights.shape[1]
+    order = np.argsort(sizes, kind="stable")
+    index, owned = np.concatenate([batches[s] for s in order]), np.repeat(sizes[order], sizes[order])
+    ends = np.searchsorted(owned, np.unique(sizes), side="right")
+    stacks = list(zip(np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1), (0, *ends[:-1]), ends, strict=True))
     jacobians = rows.jacobians(index)  # (b, c, d)
-    found = np.zeros(weights.shape)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    u = rows.outputs[index]  # (b, c)
-    for s in range(len(batches)):
-        own = slice(starts[s], starts[s + 1])
-        u[own] += (jacobians[own].reshape(-1, weights.shape[1]) @ weights[s].astype(np.float32)).reshape(u[own].shape)
+    u, small = rows.outputs[index], weights.astype(np.float32)  # (b, c), (a, d)
+    for which, first, last in stacks:
+        changes = np.matmul(jacobians[first:last].reshape(len(which), -1, width), small[which, :, None])
+        u[first:last] += changes.reshape(last - first, -1)
     decoders = rows.decoders[rows.task_of[index]]  # (b, K, c)
     logits = np.einsum("bkc,bc->bk", decoders, u) + rows.offsets[index]
     residual = compute_probabilities(logits[:, :, None])[0][:, :, 0]  # (b, K)
     residual[np.arange(len(index)), rows.labels[index]] -= 1.0
-    back = np.einsum("bkc,bk->bc", decoders, residual) / sizes[owner][:, None]
-    for s in range(len(batches)):
-        own = slice(starts[s], starts[s + 1])
-        found[s] = back[own].reshape(-1).astype(np.float32) @ jacobians[own].reshape(-1, weights.shape[1])
+    back = (np.einsum("bkc,bk->bc", decoders, residual) / owned[:, None]).astype(np.float32)
+    found = np.zeros(weights.shape)
+    for which, first, last in stacks:
+        rows_back = back[first:last].reshape(len(which), 1, -1)
+        found[which] = np.matmul(rows_back, jacobians[first:last].reshape(len(which), -1, width))[:, 0]
     return found
 
 
 def _validation_losses(held: Sequence[LinearRows], subsets: Sequence[Subset], weights: FloatArray) -> FloatArray:
-    """Mean over each subset's own tasks of the mean loss, ``(k,)``."""
+    """Mean over each subset's tasks of the mean loss, ``(k,)``."""
     losses = np.zeros(len(subsets))
     for i, rows in enumerate(held):
         members = [s for s, subset in enumerate(subsets) if i in subset]
@@ -218,7 +251,7 @@ def _validation_losses(held: Sequence[LinearRows], subsets: Sequence[Subset], we
 
 def _deal(rows: _Rows, subset: Subset, n_steps: int, generator: np.random.Generator) -> list[npt.NDArray[np.int64]]:
     """Deal one epoch's rows of a subset to its steps, in random order."""
-    own = np.concatenate([np.arange(rows.starts[i], rows.starts[i + 1]) for i in subset])
+    own = np.concatenate([rows.deal(i, generator) for i in subset])
     return np.array_split(generator.permutation(own), n_steps)
 
 

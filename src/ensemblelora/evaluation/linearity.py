@@ -28,7 +28,7 @@ from ensemblelora.gradients.collect import compute_features, find_active_layers
 from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.passes import score
 
-__all__ = ["Linearity", "measure_linearity"]
+__all__ = ["Linearity", "StepProjector", "collect_steps", "measure_linearity", "spread_batches"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Linearity:
 
 
 @dataclass(frozen=True)
-class _Steps:
+class StepProjector:
     """Stands in for a random projector: projects gradients onto given parameter steps, one column a member."""
 
     steps: Mapping[str, Tensor]
@@ -57,6 +57,7 @@ class _Steps:
         return 2 * sum(matrix.numel() for matrix in self.steps.values())
 
     def project(self, module: str, gradients: Tensor) -> Tensor:
+        """Inner products of gradients ``(n, ...)`` with the steps, ``(n, m)``."""
         return gradients.flatten(1) @ self.steps[module].to(gradients.device)
 
 
@@ -84,10 +85,10 @@ def measure_linearity(
     members = list(dict.fromkeys(member_of))
     with activate(adapted, THETA0):
         layers = find_active_layers(adapted, validation)
-        steps = _Steps(_collect_steps(adapted, members, list(layers)), proj_dim=len(members))
+        steps = StepProjector(collect_steps(adapted, members, list(layers)), proj_dim=len(members))
         found = []
         for split, member in zip(validation, member_of, strict=True):
-            batches = _spread_batches(split, max_rows, max_tokens, adapted.base.pad_token_id)
+            batches = spread_batches(split, max_rows, max_tokens, adapted.base.pad_token_id)
             outputs = _iterate_outputs(adapted, layers, steps, batches, modes[split.task], member, meter)
             found.append(_summarise(outputs, members.index(member)))
         return tuple(found)
@@ -108,7 +109,7 @@ class _Outputs:
 def _iterate_outputs(
     adapted: AdaptedModel,
     layers: Mapping[str, TrainedLayer],
-    steps: _Steps,
+    steps: StepProjector,
     batches: Iterable[Batch],
     mode: OutputMode,
     member: str,
@@ -133,7 +134,7 @@ def _iterate_outputs(
         )
 
 
-def _spread_batches(split: EncodedSplit, max_rows: int, max_tokens: int, pad_token_id: int) -> Iterator[Batch]:
+def spread_batches(split: EncodedSplit, max_rows: int, max_tokens: int, pad_token_id: int) -> Iterator[Batch]:
     """Rows from the first to the last, evenly spaced."""
     rows = np.linspace(0, split.n_examples - 1, min(max_rows, split.n_examples)).astype(int)
     for chosen in plan_batches(split.example_lengths[rows], split.row_counts[rows], max_tokens):
@@ -155,7 +156,7 @@ def _summarise(batches: Iterable[_Outputs], column: int) -> Linearity:
     )
 
 
-def _collect_steps(adapted: AdaptedModel, members: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
+def collect_steps(adapted: AdaptedModel, members: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
     """Each member's change from theta0 in the coordinates that have a gradient there, ``(rows, m)`` per layer part."""
     start = trainable_layers(adapted, THETA0)
     ends = [trainable_layers(adapted, member) for member in members]

@@ -24,6 +24,7 @@ from ensemblelora.exporting.request import PEFT_FILES, TOLERANCE, Format, Reques
 from ensemblelora.members import load_members
 from ensemblelora.models import BaseModel, Head, prepare_base
 from ensemblelora.quantization import dequantize_layers, find_packed_layers
+from ensemblelora.startpoint import is_warm
 
 __all__ = ["Export", "export_run"]
 
@@ -98,8 +99,9 @@ def export_run(
 def _export_members(request: Request) -> Export:
     ensemble, base = request.ensemble, _describe_base(request)
     boosted = any(member.kind == "booster" for member in ensemble.members)
-    # A classifier head that is not in the base's files begins at random, and boosters are measured from it.
-    start = THETA0 if boosted and base.head != "lm" else None
+    # Boosters are measured from the start: a classifier head that is not in the base's files begins at random, and
+    # after a warm-up every start is something that the base doesn't compute.
+    start = THETA0 if boosted and (base.head != "lm" or is_warm(request.config)) else None
     with artifacts.atomic_folder(request.out) as scratch:
         for member in ensemble.members:
             (scratch / member.name).mkdir()

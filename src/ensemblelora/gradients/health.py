@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 
 from ensemblelora.adaptermethods import TrainedLayer
 from ensemblelora.adapters import AdaptedModel
@@ -22,6 +21,7 @@ from ensemblelora.errors import ModelError
 from ensemblelora.gradients.backward import Features, compute_features, count_coordinates, feature_layout
 from ensemblelora.gradients.exact import FeatureForm
 from ensemblelora.gradients.projection import Projector
+from ensemblelora.models import in_float32
 from ensemblelora.passes import without_cache
 from ensemblelora.scoring import check_output_layer
 
@@ -126,24 +126,14 @@ def _measure_batch_error(features_of: Callable[[Sequence[int]], Features], examp
 
 
 def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable[[], Features]) -> float | None:
-    tensors = _list_floats(adapted.network)
-    dtypes = [tensor.dtype for tensor in tensors]
-    is_exact = all(p.dtype == torch.float32 for p in adapted.network.parameters() if p.is_floating_point())
+    network = adapted.network
+    tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
+    is_exact = all(p.dtype == torch.float32 for p in network.parameters() if p.is_floating_point())
     if is_exact or 4 * sum(t.numel() for t in tensors) > _PRECISION_BYTES:
         return None
-    # Exact, and undone exactly below. Weights packed in 4 bits stay: they are unpacked in their input's precision.
-    # The model's own method refuses this for quantised models.
-    nn.Module.float(adapted.network)
-    try:
+    with in_float32(network):
         high = recompute()
-    finally:
-        for tensor, dtype in zip(_list_floats(adapted.network), dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
     return float(_cosines(low.features, high.features).min())
-
-
-def _list_floats(network: nn.Module) -> list[torch.Tensor]:
-    return [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
 
 
 def _pair_up(split: EncodedSplit, layout: Layout, max_tokens: int) -> list[list[int]]:

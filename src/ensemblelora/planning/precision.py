@@ -7,10 +7,12 @@ weights on the scores of single validation rows show how the entry varies from r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.affinity import SubsetDesign, measure_spreads, weigh_scores
+from ensemblelora.affinity import RowWeights, SubsetDesign, measure_spreads, weigh_scores
 from ensemblelora.config import AffinityConfig
 from ensemblelora.estimation import Oracle, average_outcomes
 
@@ -20,7 +22,11 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def estimate_affinity_errors(
-    oracle: Oracle, design: SubsetDesign, values: FloatArray, config: AffinityConfig
+    oracle: Oracle,
+    design: SubsetDesign,
+    values: FloatArray,
+    config: AffinityConfig,
+    weights: Iterable[RowWeights] | None = None,
 ) -> FloatArray:
     """Return the standard error of each pair's affinity, apart from the tasks' own levels.
 
@@ -32,6 +38,7 @@ def estimate_affinity_errors(
         design: The subsets.
         values: Their scores, as the affinity was made from, shape ``(n_subsets, n_tasks)``.
         config: How it was made from them.
+        weights: What ``affinity.weigh_scores`` gave for the scores; none: it is asked.
 
     Returns:
         Symmetric, shape ``(n_tasks, n_tasks)``; NaN where a task's validation rows all belong together, and for a
@@ -39,7 +46,9 @@ def estimate_affinity_errors(
     """
     n = design.n_tasks
     directed, errors = np.empty((n, n)), np.full((n, n), np.nan)
-    for i, row in enumerate(weigh_scores(design, values, surrogate=config.surrogate)):
+    if weights is None:
+        weights = weigh_scores(design, values, surrogate=config.surrogate)
+    for i, row in enumerate(weights):
         directed[i] = row.weights @ values[row.subsets, i]
         others = np.arange(n) != i
         if not others.any():

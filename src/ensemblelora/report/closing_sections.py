@@ -158,7 +158,8 @@ def _total(values: Iterable[float | None]) -> float | None:
 
 def _environment(run: RunRecord) -> list[tuple[str, str]]:
     environment, model = run.environment, run.environment.model
-    parameters = None if model.n_parameters is None else f"{model.n_parameters:,}"
+    counts = (model.n_parameters, environment.max_tokens_per_batch)
+    parameters, largest = (None if n is None else f"{n:,}" for n in counts)
     facts = [
         ("Model", model.name),
         ("Parameters", parameters),
@@ -172,6 +173,7 @@ def _environment(run: RunRecord) -> list[tuple[str, str]]:
         ("peft", environment.peft),
         ("Device", environment.device),
         ("Platform", environment.platform),
+        ("Tokens of a forward pass", largest and f"up to {largest}, padding included"),
         ("Made", environment.created),
     ]
     return [(name, value) for name, value in facts if value]

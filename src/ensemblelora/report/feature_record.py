@@ -22,15 +22,24 @@ class FeatureRecord(BaseModel):
     proj_dim: int
     form: Literal["projected", "coordinates", "gram"] = "projected"
     projection_error: float | None = None
+    n_rows: int | None = None
+    n_rows_taken: int | None = None
 
 
 def describe_features(record: FeatureRecord) -> str:
-    """Say in one or two sentences what the predictions were made from.
+    """Say in a few sentences what the predictions were made from.
 
     Example:
         >>> describe_features(FeatureRecord(n_coordinates=4096, proj_dim=400, projection_error=0.034))[-65:]
         'in the median; a random projection to 400 numbers is off by 3.4%.'
     """
+    text = _describe_form(record)
+    if record.n_rows is None or record.n_rows_taken is None or record.n_rows_taken == record.n_rows:
+        return text
+    return f"{text} They were taken of {record.n_rows_taken:,} of {record.n_rows:,} rows, which stand for all."
+
+
+def _describe_form(record: FeatureRecord) -> str:
     full, kept = f"{record.n_coordinates:,} numbers", f"{record.proj_dim:,}"
     error = None if record.projection_error is None else format_percent(record.projection_error)
     if record.form == "coordinates":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+from scipy.special import stdtrit
+
 from ensemblelora.report.document import Block, Bullets, Cell, Column, Row, Section, Table
 from ensemblelora.report.headline import method_label
 from ensemblelora.report.plotting import N_GROUP_COLOURS
@@ -29,22 +31,28 @@ def write_power(run: RunRecord) -> Section:
     return Section("power", "What a run of this size can and can't show", [*blocks, table] if table else blocks)
 
 
-def estimate_detectable_difference(standard_error: float, *, confidence: float, power: float = _POWER) -> float:
+def estimate_detectable_difference(
+    standard_error: float, *, confidence: float, power: float = _POWER, degrees: float | None = None
+) -> float:
     """Estimate the smallest true difference that a two-sided test finds with the given power.
 
-    The usual normal approximation: (z_{(1 + confidence) / 2} + z_power) standard errors.
+    The usual approximation: (z_{(1 + confidence) / 2} + z_power) standard errors; with few degrees of freedom,
+    quantiles of Student's t for those of the normal distribution.
 
     Args:
         standard_error: Of the measured difference, in its unit.
         confidence: Of the interval that must exclude 0, in (0, 1).
         power: Probability that it does.
+        degrees: Of freedom of the standard error; none: as many as make no difference.
 
     Example:
         >>> round(estimate_detectable_difference(1.0, confidence=0.95), 2)
         2.8
     """
-    normal = NormalDist()
-    return (normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)) * standard_error
+    levels = (1 + confidence) / 2, power
+    if degrees is not None:
+        return float(sum(stdtrit(degrees, level) for level in levels)) * standard_error
+    return sum(NormalDist().inv_cdf(level) for level in levels) * standard_error
 
 
 def _powers_of_plan(run: RunRecord, confidence: float) -> list[str]:

@@ -72,6 +72,7 @@ class EnvironmentRecord(_Record):
     peft: str | None = None
     platform: str | None = None
     device: str | None = None
+    max_tokens_per_batch: int | None = None
     model: ModelRecord = ModelRecord()
     created: str | None = None
 

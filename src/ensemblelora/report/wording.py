@@ -143,7 +143,7 @@ def group_letter(group: int) -> str:
 
 
 def join_names(names: list[str], limit: int = 6) -> str:
-    """List names in a sentence, the first few of many.
+    """List names in a sentence, the first few of many; of none, nothing.
 
     Example:
         >>> join_names(["a", "b", "c"]), join_names(["a", "b", "c"], limit=1)
@@ -151,7 +151,7 @@ def join_names(names: list[str], limit: int = 6) -> str:
     """
     if len(names) > limit:
         names = [*names[:limit], f"{len(names) - limit} more"]
-    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def _with_prefix(value: float | None, units: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ensemblelora.config import RunConfig
+from ensemblelora.analysis.bases import name_base_method
 
 __all__ = ["Reproduction", "Row", "name_base_method"]
 
@@ -19,8 +19,9 @@ class Reproduction:
     Attributes:
         exhibit: Its name in the paper, such as ``table4``.
         title: What it shows.
-        rows: Where a row has ``run``, numbers of that run; else ``folder``, ``row``, ``column``, ``unit``, ``ours``,
-            ``sd`` and ``paper``: a cell of the folder's table.
+        rows: Where a row has ``run``, numbers of that run; where it has ``claim``, something that the paper says in
+            words; else ``folder``, ``row``, ``column``, ``unit``, ``ours``, ``sd`` and ``paper``: a cell of the
+            folder's table.
         notes: What has to be known to read it: models, sizes, epochs.
     """
 
@@ -33,17 +34,3 @@ class Reproduction:
     def heading(self) -> str:
         """Name and title in one line."""
         return f"{self.exhibit}: {self.title}"
-
-
-def name_base_method(config: RunConfig) -> str:
-    """Name adapter and base as :mod:`.paper` does.
-
-    Example:
-        >>> from ensemblelora.config import parse_config
-        >>> name_base_method(parse_config({"data": {"tasks": ["a"]}, "model": {"quantization": "nf4"}}))
-        'qlora'
-    """
-    is_packed, method = config.model.quantization != "none", config.adapter.method
-    if not is_packed:
-        return method
-    return "qlora" if method == "lora" else f"quantised {method}"

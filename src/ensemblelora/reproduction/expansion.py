@@ -15,11 +15,13 @@ import numpy as np
 from ensemblelora import stages
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, add_adapter, load_adapter, remove_adapter
+from ensemblelora.artifacts import RunFolder
 from ensemblelora.config import RunConfig
 from ensemblelora.evaluation.linearity import Linearity, measure_linearity
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.progress import track
 from ensemblelora.stages import Rows
+from ensemblelora.startpoint import load_start
 from ensemblelora.validation.records import TrueRun
 
 __all__ = ["ExpansionError", "measure_expansion"]
@@ -61,6 +63,7 @@ def measure_expansion(
         distances: Relative to the model's norm; none: as far as fine-tuning went.
     """
     _, rows, probe = stages.prepare(config)
+    probe = load_start(config, RunFolder(folder.parent), probe)
     cells: dict[float | None, list[list[Linearity]]] = {distance: [] for distance in distances}
     for run in track(list(runs), "expansion"):
         load_adapter(probe, _END, folder / "adapters" / run.identity[:16])

@@ -4,13 +4,20 @@ A stage takes plain values of the stages before it and returns one. Where its ma
 fingerprint of its inputs, the value is read back instead of computed. The order is pipeline.py's business; the
 stages that judge the outcome are in judging.py. Test rows enter no fingerprint and no computation here.
 
-:mod:`.request` refuses what can't be carried out; :mod:`.rows` holds what is learnt from; :mod:`.choosing` has the
-stages up to the plan, :mod:`.learning` those that train.
+:mod:`.request` refuses what can't be carried out; :mod:`.rows` holds what is learnt from; :mod:`.warmup` may move the
+start; :mod:`.choosing` has the stages up to the plan, :mod:`.learning` those that train.
 """
 
 from __future__ import annotations
 
-from ensemblelora.stages.choosing import choose_plan, estimate_affinity, plan_budget, read_oracle, take_features
+from ensemblelora.stages.choosing import (
+    choose_plan,
+    estimate_affinity,
+    identify_features,
+    plan_budget,
+    read_oracle,
+    take_features,
+)
 from ensemblelora.stages.learning import (
     boost_groups,
     combine_members,
@@ -20,8 +27,9 @@ from ensemblelora.stages.learning import (
     train_adapter,
     train_groups,
 )
-from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels, identify_start, prepare
+from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels, prepare
 from ensemblelora.stages.rows import Rows, describe_run, drop_lower_layers, encode_tasks, keep_lower_layers
+from ensemblelora.stages.warmup import identify_start, train_warmup, warm_up
 
 __all__ = [
     "Rows",
@@ -36,6 +44,7 @@ __all__ = [
     "drop_lower_layers",
     "encode_tasks",
     "estimate_affinity",
+    "identify_features",
     "identify_start",
     "keep_lower_layers",
     "list_boost_tasks",
@@ -47,4 +56,6 @@ __all__ = [
     "take_features",
     "train_adapter",
     "train_groups",
+    "train_warmup",
+    "warm_up",
 ]

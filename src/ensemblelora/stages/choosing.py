@@ -15,46 +15,72 @@ from ensemblelora import __version__, artifacts, planning
 from ensemblelora import affinity as affinities
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
 from ensemblelora.adapters import AdaptedModel, adapter_bytes, count_trained
-from ensemblelora.blocks import slice_projections
 from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
 from ensemblelora.data.batching import schedule_training
 from ensemblelora.errors import StoreError
-from ensemblelora.estimation import Oracle, PenaltyTrial, TaskFeatures, TrainingBudget, build_oracle
+from ensemblelora.estimation import Oracle, PenaltyTrial, TrainingBudget, build_oracle, read_features
 from ensemblelora.gradients.collect import collect_features, find_active_layers, plan_features
 from ensemblelora.gradients.exact import join_fingerprints
 from ensemblelora.gradients.output import choose_modes
+from ensemblelora.gradients.plan import choose_examples
 from ensemblelora.planning import Plan
 from ensemblelora.seeding import seed_for
 from ensemblelora.stages.rows import Rows
+from ensemblelora.startpoint import settle_training
 from ensemblelora.store import FeatureStore
 from ensemblelora.training.steps import choose_layout
 from ensemblelora.workspace import ORACLE_FILE, Workspace
 
-__all__ = ["choose_plan", "estimate_affinity", "plan_budget", "read_oracle", "take_features"]
+__all__ = [
+    "choose_plan",
+    "estimate_affinity",
+    "identify_features",
+    "plan_budget",
+    "read_oracle",
+    "take_features",
+]
 
 _MAX_NAMED_PAIRS = 6
 _MOST_DISTORTION = 3  # over sqrt(d); a projection's median is 0.67, and 0.95 for parallel gradients
 
 
 def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureStore:
-    """Projected gradients of every train and validation row. Leaves ``features/`` and its health record."""
+    """Projected gradients of train and validation rows, or of a share. Leaves ``features/`` and its health record."""
     config = work.config
     store = FeatureStore(work.path / artifacts.FEATURES_FOLDER)
-    modes = choose_modes(rows.learning, config.gradients.output)  # another split's rows may change them
-    shared = (__version__, work.start_fingerprint, _identify_projection(config.gradients))
-    wanted = {key: artifacts.fingerprint(*shared, modes[key[0]], identity) for key, identity in rows.identities.items()}
-    if config.gradients.proj_type == "none":
-        plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, config.gradients)
-        wanted = join_fingerprints(wanted) if plan.form == "gram" else wanted
+    wanted = identify_features(work, probe, rows)
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
         if stage.is_needed:
             health = collect_features(
                 probe, rows.learning, store, config.gradients, seed=config.seed, fingerprints=wanted, meter=stage.meter
             )
-            artifacts.write_json(work.path / artifacts.FEATURE_HEALTH_FILE, asdict(health))
+            record = asdict(health) | _count_rows(config, rows)
+            artifacts.write_json(work.path / artifacts.FEATURE_HEALTH_FILE, record)
             stage.files.append(work.path / artifacts.FEATURE_HEALTH_FILE)
     return store
+
+
+def _count_rows(config: RunConfig, rows: Rows) -> dict[str, int]:
+    """How many rows there are to learn from, and of how many of them features are taken."""
+    taken = [len(choose_examples(split, config.gradients, seed=config.seed)) for split in rows.learning]
+    return {"n_rows": sum(split.n_examples for split in rows.learning), "n_rows_taken": sum(taken)}
+
+
+def identify_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> dict[tuple[str, str], str]:
+    """Everything that each block of features depends on, by task and split."""
+    config, seed = work.config.gradients, work.config.seed
+    modes = choose_modes(rows.learning, config.output)  # another split's rows may change them
+    shared = (__version__, work.start_fingerprint, _identify_projection(config))
+    wanted = {}
+    for split in rows.learning:
+        key, examples = (split.task, split.split), choose_examples(split, config, seed=seed)
+        share = () if len(examples) == split.n_examples else (examples,)
+        wanted[key] = artifacts.fingerprint(*shared, modes[split.task], rows.identities[key], *share)
+    if config.proj_type == "none":
+        plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, config, seed=seed)
+        wanted = join_fingerprints(wanted) if plan.form == "gram" else wanted
+    return wanted
 
 
 def estimate_affinity(
@@ -70,30 +96,39 @@ def estimate_affinity(
     with work.stage("affinity", *_identify_oracle(work, rows)) as stage:
         if stage.is_needed:
             design = affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed)
-            features = _read_features(store, rows.names, config.gradients.n_projections)
-            budget = None
-            if config.estimation.method == "steps":
-                health = artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)
-                budget = plan_budget(config, rows, probe, n_coordinates=int(health["n_coordinates"]))
-            oracle = build_oracle(features, config.estimation, subsets=design.subsets, budget=budget)
+            oracle = _make_oracle(work, store, rows, probe, design)
             oracle.solve(design.subsets)
             scores = oracle.score(design.subsets)
             values = affinities.select_values(scores.nll, scores.accuracy, config.affinity.score)
-            matrix = affinities.affinity_from_scores(
-                design, values, row_scale=config.affinity.row_scale, surrogate=config.affinity.surrogate
-            )
+            kind, scale = config.affinity.surrogate, config.affinity.row_scale
+            weights = tuple(affinities.weigh_scores(design, values, surrogate=kind))
+            matrix = affinities.affinity_from_scores(design, values, row_scale=scale, surrogate=kind, weights=weights)
             chosen = {"l2_penalty": oracle.l2_penalty, "penalty_table": [asdict(t) for t in oracle.penalty_table]}
             chosen["budget"] = None if oracle.budget is None else asdict(oracle.budget)
-            chosen["n_projections"] = len(oracle.replicates)
-            chosen["surrogate"] = _describe_surrogate(design, values, matrix, config.affinity.surrogate)
+            chosen["n_projections"], chosen["n_train"] = len(oracle.replicates), oracle.replicates[0].n_train
+            chosen["surrogate"] = _describe_surrogate(design, values, matrix, kind)
             artifacts.write_json(work.path / ORACLE_FILE, chosen)
-            errors = planning.estimate_affinity_errors(oracle, design, values, config.affinity)
+            errors = planning.estimate_affinity_errors(oracle, design, values, config.affinity, weights)
             artifacts.save_arrays(path, asdict(matrix) | {"matrix_se": errors})
             stage.meter.add_flops(_count_trials(oracle) + _count_work(oracle, _count_asked(oracle, design)))
             stage.files += [path, work.path / ORACLE_FILE]
             load = partial(_same, oracle)
     arrays = artifacts.load_arrays(path)
     return load, affinities.Affinity(**{field.name: arrays[field.name] for field in fields(affinities.Affinity)})
+
+
+def _make_oracle(
+    work: Workspace, store: FeatureStore, rows: Rows, probe: AdaptedModel, design: affinities.SubsetDesign
+) -> Oracle:
+    """The oracle that a run's config asks for, from its features."""
+    config, n_train, budget = work.config, None, None
+    if config.gradients.train_fraction < 1:
+        n_train = tuple(split.n_examples for split in rows.train)
+    features = read_features(store, rows.names, config.gradients.n_projections, n_train)
+    if config.estimation.method == "steps":
+        health = artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)
+        budget = plan_budget(config, rows, probe, n_coordinates=int(health["n_coordinates"]))
+    return build_oracle(features, config.estimation, subsets=design.subsets, budget=budget)
 
 
 def choose_plan(
@@ -143,12 +178,13 @@ def read_oracle(folder: Path, names: Sequence[str], config: EstimationConfig) ->
     try:
         penalty, table = float(record["l2_penalty"]), tuple(PenaltyTrial(**trial) for trial in record["penalty_table"])
         budget = record["budget"] and TrainingBudget(**record["budget"])
-        n_projections = int(record["n_projections"])
+        n_projections, counts = int(record["n_projections"]), record.get("n_train")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{folder / ORACLE_FILE}: no record of an oracle ({error!r}); delete it and run again"
         ) from None
-    features = _read_features(FeatureStore(folder / artifacts.FEATURES_FOLDER), names, n_projections)
+    store = FeatureStore(folder / artifacts.FEATURES_FOLDER)
+    features = read_features(store, names, n_projections, counts and tuple(counts))
     return Oracle(tuple(features), penalty, config, table, budget)
 
 
@@ -161,7 +197,7 @@ def plan_budget(config: RunConfig, rows: Rows, probe: AdaptedModel, *, n_coordin
         probe: The model, for how rows are laid out in it.
         n_coordinates: p' of the features.
     """
-    training, seed = config.training, seed_for(config.seed, "simulated training")
+    training, seed = settle_training(config), seed_for(config.seed, "simulated training")
     epoch, layout = training.model_copy(update={"num_train_epochs": 1}), choose_layout(probe, training)
     return TrainingBudget(
         learning_rate=training.learning_rate,
@@ -181,28 +217,20 @@ def plan_budget(config: RunConfig, rows: Rows, probe: AdaptedModel, *, n_coordin
 def _identify_oracle(work: Workspace, rows: Rows) -> tuple[object, ...]:
     """Everything that the oracle's answers depend on."""
     config = work.config
-    simulated = config.training if config.estimation.method == "steps" else None
+    simulated = settle_training(config) if config.estimation.method == "steps" else None
     start = (rows.learning_fingerprint(), work.start_fingerprint, simulated)
     return (*start, config.gradients, config.estimation, config.affinity)
 
 
 def _identify_projection(config: GradientsConfig) -> list[Any]:
-    """The section as it was before there could be several projections, where there is one: such stores stay valid."""
-    values = config.model_dump(mode="json", exclude={"n_projections"} if config.n_projections == 1 else None)
+    """The section as it was before there could be several projections, where there is one: such stores stay valid.
+
+    Which rows are taken is in the rows' own identity, and where in the start point's.
+    """
+    elsewhere = {"linearize_at", "warmup_epochs", "train_fraction", "validation_fraction"}
+    several = set() if config.n_projections > 1 else {"n_projections"}
+    values = config.model_dump(mode="json", exclude=elsewhere | several)
     return [type(config).__qualname__, values]
-
-
-def _read_features(store: FeatureStore, names: Sequence[str], n_projections: int) -> list[TaskFeatures]:
-    """Return every projection's features; they lie side by side in the store."""
-    train, validation = ([store.read(name, split) for name in names] for split in ("train", "validation"))
-    width = train[0].proj_dim // n_projections
-    return [
-        TaskFeatures(
-            train=tuple(slice_projections(block, width, which) for block in train),
-            validation=tuple(slice_projections(block, width, which) for block in validation),
-        )
-        for which in range(n_projections)
-    ]
 
 
 def _describe_surrogate(

@@ -11,16 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora import __version__, artifacts, boosting, progress, training, weighting
-from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
+from ensemblelora.adapters import AdaptedModel, adapter_state, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
-from ensemblelora.config import BoostingConfig, EnsembleConfig, RunConfig
+from ensemblelora.config import BoostingConfig, EnsembleConfig, RunConfig, TrainingConfig
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.data.subset import list_rows, take_examples
 from ensemblelora.ensemble import Ensemble, Member, group_scores, load_ensemble, save_ensemble
+from ensemblelora.errors import StoreError
 from ensemblelora.fusion import can_mix
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.planning import Plan
 from ensemblelora.prediction import MemberScores, member_nll
 from ensemblelora.stages.rows import Rows
+from ensemblelora.startpoint import WARMUP, settle_training
 from ensemblelora.store import FeatureStore
 from ensemblelora.workspace import StageRun, Workspace
 
@@ -45,32 +48,51 @@ def train_groups(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows) -
     An adapter depends on its own group's rows alone, so a change in another group leaves it as it is.
     With ``training.together`` those that are still to train share their passes through the base.
     """
-    groups = {f"group-{g}": group for g, group in enumerate(plan.groups)}
-    with work.stage("train", {name: _identify(work, name, group, rows) for name, group in groups.items()}) as stage:
+    groups, settings = {f"group-{g}": group for g, group in enumerate(plan.groups)}, settle_training(work.config)
+    identities = {name: _identify(work, name, group, rows, settings) for name, group in groups.items()}
+    with work.stage("train", identities) as stage:
         if stage.is_needed:
             if _shares_passes(work, probe, groups):
                 _train_together(work, probe, groups, rows, stage)
             for name, group in groups.items():
                 train_adapter(work, probe, name, group, rows, stage)
-            _drop_adapters(work, keep=[_SHARED, *groups], keep_boosters_of=list(groups))
+            _drop_adapters(work, keep=list(groups), keep_boosters_of=list(groups))
     for name in groups:
         load_adapter(probe, name, work.folder.adapter(name))
     return tuple(groups)
 
 
 def train_adapter(
-    work: Workspace, probe: AdaptedModel, name: str, group: Sequence[int], rows: Rows, stage: StageRun
+    work: Workspace,
+    probe: AdaptedModel,
+    name: str,
+    group: Sequence[int],
+    rows: Rows,
+    stage: StageRun,
+    *,
+    is_whole: bool = False,
 ) -> None:
-    """Train one adapter, or keep it where it is already there and intact (a killed run's finished part)."""
-    identity = _identify(work, name, group, rows)
+    """Train one adapter, or keep it where it is already there and intact (a killed run's finished part).
+
+    Args:
+        work: Keeps it.
+        probe: The model.
+        name: The adapter's.
+        group: Its tasks.
+        rows: Of all tasks.
+        stage: Takes up files and cost.
+        is_whole: From the base model for all epochs, whether or not groups go on from a warm-up.
+    """
+    settings = work.config.training if is_whole else settle_training(work.config)
+    identity = _identify(work, name, group, rows, settings)
     if not work.folder.is_done(name, identity):
         work.folder.forget(name)
-        trained = training.fine_tune(
+        train, validation = ([part[task] for task in group] for part in (rows.train, rows.validation))
+        start = adapter_state(probe, probe.origin) if is_whole else None
+        (trained,) = training.fine_tune_together(
             probe,
-            name,
-            [rows.train[task] for task in group],
-            [rows.validation[task] for task in group],
-            work.config.training,
+            [training.TrainingJob(name, train, validation, start=start)],
+            settings,
             seed=work.config.seed,
             checkpoints=work.path / _CHECKPOINTS / f"{name}-{identity[:12]}",
             meter=stage.meter,
@@ -88,11 +110,11 @@ def boost_groups(
     inputs = (rows.learning_fingerprint(), work.start_fingerprint, plan.groups, digests)
     with work.stage("boost", *inputs, config.boosting, config.gradients) as stage:
         if stage.is_needed:
-            _drop_adapters(work, keep=[_SHARED, *members])
+            _drop_adapters(work, keep=members)
             found = boosting.boost(
                 probe,
                 members,
-                list_boost_tasks(plan.groups, rows, store),
+                list_boost_tasks(plan.groups, rows, store, probe),
                 settle_boosting(config),
                 projector=make_projector(config.gradients, seed=config.seed),
                 max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
@@ -143,12 +165,20 @@ def combine_members(
     return load_ensemble(path)
 
 
-def list_boost_tasks(groups: Sequence[Sequence[int]], rows: Rows, store: FeatureStore) -> list[list[BoostTask]]:
-    """What boosting reads of every group's tasks."""
-    return [
-        [BoostTask(rows.train[i], rows.validation[i], store.read(rows.names[i], "train")) for i in group]
-        for group in groups
-    ]
+def list_boost_tasks(
+    groups: Sequence[Sequence[int]], rows: Rows, store: FeatureStore, probe: AdaptedModel
+) -> list[list[BoostTask]]:
+    """What boosting reads of every group's tasks: of training rows, those that have features.
+
+    Raises:
+        StoreError: If the features are of other rows.
+    """
+
+    def make(task: int) -> BoostTask:
+        features = store.read(rows.names[task], "train")
+        return BoostTask(_find_rows(rows.train[task], features.ids, probe), rows.validation[task], features)
+
+    return [[make(task) for task in group] for group in groups]
 
 
 def settle_boosting(config: RunConfig) -> BoostingConfig:
@@ -193,6 +223,20 @@ def settle_weights(
     return weights, fitted.routed
 
 
+def _find_rows(split: EncodedSplit, ids: Sequence[str], probe: AdaptedModel) -> EncodedSplit:
+    """Take the named examples of a split; what is kept of their lower layers is found again."""
+    if tuple(ids) == split.ids:
+        return split
+    places = {name: e for e, name in enumerate(split.ids)}
+    if not places.keys() >= set(ids):
+        raise StoreError(f"features of task {split.task!r} are of rows that it does not have; take the features again")
+    examples = [places[name] for name in ids]
+    part = take_examples(split, examples)
+    if probe.prefix is not None and probe.prefix.cache is not None:
+        probe.prefix.cache.enlist_part(part, split, list_rows(split, examples))
+    return part
+
+
 def _shares_passes(work: Workspace, probe: AdaptedModel, groups: Mapping[str, Sequence[int]]) -> bool:
     """Whether several adapters train in one pass: asked for, and possible for this model."""
     if not work.config.training.together or len(groups) == 1:
@@ -207,7 +251,8 @@ def _train_together(
     work: Workspace, probe: AdaptedModel, groups: Mapping[str, Sequence[int]], rows: Rows, stage: StageRun
 ) -> None:
     """Train the adapters that are not there yet in lock step."""
-    identities = {name: _identify(work, name, group, rows) for name, group in groups.items()}
+    settings = settle_training(work.config)
+    identities = {name: _identify(work, name, group, rows, settings) for name, group in groups.items()}
     missing = [name for name, identity in identities.items() if not work.folder.is_done(name, identity)]
     if not missing:
         return
@@ -222,7 +267,7 @@ def _train_together(
     found = training.fine_tune_together(
         probe,
         jobs,
-        work.config.training,
+        settings,
         seed=work.config.seed,
         checkpoints=work.path / _CHECKPOINTS / artifacts.fingerprint([identities[name] for name in missing])[:12],
         meter=stage.meter,
@@ -241,17 +286,16 @@ def _keep_adapter(work: Workspace, probe: AdaptedModel, trained: training.Traine
     shutil.rmtree(work.path / _CHECKPOINTS, ignore_errors=True)  # those of plans given up, too
 
 
-def _identify(work: Workspace, name: str, group: Sequence[int], rows: Rows) -> str:
+def _identify(work: Workspace, name: str, group: Sequence[int], rows: Rows, settings: TrainingConfig) -> str:
     """Everything a trained adapter depends on; its name too, since that seeds the order of its batches."""
-    return artifacts.fingerprint(
-        __version__, name, rows.learning_fingerprint(group), work.start_fingerprint, work.config.training
-    )
+    return artifacts.fingerprint(__version__, name, rows.learning_fingerprint(group), work.start_fingerprint, settings)
 
 
 def _drop_adapters(work: Workspace, *, keep: Sequence[str], keep_boosters_of: Sequence[str] = ()) -> None:
     """Remove the adapters of an earlier plan, so that ``adapters/`` holds what the run uses and no more."""
+    kept = {_SHARED, WARMUP, *keep}
     for folder in (work.path / artifacts.ADAPTERS_FOLDER).glob("*"):
-        if folder.name not in keep and folder.name.partition("-boost-")[0] not in keep_boosters_of:
+        if folder.name not in kept and folder.name.partition("-boost-")[0] not in keep_boosters_of:
             work.folder.forget(folder.name)
             shutil.rmtree(folder)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from ensemblelora import artifacts
 from ensemblelora.adapters import AdaptedModel, adapter_bytes, attach
 from ensemblelora.affinity import sample_subsets
 from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, EstimationConfig, GradientsConfig, RunConfig
@@ -21,8 +20,9 @@ from ensemblelora.planning.budget import Budget
 from ensemblelora.planning.demand import find_budget_fault, list_demand_faults
 from ensemblelora.quantization import check_installed
 from ensemblelora.stages.rows import Rows, encode_tasks
+from ensemblelora.startpoint import is_warm, settle_training
 
-__all__ = ["check_fit", "check_request", "choose_head", "count_labels", "identify_start", "prepare"]
+__all__ = ["check_fit", "check_request", "choose_head", "count_labels", "prepare"]
 
 _SHARED_RANDOMNESS = {
     "none": "would all be the same",
@@ -32,8 +32,12 @@ _SHARED_RANDOMNESS = {
 """why columns of one wide matrix are not projections of their own"""
 
 
-def prepare(config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
+def prepare(config: RunConfig, check: Callable[[TaskSet], None] | None = None) -> tuple[TaskSet, Rows, AdaptedModel]:
     """Load and check everything a run needs; nothing is written.
+
+    Args:
+        config: The run's.
+        check: Refuses what else the tasks alone rule out, before the model is loaded.
 
     Returns:
         The tasks, their encoded rows, and the model with theta0, where gradients are taken.
@@ -44,6 +48,8 @@ def prepare(config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
     check_installed(config.model)
     tasks = load_tasks(config.data, seed=config.seed)
     check_request(config, tasks)
+    if check is not None:
+        check(tasks)
     base = load_base(
         config.model, head=choose_head(tasks), n_labels=count_labels(tasks), max_length=config.data.max_length
     )
@@ -51,11 +57,6 @@ def prepare(config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
     probe = attach(base, config.adapter, seed=config.seed)
     check_fit(config, rows, probe)
     return tasks, rows, probe
-
-
-def identify_start(config: RunConfig, probe: AdaptedModel) -> str:
-    """Identity of theta0: model, adapter settings and seed."""
-    return artifacts.fingerprint(probe.base.fingerprint, config.adapter, config.seed)
 
 
 def check_request(config: RunConfig, tasks: TaskSet) -> None:
@@ -107,6 +108,11 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
     if fault := _find_projection_fault(config.gradients):
         yield fault
     yield from _list_estimation_faults(config.estimation)
+    if is_warm(config):
+        try:
+            settle_training(config)
+        except ConfigError as error:
+            yield str(error)
     is_one_group = config.grouping.n_groups_asked == 1
     if config.ensemble.weights == "global" and config.ensemble.own_group_prior == 1 and not is_one_group:
         yield "ensemble.own_group_prior 1: leaves no common weights for tasks of several groups; lower it"
@@ -187,7 +193,9 @@ def _list_model_faults(config: RunConfig, rows: Rows, probe: AdaptedModel) -> It
 def _find_exact_fault(config: RunConfig, rows: Rows, probe: AdaptedModel) -> str | None:
     """What keeps gradients from being kept without a projection, or from being used like that."""
     try:
-        plan = plan_features(find_active_layers(probe, rows.learning), rows.learning, config.gradients)
+        plan = plan_features(
+            find_active_layers(probe, rows.learning), rows.learning, config.gradients, seed=config.seed
+        )
     except ConfigError as error:
         return str(error)
     if plan.form == "gram" and config.boosting.n_rounds and config.boosting.direction == "projected":

@@ -16,7 +16,7 @@ from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.task import SPLITS, TaskSet
 from ensemblelora.errors import DataError
 from ensemblelora.models import BaseModel
-from ensemblelora.passes import with_cache
+from ensemblelora.passes import choose_max_tokens, with_cache
 from ensemblelora.quantization import count_numbers, count_weight_bytes, describe_quantization
 from ensemblelora.workspace import Workspace, describe_environment
 
@@ -93,7 +93,8 @@ def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedMode
         "fingerprint": base.fingerprint,
     }
     before = artifacts.read_json(path) if path.exists() else {}
-    artifacts.write_json(path, describe_environment(model, str(base.device), before))
+    max_tokens = choose_max_tokens(probe, work.config.evaluation.max_tokens_per_batch)
+    artifacts.write_json(path, describe_environment(model, str(base.device), max_tokens, before))
     cards = [
         {
             "card": task.card.model_dump(mode="json"),
@@ -107,10 +108,21 @@ def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedMode
     artifacts.write_json(work.path / artifacts.TASKS_FILE, {"tasks": cards, "overlaps": overlaps})
 
 
-def keep_lower_layers(config: RunConfig, folder: Path, probe: AdaptedModel, rows: Rows) -> AdaptedModel:
-    """Let what enters the lowest adapted block be kept for the rows that are learnt from, training rows first."""
+def keep_lower_layers(
+    config: RunConfig, folder: Path, probe: AdaptedModel, rows: Rows, *, with_tests: bool = False
+) -> AdaptedModel:
+    """Let what enters the lowest adapted block be kept for the rows that are learnt from, training rows first.
+
+    Args:
+        config: Says how many bytes may be kept.
+        folder: Of the run.
+        probe: The model.
+        rows: Of all tasks.
+        with_tests: Also for test rows, where many models will be tested on them; each row when it is first scored.
+    """
     max_bytes = int(config.model.prefix_cache_gb * 1e9)
-    return with_cache(probe, folder / _CACHE_FOLDER, rows.learning, max_bytes=max_bytes)
+    splits = (*rows.learning, *rows.test) if with_tests else rows.learning
+    return with_cache(probe, folder / _CACHE_FOLDER, splits, max_bytes=max_bytes)
 
 
 def drop_lower_layers(folder: Path) -> None:

@@ -150,11 +150,16 @@ class AdapterTrainer(Trainer):
         """Score the adapters whose turn it is on their groups' own validation rows."""
         self._adapted.peft.eval()
         with _kept_trainable(self._parameters), _uncompiled(self._config):
-            due = [job for job in self._jobs if self.state.global_step in self._stops[job.name]]
+            due = [job for job in self._jobs if self._is_due(job.name)]
             found = {_log_key(job.name): self._validate(job) for job in due}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def _is_due(self, name: str) -> bool:
+        # A training that goes on from a checkpoint begins with an evaluation that was made before.
+        step = self.state.global_step
+        return step in self._stops[name] and all(record["step"] != step for record in self.history(name))
 
     def _validate(self, job: TrainingJob) -> float:
         tokens = 2 * self._config.max_tokens_per_batch
@@ -210,7 +215,8 @@ def make_arguments(
         max_grad_norm=0.0,  # done before, adapter by adapter
         logging_steps=min(10, n_steps),
         logging_nan_inf_filter=False,
-        eval_strategy="no",  # the callback decides when
+        eval_strategy="no",  # the callback decides when,
+        eval_on_start=True,  # but for the start
         save_strategy="steps" if saves else "no",
         save_steps=n_steps + 1,
         save_total_limit=1,

@@ -129,7 +129,11 @@ def fine_tune_together(
     for name, state in trainer.best.items():
         set_adapter_state(adapted, name, state)
     shutil.rmtree(checkpoints)
-    return tuple(summarize(job, plan.step_counts[job.name], trainer.history(job.name)) for job in jobs)
+    found = tuple(summarize(job, plan.step_counts[job.name], trainer.history(job.name)) for job in jobs)
+    for one in found:
+        if one.best_step == 0:
+            progress.note(f"{one.name}: training never lowered the validation loss; what it started from is kept")
+    return found
 
 
 def summarize(job: TrainingJob, n_steps: int, history: tuple[dict[str, float], ...]) -> TrainedAdapter:

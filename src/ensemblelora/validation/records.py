@@ -6,13 +6,11 @@ fine-tuning measured again; lines of other rows, settings or seeds are kept and 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ensemblelora.errors import OutputError, StoreError
+from ensemblelora.journal import append_line, read_lines
 
 __all__ = ["TrueRun", "append_run", "read_all_runs", "read_runs"]
 
@@ -50,14 +48,7 @@ def append_run(path: Path, run: TrueRun) -> None:
     Raises:
         OutputError: If the file can't be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(run), allow_nan=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise OutputError(f"{path}: can't be written ({error.strerror}); what was measured before is kept") from None
+    append_line(path, asdict(run))
 
 
 def read_runs(path: Path, identities: Collection[str]) -> dict[str, TrueRun]:
@@ -79,15 +70,4 @@ def read_all_runs(path: Path) -> tuple[TrueRun, ...]:
 
 
 def _iterate_lines(path: Path) -> Iterator[TrueRun]:
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            yield TrueRun(**entry | {"tasks": tuple(entry["tasks"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} line {number}: no measured run ({error!r}); delete that line") from None
+    return read_lines(path, lambda entry: TrueRun(**entry | {"tasks": tuple(entry["tasks"])}))

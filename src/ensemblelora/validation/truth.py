@@ -23,6 +23,7 @@ from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.progress import note, track
 from ensemblelora.seeding import generator_for, seed_for
 from ensemblelora.stages import Rows
+from ensemblelora.startpoint import settle_training
 from ensemblelora.validation.records import TrueRun, append_run, read_runs
 
 __all__ = ["choose_subsets", "measure_base", "measure_subsets", "plan_measurements"]
@@ -62,9 +63,10 @@ def plan_measurements(
     subsets: Sequence[Subset], n_seeds: int, rows: Rows, start_fingerprint: str, config: RunConfig
 ) -> dict[str, tuple[Subset, int]]:
     """List the fine-tunings by identity: every subset with the first seed before any with the second."""
+    settings = settle_training(config)
     return {
         artifacts.fingerprint(
-            __version__, "truth", subset, rows.learning_fingerprint(subset), start_fingerprint, config.training, seed
+            __version__, "truth", subset, rows.learning_fingerprint(subset), start_fingerprint, settings, seed
         ): (subset, seed)
         for seed in range(n_seeds)
         for subset in subsets
@@ -103,7 +105,7 @@ def measure_subsets(
 
 
 def measure_base(path: Path, start_fingerprint: str, adapted: AdaptedModel, rows: Rows, config: RunConfig) -> TrueRun:
-    """Score the base model, which predicts what no training at all would give, or read that back."""
+    """Score the base model, or where a warm-up ended: what no training at all would give; or read that back."""
     identity = artifacts.fingerprint(__version__, "base", rows.learning_fingerprint(), start_fingerprint)
     found = read_runs(path, [identity])
     if not found:
@@ -126,7 +128,7 @@ def _measure(
             _NAME,
             train,
             validation,
-            config.training,
+            settle_training(config),
             seed=seed_for(config.seed, "validation", str(seed), *(str(i) for i in subset)),
             checkpoints=folder / "checkpoints" / identity[:12],
             meter=meter,

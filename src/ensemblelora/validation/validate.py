@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from ensemblelora.affinity import sample_subsets
 from ensemblelora.blocks import slice_projections
 from ensemblelora.config import RunConfig, load_config
 from ensemblelora.errors import UsageError
-from ensemblelora.estimation import Oracle, TaskFeatures, build_oracle
+from ensemblelora.estimation import Oracle, build_oracle
+from ensemblelora.startpoint import load_start
 from ensemblelora.store import FeatureBlock
 from ensemblelora.validation.agreement import Agreement, compare_predictions
 from ensemblelora.validation.groupings import GroupingAgreement, compare_groupings
@@ -153,9 +154,9 @@ def collect_truth(
     if probe.base.fingerprint != before:
         raise UsageError(f"{path}: made with another version of {config.model.name!r} or another model.dtype")
     subsets = choose_subsets(len(rows.names), n_subsets, config.affinity.subset_size, seed=config.seed)
-    start = stages.identify_start(config, probe)
+    start = stages.identify_start(config, probe, rows)
     wanted = plan_measurements(subsets, n_seeds, rows, start, config)
-    probe = stages.keep_lower_layers(config, path, probe, rows)
+    probe = stages.keep_lower_layers(config, path, load_start(config, artifacts.RunFolder(path), probe), rows)
     place = path / VALIDATION_FOLDER / TRUTH_FILE
     base = measure_base(place, start, probe, rows, config)
     found = measure_subsets(place, wanted, probe, rows, config)
@@ -193,7 +194,7 @@ def _narrow(oracle: Oracle, d: int, config: RunConfig) -> Oracle:
     def cut(blocks: Sequence[FeatureBlock]) -> tuple[FeatureBlock, ...]:
         return tuple(slice_projections(block, d, 0) for block in blocks)
 
-    features = [TaskFeatures(cut(full.train), cut(full.validation)) for full in oracle.replicates]
+    features = [replace(full, train=cut(full.train), validation=cut(full.validation)) for full in oracle.replicates]
     design = sample_subsets(oracle.n_tasks, config.affinity, seed=config.seed)
     return build_oracle(features, config.estimation, subsets=design.subsets, budget=oracle.budget)
 

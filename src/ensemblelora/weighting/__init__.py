@@ -2,12 +2,13 @@
 
 In: what every group's model says about each task's validation rows. Out: :class:`EnsembleWeights`, on the simplex.
 :mod:`.loss` is the cross-entropy as a function of the weights, :mod:`.solver` minimises it with a certificate,
-:mod:`.fit` chooses how far to trust it.
+:mod:`.fit` chooses how far to trust it. :mod:`.temperature` says how sure the combined scores may be.
 """
 
 from __future__ import annotations
 
 from ensemblelora.weighting.fit import EnsembleWeights, drop_negligible, fit_weights
 from ensemblelora.weighting.loss import MemberLogits, combine
+from ensemblelora.weighting.temperature import fit_temperature
 
-__all__ = ["EnsembleWeights", "MemberLogits", "combine", "drop_negligible", "fit_weights"]
+__all__ = ["EnsembleWeights", "MemberLogits", "combine", "drop_negligible", "fit_temperature", "fit_weights"]

@@ -1,0 +1,79 @@
+"""The screen of a selection: methods by test score, or what each strategy chose, and what choosing cost."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from ensemblelora.report.wording import (
+    NOTHING,
+    format_flops,
+    format_interval,
+    format_number,
+    format_signed,
+    join_names,
+)
+from ensemblelora.selection.page import METHODS, PAGE_FILE, group_methods, list_notes, write_headline
+from ensemblelora.selection.record import FinalTable, SelectionRecord
+from ensemblelora.selection.strategies import STRATEGIES
+
+__all__ = ["render_selection"]
+
+_MOST_NAMED = 4
+
+
+def render_selection(record: SelectionRecord) -> list[Text | Table]:
+    """Say on one screen what was chosen and what it gave.
+
+    Args:
+        record: What :func:`ensemblelora.selection.select.select_sources` found.
+
+    Returns:
+        Lines and tables for :func:`ensemblelora.console.show_table`.
+    """
+    parts: list[Text | Table] = [Text(write_headline(record), style="bold"), Text(), _tabulate_choices(record), Text()]
+    if record.test is not None:
+        parts += [_tabulate_test(record, record.test), Text()]
+    parts += [Text(note) for note in list_notes(record)]
+    return [*parts, Text(f"report: {record.folder / PAGE_FILE}")]
+
+
+def _tabulate_choices(record: SelectionRecord) -> Table:
+    table = _make_table("strategy", "sources", "predicted loss", "gain over none", "over all")
+    for found in record.strategies:
+        table.add_row(
+            found.strategy,
+            join_names(record.name_sources(found.sources), limit=_MOST_NAMED) or NOTHING,
+            _write(format_number(found.nll), found.nll_se),
+            _write(format_signed(found.gain, 4), found.gain_se),
+            _write(format_signed(found.gain_over_all, 4), found.gain_over_all_se),
+        )
+    return table
+
+
+def _tabulate_test(record: SelectionRecord, test: FinalTable) -> Table:
+    table = _make_table("method", "accuracy", f"{record.confidence:.0%} interval", "loss", "FLOPs")
+    finals = {final.method: final for final in record.finals}
+    for names in group_methods(record):
+        score, final = test.scores[names[0]], finals.get(names[0])
+        has_accuracy = score.accuracy == score.accuracy
+        interval = format_interval(score.accuracy_low, score.accuracy_high, scale=100, digits=1) if has_accuracy else ""
+        table.add_row(
+            ", ".join(f"{name} ({METHODS[name]})" if name not in STRATEGIES else name for name in names),
+            format_number(100 * score.accuracy, 1) if has_accuracy else NOTHING,
+            interval or NOTHING,
+            format_number(score.nll),
+            NOTHING if final is None else format_flops(final.train_flops),
+        )
+    return table
+
+
+def _make_table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("strategy", "sources", "method") else "right")
+    return table
+
+
+def _write(value: str, error: float | None) -> str:
+    return value if error is None else f"{value} ± {format_number(error, 4)}"
