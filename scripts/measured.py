@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from measured_federated import render_federated, render_ways
+
 from measured_selection import render_noise, render_search, render_targets, render_truth
 
 __all__ = ["render_measured", "summarize_speed"]
@@ -278,4 +280,6 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
     ("selection-truth", "Predicted and true sets of sources", render_truth),
     ("selection-noise", "Noisy parts of a dataset", render_noise),
     ("selection-speed", "Searching sources", render_search),
+    ("federated-cpu", "Groups of 500 clients", render_federated),
+    ("federated-factors", "Averaging adapters", render_ways),
 )

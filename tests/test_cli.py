@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from rich.text import Text
 
 import ensemblelora
 from ensemblelora import console, progress, recipe
@@ -408,3 +409,10 @@ def test_library_talk_follows_the_flags(pipeline, recipe_file, capsys):
     assert heard[None] == "warning: a [warning]\n"
     assert heard["-v"] == "an info\nwarning: a [warning]\n"
     assert "advice" in heard["-vv"] and "deprecated" in heard["-vv"]
+
+
+def test_a_path_is_not_broken_into_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/".join(["folder"] * 30)
+    console.show_table(Text(f"report: {path}", no_wrap=True), Text("word " * 30))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"report: {path}" and max(map(len, lines[1:])) <= 100

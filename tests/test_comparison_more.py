@@ -272,6 +272,15 @@ def test_gradients_of_an_adapter_that_has_moved_are_counted_with_as(kind: str, i
     assert (meter.record.flops > blind.record.flops) == is_moved
 
 
+def test_a_plan_at_a_warm_up_costs_what_is_foreseen(pool: Pool) -> None:
+    candidate = METHODS["warm-plan"].run(pool)
+    run = make_forecaster(pool.config, pool.probe, pool.rows)
+    (costs,) = pool.folder.glob("warm-*/plan/costs.json")
+    spent = {record["stage"]: record["flops"] for record in artifacts.read_json(costs)["stages"]}
+    assert spent["features"] == run.features(1.0, is_moved=True).flops > run.features(1.0).flops
+    assert candidate.costs.select_flops >= spent["features"]
+
+
 # Dry runs
 
 
@@ -302,13 +311,13 @@ def test_a_dry_run_counts_boosters_looks_and_shares(recipe: Path, tmp_path: Path
     looks = sum(r.flops for r in lookahead.count_looks(probe, rows.train, config.training, seed=config.seed))
     n_whole = count_fine_tunings(METHODS["tag"].work, n_tasks=4, n_groups=2)[1]
     assert flops["tag"] == n_whole * flops["shared"] + run.features(1.0).flops + looks
-    assert flops["warm-plan"] == flops["shared"] + run.features(1.0).flops
+    moved = run.features(1.0, is_moved=True).flops
+    assert flops["warm-plan"] == flops["shared"] + moved and moved > run.features(1.0).flops, "A has a gradient there"
     assert flops["adaboost-row-2"] == flops["adaboost-real-2"] == 3 * flops["shared"]
     assert flops["single-steps"] == 4 * flops["shared"] and flops["shared-longer"] == 2 * flops["shared"]
     groups = flops["shared"]  # the plan's groups, trained once for all that use them
     boosting = run.boosting(3).flops + run.boosting(1).flops  # of the plan's groups at most three; of the half's, one
-    expected = flops["shared"] + groups + boosting
-    expected += 2 * run.features(1.0).flops + flops["shared"]  # warm-plan takes features of its own, and a training
+    expected = flops["shared"] + groups + boosting + run.features(1.0).flops + flops["warm-plan"]
     expected += 2 * flops["shared"] + 2 * flops["shared"] + flops["single-steps"] + flops["shared-longer"]
     without = forecast_study(config, [name for name in names if name != "tag"], 1, [], tmp_path / "c")
     assert without["total"]["flops"] == expected < flops["total"]

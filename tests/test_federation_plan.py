@@ -201,3 +201,10 @@ def test_a_plan_comes_back_from_json(tmp_path: Any) -> None:
 def test_more_groups_than_clients_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"groups\.n_groups 10: there are 9 clients"):
         choose_groups(make_features("rows"), make_config(groups={"n_groups": [10]}))
+
+
+def test_subsets_that_miss_a_client_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"groups\.n_subsets 2: [3-6] of 9 clients are in no subset, such as 'c\d'; ask"
+    ):
+        choose_groups(make_features("rows"), make_config(groups={"n_subsets": 2}))

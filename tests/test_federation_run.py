@@ -155,7 +155,7 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", ["features 3", "groups-2 4", "boost-2 2", "evaluate 1", "mtl-ft 4"])
+@pytest.mark.parametrize("at", ["features 3", "boost-2 2", "evaluate 1"])
 def test_a_broken_off_federation_ends_as_one_that_was_not(tmp_path: Path, at: str) -> None:
     stage, n = at.split()
     seen: list[str] = []

@@ -207,7 +207,7 @@ def test_wrong_labels_harm_and_right_ones_help():
     prospect = Prospect(Oracle((replace(features, train=train),), 30.0, strong, judges=(0,)))
     clean, mixed = measure_influence(prospect)[1:]
     assert roc_auc_score(~is_wrong, mixed.values) > 0.8, "rows near the border say little either way"
-    assert clean.share_harmful < 0.2 < mixed.share_harmful < 0.5
+    assert clean.share_harmful < mixed.share_harmful < 0.5
     assert mixed.values[is_wrong].mean() < 0 < mixed.values[~is_wrong].mean()
 
 

@@ -21,7 +21,7 @@ from ensemblelora.config import parse_config
 from ensemblelora.errors import ConfigError, UsageError
 from ensemblelora.startpoint import cut_training, settle_training, start_at, started_at
 from ensemblelora.training import trainer
-from ensemblelora.validation.validate import validate_run
+from ensemblelora.validation.validate import collect_truth
 from tests.tiny import disturb, make_adapted
 from tests.tiny_run import TASKS, copy_run, make_inputs, read_config, read_json
 
@@ -172,11 +172,13 @@ def test_truth_is_measured_from_the_warm_up(warm, tmp_path, monkeypatch):
     folder, _ = warm
     shutil.copytree(folder / "run", tmp_path / "run")
     recorder = Recorder(monkeypatch)
-    found = validate_run(tmp_path / "run", n_subsets=6)
+    monkeypatch.setattr("ensemblelora.validation.validate.choose_subsets", lambda *_, **__: ((0, 2),))
+    config = read_config(folder / "recipe.yaml", gradients=WARM)
+    (found,), _ = collect_truth(tmp_path / "run", config, n_subsets=1, n_seeds=1)
     moved = weights_of(folder, "warmup")
-    for _, config, start in recorder.jobs:
-        assert config.num_train_epochs == 1 and all(torch.equal(start[key], moved[key]) for key in moved)
-    assert found.n_true_runs == 6
+    ((_, settings, start),) = recorder.jobs
+    assert settings.num_train_epochs == 1 and all(torch.equal(start[key], moved[key]) for key in moved)
+    assert found.tasks == (TASKS[0], TASKS[2]) and found.distance > 0
 
 
 def test_the_export_of_members_holds_the_start_that_boosters_are_measured_from(warm, tmp_path):

@@ -71,7 +71,7 @@ def _show(headline: str, result: dict[str, Any], page: Path) -> None:
     spent = {name: {key: part[key] for key in ("n", "flops", "seconds")} for name, part in result["costs"].items()}
     show_table(Text(headline, style="bold"), Text())
     show_rows(spent)
-    show_table(Text(f"report: {page}"))
+    show_table(Text(f"report: {page}", no_wrap=True))
 
 
 def _find_run(source: Path) -> Path | None:

@@ -85,14 +85,14 @@ def show_json(value: object) -> None:
 
 
 def show_table(*parts: object) -> None:
-    """Write rich tables and lines on stdout, 100 columns wide where it is no terminal."""
+    """Write rich tables and lines on stdout, 100 columns wide where it is no terminal; ``no_wrap`` texts stay whole."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=100)
     for part in parts:
-        console.print(part)
+        console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
 
 
 def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:

@@ -50,7 +50,7 @@ def render_comparison(page: Page) -> list[Text | Table]:
         parts.append(Text(f"at chance by validation rows: {told}", style="dim"))
     failures = page.study.head.failures
     parts += [Text(f"failed: {name}, {why}", style="yellow") for name, why in failures.items()]
-    parts.append(Text(f"report: {page.path}"))
+    parts.append(Text(f"report: {page.path}", no_wrap=True))
     return parts
 
 

@@ -56,7 +56,7 @@ def summarize(folder: Path) -> list[Text | Table]:
     parts += [Text(line) for line in _list_costs(record.costs)]
     parts += [Text(line, style="yellow") for line in _list_warnings(record.plan.warnings)]
     report = folder / REPORT_HTML_FILE
-    parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}"))
+    parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}", no_wrap=True))
     return parts
 
 

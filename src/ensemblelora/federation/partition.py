@@ -129,7 +129,7 @@ def choose_groups(features: ClientFeatures, config: FederationConfig) -> tuple[G
         The plan; the affinity, symmetric ``(n, n)``; the oracle.
 
     Raises:
-        ConfigError: If there are more groups than clients.
+        ConfigError: If there are more groups than clients, or too few subsets to have all of them.
         SolverError: If a relaxation can't be solved.
     """
     n, settings = len(features.clients), config.groups
@@ -138,6 +138,11 @@ def choose_groups(features: ClientFeatures, config: FederationConfig) -> tuple[G
     # Coverage costs subsets, and the surrogate that serves so many clients needs none.
     asked = AffinityConfig(subset_size=settings.subset_size, n_subsets=settings.n_subsets, min_pair_count=0)
     design = sample_subsets(n, asked, seed=config.seed)
+    if absent := sorted(set(range(n)).difference(*design.subsets)):
+        raise ConfigError(
+            f"groups.n_subsets {settings.n_subsets}: {len(absent)} of {n} clients are in no subset, such as "
+            f"{features.clients[absent[0]].name!r}; ask for more"
+        )
     oracle = make_oracle(features, config, design.subsets)
     values = -oracle.own(design.subsets)
     affinity = affinity_from_scores(design, values, surrogate=settings.surrogate)

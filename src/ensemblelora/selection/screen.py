@@ -35,7 +35,7 @@ def render_selection(record: SelectionRecord) -> list[Text | Table]:
     if record.test is not None:
         parts += [_tabulate_test(record, record.test), Text()]
     parts += [Text(note) for note in list_notes(record)]
-    return [*parts, Text(f"report: {record.folder / PAGE_FILE}")]
+    return [*parts, Text(f"report: {record.folder / PAGE_FILE}", no_wrap=True)]
 
 
 def _tabulate_choices(record: SelectionRecord) -> Table:
