@@ -66,8 +66,12 @@ def read_arguments() -> argparse.Namespace:
 
 
 def stop_after(minutes: float) -> None:
-    """Interrupt this process as a user would."""
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """Interrupt this process as a user would, also in the background, where shells have SIGINT ignored."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
 
 

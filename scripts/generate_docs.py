@@ -17,6 +17,7 @@ from typing import Any
 import typer.main
 
 from ensemblelora.cli import app
+from ensemblelora.config_federation import FederationConfig
 from ensemblelora.recipe import describe_config
 from measured import render_measured, summarize_speed
 
@@ -137,6 +138,11 @@ def _render_config() -> Iterator[str]:
     yield "A recipe is YAML with these keys, all of them optional but `data.tasks`. Unknown keys are refused."
     yield "`ensemblelora config` writes this listing; `--set training.learning_rate=1e-4` changes one value."
     yield from ("", "```yaml", *describe_config().rstrip().splitlines(), "```")
+    yield ""
+    yield "## Clients whose texts stay with them"
+    yield ""
+    yield "`ensemblelora federate` reads these instead ([federated.md](federated.md)); `clients.source` must be there."
+    yield from ("", "```yaml", *describe_config(FederationConfig).rstrip().splitlines(), "```")
 
 
 def _render_modules() -> Iterator[str]:

@@ -33,6 +33,7 @@ from ensemblelora.federation.protocol import Reply, Request, check_reply
 from ensemblelora.federation.server import federate, make_order
 from ensemblelora.federation.transport import MESSAGE_TYPES, GridCohort, read_reply, read_request, to_record
 from tests.federation_tiny import make_config, shared_worker, write_clients
+from tests.tiny_run import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAT = {"boosting": {"n_rounds": []}, "groups": {"n_groups": [2]}}
@@ -338,6 +339,40 @@ def test_a_fault_of_the_simulation_is_one_line(tmp_path: Path) -> None:
     done = federate_by_command(config, tmp_path)
     assert done.returncode == 2 and "groups.n_groups 7: there are 6 clients" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_simulation_says_how_to_go_on_and_another_engine_takes_it_up(tmp_path: Path) -> None:
+    write_clients(tmp_path / "texts", 30)
+    settings: dict[str, Any] = {
+        **FLAT,
+        "groups": {"n_groups": [2], "n_subsets": 200},
+        "training": {"participation": 0.1},
+        "evaluation": {"baselines": ["global"], "n_candidates": 1},
+    }
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model")
+    config = make_config(tmp_path, engine={"kind": "simulation"}, **settings)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "-m", "ensemblelora", "federate", str(recipe)],
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a terminal would, the signal goes to all processes of the group
+    ) as process:
+        end = time.monotonic() + 300
+        while not (tmp_path / "run" / "plan.json").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert f"continue with: ensemblelora federate {tmp_path}/run/config.yaml" in told and "Traceback" not in told
+    n_sent = artifacts.read_json(tmp_path / "run" / "traffic.json")["features"]["n_messages"]
+    outcome = run_federation(config.model_copy(update={"engine": make_config(tmp_path).engine}))
+    assert outcome.traffic["features"]["n_messages"] == n_sent == 30, "features are not asked for again"
 
 
 @contextmanager

@@ -43,7 +43,9 @@ def test_releases_compose_as_one_with_less_noise() -> None:
 
 def test_without_noise_there_is_no_guarantee_but_for_what_is_not_sent() -> None:
     assert state_guarantee(PrivacyConfig(), 2).together is None
+    twice = state_guarantee(PrivacyConfig(clip_norm=1, noise_multiplier=2.0), 0, n_features=4)
     found = state_guarantee(PrivacyConfig(clip_norm=1, noise_multiplier=1.0), 0)
+    assert twice.features == pytest.approx(found.features) and twice.n_features == 4
     assert found.features == found.together and found.updates == 0.0
 
 

@@ -234,6 +234,29 @@ def test_a_broken_off_training_ends_like_one_that_was_not(tmp_path: Path, at: in
     assert len({round_name for _, round_name in again}) <= 1, "only the round it was broken off in is asked for again"
 
 
+def test_a_round_that_was_broken_off_was_sent_and_counts(tmp_path: Path) -> None:
+    values = make_config().model_dump() | {"privacy": {"update_clip_norm": 1.0, "update_noise_multiplier": 1.0}}
+    config, asked = FederationConfig.model_validate(values), []
+
+    def stop(name: str, request: Request, reply: Reply) -> Reply:
+        asked.append(name)
+        if len(asked) == 5:
+            raise _Stopped
+        return reply
+
+    with pytest.raises(_Stopped):
+        train(tmp_path, config, spoil=stop)
+    found, _, _ = train(tmp_path, config)
+    again = [3 if c in find_round(1) else 2 for c in range(len(NAMES))]
+    assert found.n_updates.tolist() == again and 3 in again
+
+
+def find_round(t: int) -> set[int]:
+    """Everybody of a round."""
+    dealt = deal_clients(GROUPS, participation=0.5, n_epochs=2, seed=0, name="toy")
+    return {int(client) for rounds in dealt for client in rounds[t]}
+
+
 def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path: Path) -> None:
     first, _, _ = train(tmp_path, make_config(), identity="one")
     other, cohort, _ = train(tmp_path, make_config(), identity="two")

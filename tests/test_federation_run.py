@@ -174,7 +174,9 @@ def test_a_broken_off_federation_ends_as_one_that_was_not(tmp_path: Path, at: st
     with pytest.raises(_Stopped):
         federate_with(config, stop)
     assert not (tmp_path / "run" / "results.json").exists()
-    assert_same(federate_with(config), finished()[1])
+    found = federate_with(config)
+    assert_same(found, finished()[1])
+    assert found.privacy["n_features"] == (2 if stage == "features" else 1), "sent before it was broken off, and again"
 
 
 def test_a_change_makes_anew_what_depends_on_it_alone(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ print(json.dumps({"before": before, "foreseen": found, "peak": meter.record.peak
 """
 
 
+@pytest.mark.slow
 def test_the_memory_that_is_foreseen_is_what_training_takes(tmp_path):
     root = Path(__file__).parent.parent  # a process of its own: a used one has memory to spare that shows nowhere
     environment = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}

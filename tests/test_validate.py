@@ -134,6 +134,7 @@ def test_truth_is_what_fine_tuning_alone_gives_and_a_stopped_validation_goes_on(
     assert (run / "validation" / "adapters" / record["identity"][:16] / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_more_seeds_add_and_the_command_shows_what_was_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

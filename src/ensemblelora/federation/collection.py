@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float32]
 Held = Literal["train", "validation"]
 _HELD: tuple[Held, ...] = ("train", "validation")
 _LOT = 64
-_CLIENTS_FILE = "clients.json"
+_CLIENTS_FILE, _ASKED_FILE = "clients.json", "asked.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,13 @@ class ClientFeatures:
         clients: Who, in the order that indices refer to from here on.
         send: Rows or moments.
         values: By split: rows ``(n_rows, 1 + d)`` of all clients back to back, or moments, one row a client.
+        n_asked: How often the client that was asked most often sent its own.
     """
 
     clients: tuple[Registered, ...]
     send: Literal["rows", "moments"]
     values: dict[Held, Floats]
+    n_asked: int = 1
 
     def blocks(self, part: Held) -> tuple[FeatureBlock, ...]:
         """Rows of every client, as the subset oracle reads them."""
@@ -105,6 +107,7 @@ def collect_features(
         names = [exchange.clients[index].name for index in lot]
         lot_identity = artifacts.fingerprint(identity, names)
         if not _is_kept(path, lot_identity, len(lot)):
+            _note_asked(folder / _ASKED_FILE, identity, names)
             _ask_lot(exchange, config, lot, path, lot_identity, f"features {number + 1}/{len(lots)}", meter)
         answered = set(artifacts.load_arrays(path)["clients"].tolist())
         taking_part += [exchange.clients[index] for index in lot if exchange.clients[index].name in answered]
@@ -141,9 +144,10 @@ def load_features(folder: Path, config: FederationConfig) -> ClientFeatures:
         clients = tuple(Registered(**client) for client in content["clients"])
         lots = [artifacts.load_arrays(folder / f"lot-{number:03d}.npz") for number in range(content["n_lots"])]
         values: dict[Held, Floats] = {part: np.concatenate([lot[part] for lot in lots]) for part in _HELD}
+        n_asked = max(artifacts.read_json(folder / _ASKED_FILE)["counts"].values())
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder}: no features of clients ({error!r}); delete it and run again") from None
-    return ClientFeatures(clients, config.features.send, values)
+    return ClientFeatures(clients, config.features.send, values, n_asked)
 
 
 def _is_kept(path: Path, identity: str, n_clients: int) -> bool:
@@ -155,6 +159,14 @@ def _is_kept(path: Path, identity: str, n_clients: int) -> bool:
         return str(arrays.get("identity", "")) == identity and len(arrays["clients"]) == n_clients
     except (StoreError, KeyError):
         return False
+
+
+def _note_asked(path: Path, identity: str, names: Sequence[str]) -> None:
+    """Count how often each client is asked, before it is: what was broken off was sent, too."""
+    before = artifacts.read_json(path) if path.exists() else {}
+    counts = dict(before["counts"]) if before.get("identity") == identity else {}
+    counts |= {name: counts.get(name, 0) + 1 for name in names}
+    artifacts.write_json(path, {"identity": identity, "counts": counts})
 
 
 def _ask_lot(

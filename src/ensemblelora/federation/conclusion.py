@@ -71,7 +71,7 @@ def conclude(
         kept_boosters={str(m): (len(one.kept), len(one.rounds)) for m, one in made.boosters.items()},
         traffic={name: describe_traffic(record) for name, record in traffic.stages.items()},
         refused=list_refused(traffic),
-        privacy=asdict(state_guarantee(fed.config.privacy, n_updates)),
+        privacy=asdict(state_guarantee(fed.config.privacy, n_updates, n_features=features.n_asked)),
         server={"peak_memory_bytes": peak, "features_bytes": features.n_bytes, "adapters_bytes": adapters},
         confidence=fed.config.evaluation.confidence,
     )

@@ -148,7 +148,12 @@ def write_privacy(record: FederationRecord) -> Section:
     """Say what leaves a client, and what is guaranteed of it."""
     told, config = record.outcome.privacy, record.config.privacy
     kinds = (
-        ("features", "Features, sent once", config.clip_norm, config.noise_multiplier),
+        (
+            "features",
+            f"Features, sent {told['n_features']} times at most" if told["n_features"] > 1 else "Features, sent once",
+            config.clip_norm,
+            config.noise_multiplier,
+        ),
         (
             "updates",
             f"Changed adapters, at most {told['n_updates']} of a client",
@@ -169,7 +174,7 @@ def write_privacy(record: FederationRecord) -> Section:
     )
     note = (
         "Differential privacy of one row of a client, replaced by any other, against whoever reads what the client "
-        "sends. Not covered: numbers of rows and tokens, and the losses that clients report."
+        "sends. Not covered: numbers of rows and tokens, and the losses and weights that clients report."
     )
     sent = "projected gradients of single rows" if record.config.features.send == "rows" else "sums over rows"
     return Section(

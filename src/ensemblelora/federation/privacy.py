@@ -6,8 +6,8 @@ on every number makes one release Gaussian-differentially private with mu = 1 / 
 releases about the same rows compose to the root of the sum of their squares. Epsilon at a delta is exact, not a bound
 on tails.
 
-What is not covered: how many rows and tokens a client has, which it states, and losses on its own rows, which it
-reports for the table. Two colluding parties see no more than the server does.
+What is not covered: how many rows and tokens a client has, which it states; losses and weights that it reports of its
+own rows; what the same rows were used for with other settings.
 
 Source: Balle and Wang (2018), "Improving the Gaussian mechanism", theorem 8; Dong, Roth and Su (2022), "Gaussian
 differential privacy", corollary 2.13 and section 3.2.
@@ -35,16 +35,18 @@ class Guarantee:
 
     Attributes:
         delta: Of all of them.
-        features: Of what is sent once, before training.
+        features: Of what is sent before training, by the client that was asked for it most often.
         updates: Of all changed adapters of the client that sent most.
         together: Of both.
-        n_updates: How many that client sent.
+        n_features: How often that client was asked for its features: once, if nothing was broken off.
+        n_updates: How many changed adapters were asked of a client, at most.
     """
 
     delta: float
     features: float | None
     updates: float | None
     together: float | None
+    n_features: int
     n_updates: int
 
 
@@ -102,20 +104,22 @@ def compute_epsilon(mu: float, delta: float) -> float:
     return high
 
 
-def state_guarantee(config: PrivacyConfig, n_updates: int) -> Guarantee:
+def state_guarantee(config: PrivacyConfig, n_updates: int, *, n_features: int = 1) -> Guarantee:
     """Say what clipping and noise guarantee.
 
     Args:
         config: What is done to what is sent.
         n_updates: Changed adapters that one client sent, at most.
+        n_features: How often one client sent its features, at most.
     """
-    features = _square_mu(config.noise_multiplier, 1)
+    features = _square_mu(config.noise_multiplier, n_features)
     updates = _square_mu(config.update_noise_multiplier, n_updates)
     return Guarantee(
         delta=config.delta,
         features=_to_epsilon(features, config.delta),
         updates=_to_epsilon(updates, config.delta),
         together=_to_epsilon(features + updates, config.delta),
+        n_features=n_features,
         n_updates=n_updates,
     )
 

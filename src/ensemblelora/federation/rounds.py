@@ -173,6 +173,10 @@ def train_groups(
     for t in track(range(state.done, n_rounds), plan.name, total=n_rounds - state.done):
         asked = {g: rounds[t] for g, rounds in enumerate(dealt) if t < len(rounds)}
         rates = {g: _find_rate(config, t, len(dealt[g])) for g in asked}
+        for clients in asked.values():
+            state.n_updates[clients] += 1
+        if config.privacy.update_noise_multiplier:
+            state.save(checkpoint, identity)  # before: what is broken off was sent, too, and counts
         replies = _run_round(exchange, plan, state, asked, rates, t, template, stage, meter)
         for g, clients in asked.items():
             _move(state, g, clients, replies, exchange, template, config, plan.name)
@@ -221,7 +225,6 @@ def _run_round(
             values |= {"terms": [list(term) for term in plan.base.terms], "rate": plan.base.rate}
         for client in clients.tolist():
             requests[client] = exchange.make("train", arrays=arrays, values=values)
-            state.n_updates[client] += 1
 
     def read(client: int, reply: Reply) -> tuple[Vector, int, float]:
         vector = check_reply(reply, {"adapter": (template.size,)}).arrays["adapter"]
