@@ -106,7 +106,7 @@ MORE_MOMENTS = [
     ("boost", None, "boosting.json", "stages/boost.json"),
     ("combine", 3, "boosting.json", "ensemble.json"),
     ("combine", None, "ensemble.json", "stages/combine.json"),
-    ("baselines", 20, "checkpoints/shared-*/checkpoint-*", "adapters/shared"),
+    ("baselines", 24, "checkpoints/shared-*/checkpoint-*", "adapters/shared"),
     ("evaluate", None, "results.json", "stages/evaluate.json"),
     ("report", None, "report.html", "stages/report.json"),
 ]
