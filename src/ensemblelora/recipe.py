@@ -55,22 +55,12 @@ def read_request(source: Path | str, overrides: tuple[str, ...] = ()) -> RunConf
     Raises:
         ConfigError: If nothing is there, or what is there is wrong.
     """
-    source = Path(source).expanduser()
-    if not source.exists():
-        raise ConfigError(
-            f"{source}: no such file or folder; give a YAML recipe, a run folder, or a folder of CSV or JSONL files"
-        )
+    source = _find_source(source, "a folder of CSV or JSONL files")
     if source.suffix.lower() in _DATA_SUFFIXES:
         raise ConfigError(
             f"{source}: a data file; give the folder that holds it, {source.resolve().parent}, with one file a task"
         )
-    if source.is_file():
-        home = source.parent if source.name == CONFIG_FILE and _is_run(source.parent) else None
-        return _load(source, overrides, name=source.stem, home=home, kind=RunConfig)
-    if _is_run(source):
-        return _load(source / CONFIG_FILE, overrides, name=source.name, home=source, kind=RunConfig)
-    tasks = override("data.tasks", [str(source)])
-    return _load(_RECIPES / "folder.yaml", (tasks, *overrides), name=source.resolve().name, kind=RunConfig)
+    return _read_source(source, overrides, RunConfig, "folder.yaml", override("data.tasks", [str(source)]))
 
 
 def read_federation(source: Path | str, overrides: tuple[str, ...] = ()) -> FederationConfig:
@@ -83,19 +73,25 @@ def read_federation(source: Path | str, overrides: tuple[str, ...] = ()) -> Fede
     Raises:
         ConfigError: If nothing is there, or what is there is wrong.
     """
-    source = Path(source).expanduser()
-    if not source.exists():
-        raise ConfigError(
-            f"{source}: no such file or folder; give a YAML recipe, a run folder, or a folder with a text file a client"
-        )
+    source = _find_source(source, "a folder with a text file a client")
+    return _read_source(source, overrides, FederationConfig, "clients.yaml", override("clients.source", str(source)))
+
+
+def _find_source(source: Path | str, files: str) -> Path:
+    found = Path(source).expanduser()
+    if not found.exists():
+        raise ConfigError(f"{found}: no such file or folder; give a YAML recipe, a run folder, or {files}")
+    return found
+
+
+def _read_source(source: Path, overrides: tuple[str, ...], kind: type[Config], shipped: str, files: str) -> Config:
+    """Read a recipe or a run folder; a folder of files is read as the shipped recipe with one change, ``files``."""
     if source.is_file():
         home = source.parent if source.name == CONFIG_FILE and _is_run(source.parent) else None
-        return _load(source, overrides, name=source.stem, home=home, kind=FederationConfig)
+        return _load(source, overrides, name=source.stem, home=home, kind=kind)
     if _is_run(source):
-        return _load(source / CONFIG_FILE, overrides, name=source.name, home=source, kind=FederationConfig)
-    clients = override("clients.source", str(source))
-    name = source.resolve().name
-    return _load(_RECIPES / "clients.yaml", (clients, *overrides), name=name, kind=FederationConfig)
+        return _load(source / CONFIG_FILE, overrides, name=source.name, home=source, kind=kind)
+    return _load(_RECIPES / shipped, (files, *overrides), name=source.resolve().name, kind=kind)
 
 
 def read_demo(overrides: tuple[str, ...] = ()) -> RunConfig:
