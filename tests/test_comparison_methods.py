@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from scipy.special import log_softmax
 from sklearn.base import clone
@@ -37,7 +36,6 @@ from ensemblelora.comparison.planned import make_plan
 from ensemblelora.comparison.pool import Pool, Trained
 from ensemblelora.comparison.sequential import train_continued, train_warm, train_warm_plan
 from ensemblelora.config import TrainingConfig
-from ensemblelora.data.synthetic import make_planted_tasks
 from ensemblelora.ensemble import Member, group_scores, needed_adapters
 from ensemblelora.errors import ConfigError, TrainingError, UsageError
 from ensemblelora.folding import stack_adapters
@@ -45,7 +43,7 @@ from ensemblelora.grouping import to_labels
 from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.seeding import seed_for
 from ensemblelora.startpoint import halve_epochs
-from tests.tiny_run import SETTINGS, read_config, save_model, write_task
+from tests.tiny_run import make_mixed_inputs, read_config
 
 TASKS = ("family0", "family1", "spelled", "written")
 WRITTEN = TASKS.index("written")
@@ -65,20 +63,7 @@ def _light() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks of opposed families, one of them again with longer answers, and one of free text."""
-    folder, sizes = tmp_path_factory.mktemp("inputs"), {"n_train": 16, "n_validation": 8, "n_test": 8}
-    save_model(folder / "model")
-    (folder / "tasks").mkdir()
-    planted = make_planted_tasks(2, 1, **sizes).tasks
-    spelled = make_planted_tasks(2, 1, kind="options", **sizes).tasks[1]
-    written = make_planted_tasks(1, 1, kind="sequence", seed=1, **sizes).tasks[0]
-    for task, name in zip((*planted, spelled, written), TASKS, strict=True):
-        write_task(folder / "tasks", name, task)
-    settings = SETTINGS | {
-        "data": {"tasks": [str(folder / "tasks")]},
-        "model": SETTINGS["model"] | {"name": str(folder / "model")},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return folder / "recipe.yaml"
+    return make_mixed_inputs(tmp_path_factory.mktemp("inputs"), TASKS, n_test=8)
 
 
 def open_pool(recipe: Path, folder: Path, **changes: Any) -> Pool:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from ensemblelora import artifacts, training
@@ -21,7 +20,6 @@ from ensemblelora.cli import main
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import EstimationConfig, RunConfig
 from ensemblelora.data.batching import collate
-from ensemblelora.data.synthetic import make_planted_tasks
 from ensemblelora.errors import ConfigError, OutputError, UsageError
 from ensemblelora.models import load_base
 from ensemblelora.prediction import member_nll
@@ -34,7 +32,7 @@ from ensemblelora.selection.search import SearchSettings
 from ensemblelora.selection.select import SAMPLES_FILE, open_bench, select_sources
 from ensemblelora.selection.strategies import STRATEGIES, Selection, select
 from ensemblelora.startpoint import cut_training
-from tests.tiny_run import SETTINGS, read_config, save_model, write_task
+from tests.tiny_run import make_mixed_inputs, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
 
@@ -45,20 +43,7 @@ TARGET, WRITTEN = "family0", "written"
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target, a task of the opposed rule, one of that rule with longer answers, and one of free text."""
-    folder, sizes = tmp_path_factory.mktemp("inputs"), {"n_train": 16, "n_validation": 8, "n_test": 10}
-    save_model(folder / "model")
-    (folder / "tasks").mkdir()
-    planted = make_planted_tasks(2, 1, **sizes).tasks
-    spelled = make_planted_tasks(2, 1, kind="options", **sizes).tasks[1]
-    written = make_planted_tasks(1, 1, kind="sequence", seed=1, **sizes).tasks[0]
-    for task, name in zip((*planted, spelled, written), TASKS, strict=True):
-        write_task(folder / "tasks", name, task)
-    settings = SETTINGS | {
-        "data": {"tasks": [str(folder / "tasks")]},
-        "model": SETTINGS["model"] | {"name": str(folder / "model")},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return folder / "recipe.yaml"
+    return make_mixed_inputs(tmp_path_factory.mktemp("inputs"), TASKS, n_test=10)
 
 
 @pytest.fixture(scope="module")

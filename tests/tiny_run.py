@@ -42,15 +42,30 @@ SETTINGS: dict[str, Any] = {
 
 def make_inputs(folder: Path) -> Path:
     """Write model and tasks under ``folder``, and return the path of a recipe whose run folder is ``run`` beside it."""
-    save_model(folder / "model")
-    (folder / "tasks").mkdir()
     planted = make_planted_tasks(2, 2, **SIZES).tasks
     spelled = make_planted_tasks(2, 2, kind="options", **SIZES).tasks[3]
     written = make_planted_tasks(1, 1, kind="sequence", seed=1, **SIZES).tasks[0]
-    for task, name in zip((*planted[:3], spelled, written), TASKS, strict=True):
+    named = dict(zip(TASKS, (*planted[:3], spelled, written), strict=True))
+    return _write_inputs(folder, named, {"out": str(folder / "run")})
+
+
+def make_mixed_inputs(folder: Path, names: Sequence[str], *, n_test: int) -> Path:
+    """A recipe of two tasks of opposed rules, the second one again with longer answers, and one of free text."""
+    sizes = {"n_train": 16, "n_validation": 8, "n_test": n_test}
+    planted = make_planted_tasks(2, 1, **sizes).tasks
+    spelled = make_planted_tasks(2, 1, kind="options", **sizes).tasks[1]
+    written = make_planted_tasks(1, 1, kind="sequence", seed=1, **sizes).tasks[0]
+    return _write_inputs(folder, dict(zip(names, (*planted, spelled, written), strict=True)), {})
+
+
+def _write_inputs(folder: Path, tasks: dict[str, Task], changes: dict[str, Any]) -> Path:
+    save_model(folder / "model")
+    (folder / "tasks").mkdir()
+    for name, task in tasks.items():
         write_task(folder / "tasks", name, task)
-    settings = SETTINGS | {
-        "out": str(folder / "run"),
+    settings = {
+        **SETTINGS,
+        **changes,
         "data": {"tasks": [str(folder / "tasks")]},
         "model": SETTINGS["model"] | {"name": str(folder / "model")},
     }
