@@ -1,6 +1,7 @@
 # make demo   the whole method on real tasks and a real model, down to a report
 # make test   the fast tests            make slow    the ones that take minutes
 # make check  every static gate         make docs    the pages generated from the code
+# make site   the documentation as a site, in site/
 # The first call makes .venv and installs everything into it; only python3 and a package index are needed.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export ENSEMBLELORA_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: install demo test slow check docs
+.PHONY: install demo test slow check docs site
 
 install: $(STAMP)
 
@@ -45,6 +46,10 @@ check: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python scripts/generate_docs.py --check
+	@$(BIN)/python scripts/audit_dependencies.py
 
 docs: $(STAMP)
 	@$(BIN)/python scripts/generate_docs.py
+
+site: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,6 +1,7 @@
 """Write the pages of docs/ that say what the code and the records say.
 
-They are the command line, the config, the modules, and what was measured.
+They are the command line, the config, the modules and their layers, the decisions, what was measured, and the pictures
+of the concepts.
 
 ``--check`` writes nothing, and fails where a page is not what would be written.
 """
@@ -9,17 +10,21 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer.main
 
+from draw_concepts import render_pictures
 from ensemblelora.cli import app
 from ensemblelora.config_federation import FederationConfig
 from ensemblelora.recipe import describe_config
 from measured import render_measured, summarize_speed
+from measured_comparison import summarize_comparison
 
 __all__ = ["main", "render_pages"]
 
@@ -34,12 +39,18 @@ def render_pages() -> dict[Path, str]:
     pages = {
         "cli.md": _render_cli(),
         "config.md": _render_config(),
+        "decisions/README.md": _render_decisions(),
         "modules.md": _render_modules(),
         "measured.md": render_measured(records),
     }
     texts = {_ROOT / "docs" / name: "\n".join([_NOTICE, "", *lines]) + "\n" for name, lines in pages.items()}
-    readme = _ROOT / "README.md"
-    return texts | {readme: _insert_results(readme.read_text(encoding="utf-8"), records)}
+    readme, architecture = _ROOT / "README.md", _ROOT / "docs" / "architecture.md"
+    return (
+        texts
+        | render_pictures()
+        | {readme: _insert_results(readme.read_text(encoding="utf-8"), records)}
+        | {architecture: _replace(architecture.read_text(encoding="utf-8"), "layers", list(_render_layers()))}
+    )
 
 
 def main() -> int:
@@ -51,6 +62,7 @@ def main() -> int:
             print(f"{path.relative_to(_ROOT)} is stale: run `make docs`", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pages[path], encoding="utf-8")
         print(f"wrote {path.relative_to(_ROOT)}")
     return 0
@@ -61,9 +73,10 @@ def _read_records() -> dict[str, Any]:
 
 
 def _insert_results(readme: str, records: dict[str, Any]) -> str:
-    """Put the recorded runs' tables, and what was measured in short, between the README's marks."""
-    runs = [line for record in records.values() if "plan" in record for line in _render_record(record)]
-    return _replace(_replace(readme, "results", runs), "speed", list(summarize_speed(records)))
+    """Put the recorded comparisons' tables, and what was measured in short, between the README's marks."""
+    compared = [record for record in records.values() if "comparison" in record]
+    results = [line for record in compared for line in ("", *summarize_comparison(record))]
+    return _replace(_replace(readme, "results", results), "speed", list(summarize_speed(records)))
 
 
 def _replace(readme: str, name: str, lines: list[str]) -> str:
@@ -74,28 +87,14 @@ def _replace(readme: str, name: str, lines: list[str]) -> str:
     return f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
 
 
-def _render_record(record: dict[str, Any]) -> Iterator[str]:
-    model, plan, results = record["environment"]["model"], record["plan"], record["results"]
-    minutes = record["wall_seconds"] / 60
-    yield ""
-    yield f"`{record['command']}`: {model['name']} ({model['dtype']}), one seed, {minutes:.0f} minutes on"
-    yield f"{record['n_processors']} CPU cores, commit {record['commit']}."
-    yield f"The plan: {plan['decision']}. {plan['reason']}"
-    yield ""
-    methods = list(results["methods"])
-    yield f"| test rows | {' | '.join(methods)} |"
-    yield "|---" * (len(methods) + 1) + "|"
-    for task in plan["task_names"]:
-        scores = [results["methods"][method]["per_task"][task] for method in methods]
-        cells = " | ".join(_format_interval(score) for score in scores)
-        yield f"| {task} ({scores[0]['n_examples']}) | {cells} |"
-    for metric, name in (("accuracy", "mean accuracy"), ("nll", "mean loss (nats)")):
-        yield f"| {name} | {' | '.join(format(results['methods'][m]['mean'][metric], '.3f') for m in methods)} |"
-
-
-def _format_interval(score: dict[str, Any]) -> str:
-    low, high = score["accuracy_low"], score["accuracy_high"]
-    return f"{score['accuracy']:.2f} [{low:.2f}, {high:.2f}]" if score["accuracy"] is not None else "-"
+def _render_layers() -> Iterator[str]:
+    """The contract that import-linter holds, highest layer first."""
+    project = (_ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    layers = re.findall(r'"([^"]+)"', project.partition("\nlayers = [")[2].partition("\n]")[0])
+    yield from ("", "```text")
+    for layer in layers:
+        yield from textwrap.wrap(layer, width=116, subsequent_indent="    ")
+    yield "```"
 
 
 def _render_cli() -> Iterator[str]:
@@ -143,6 +142,17 @@ def _render_config() -> Iterator[str]:
     yield ""
     yield "`ensemblelora federate` reads these instead ([federated.md](federated.md)); `clients.source` must be there."
     yield from ("", "```yaml", *describe_config(FederationConfig).rstrip().splitlines(), "```")
+
+
+def _render_decisions() -> Iterator[str]:
+    yield "# Decisions"
+    yield ""
+    yield "Where two readings were possible, which was taken and why."
+    yield from ("", "| | decision |", "|---|---|")
+    for path in sorted((_ROOT / "docs" / "decisions").glob("[0-9]*.md")):
+        number = path.stem.partition("-")[0]
+        title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").removeprefix(f"{number} ")
+        yield f"| {number} | [{title}]({path.name}) |"
 
 
 def _render_modules() -> Iterator[str]:

@@ -6,9 +6,15 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from measured_additions import render_additions
+from measured_analysis import render_linearization, render_sharpness, render_similarity, render_transfer
 from measured_federated import render_federated, render_ways
+from measured_forecast import render_forecast
+from measured_scale import render_scale
 
+from measured_comparison import render_comparison, render_run
 from measured_selection import render_noise, render_search, render_targets, render_truth
+from measured_serving import render_serving
 
 __all__ = ["render_measured", "summarize_speed"]
 
@@ -54,7 +60,8 @@ def summarize_speed(records: dict[str, Record]) -> Iterator[str]:
     yield from ("", "| what | against | measured |", "|---|---|---|")
     for name, key, what, against, form in _SUMMARY:
         if key in records.get(name, {}):
-            yield f"| {what} | {against} | {form.format(records[name][key])} |"
+            ratio = records[name].get("spread", {}).get(key, {}).get("mean", records[name][key])  # as on the page
+            yield f"| {what} | {against} | {form.format(ratio)} |"
 
 
 def render_measured(records: dict[str, Record]) -> Iterator[str]:
@@ -69,7 +76,7 @@ def render_measured(records: dict[str, Record]) -> Iterator[str]:
         if name in records:
             record = records[name]
             yield from ("", f"## {title}", "", *render(record), "")
-            cores = record["machine"]["n_processors"]
+            cores = record.get("machine", record)["n_processors"]
             yield f"`{record['command']}`, commit {record['commit']}, {cores} processor cores."
 
 
@@ -195,6 +202,17 @@ def _render_oracle(record: Record) -> Iterator[str]:
     yield f"500 tasks, 2,000 subsets of ten: {large['seconds']:.1f} s, {large['peak_memory_bytes'] / 1e9:.2f} GB."
 
 
+def _render_memory(record: Record) -> Iterator[str]:
+    config = record["config"]
+    yield from _wrap(
+        f"A store of {config['n_examples']:,} drawn rows of {config['n_tasks']} tasks, {config['proj_dim']} numbers "
+        f"each, in a process that the system gives no more than {config['limit_bytes'] / 1e9:.0f} GB: built in "
+        f"{record['build_seconds']:.0f} s within {record['build_peak_bytes'] / 1e9:.2f} GB; {config['n_subsets']} "
+        f"subsets fitted, predicted and grouped in {record['solve_seconds'] + record['group_seconds']:.0f} s within "
+        f"{record['peak_memory_bytes'] / 1e9:.2f} GB. On disk {record['store_bytes'] / 1e9:.2f} GB."
+    )
+
+
 def _render_sdp(record: Record) -> Iterator[str]:
     yield from _wrap(
         "The semidefinite relaxation of planted groups drowned in noise, one thread: seconds at the default tolerance; "
@@ -274,12 +292,23 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
     ("variants", "Fewer layers, frozen A", _render_price),
     ("features", "Gradients", _render_features),
     ("oracle", "Subset fits", _render_oracle),
+    ("memory", "A million rows", _render_memory),
     ("calibration", "Predicted and true fine-tuning", _render_calibration),
+    ("comparison-opposed", "Methods, where tasks conflict", render_comparison),
+    ("superglue-cpu", "One run on the ten datasets", render_run),
     ("sdp", "Grouping", _render_sdp),
+    ("analysis-linearization", "The first-order expansion", render_linearization),
+    ("analysis-transfer", "Who helps whom", render_transfer),
+    ("analysis-sharpness", "Sharpness and the generalisation gap", render_sharpness),
+    ("analysis-similarity", "How alike adapters are", render_similarity),
     ("selection-targets", "Choosing sources", render_targets),
     ("selection-truth", "Predicted and true sets of sources", render_truth),
     ("selection-noise", "Noisy parts of a dataset", render_noise),
     ("selection-speed", "Searching sources", render_search),
     ("federated-cpu", "Groups of 500 clients", render_federated),
     ("federated-factors", "Averaging adapters", render_ways),
+    ("additions", "Datasets that arrive later", render_additions),
+    ("serving", "Serving", render_serving),
+    ("forecast", "Forecasts and what was true", render_forecast),
+    ("scale", "Beyond one process", render_scale),
 )

@@ -32,11 +32,14 @@ _TITLES = {
 def render_federated(record: Record) -> Iterator[str]:
     """Every method over all clients."""
     outcome, recipe = record["outcome"], record["config"]["recipe"]
-    rows, engine = outcome["n_rows"], recipe["engine"]["kind"]
+    if record.get("left"):
+        yield from _wrap(f"**Partial**: the time was over before {'; '.join(record['left'])}.")
+        yield ""
+    rows, engine, n_epochs = outcome["n_rows"], recipe["engine"]["kind"], recipe["training"]["num_train_epochs"]
     yield from _wrap(
         f"`ensemblelora federate`, {outcome['n_registered']} clients, {rows['train']:,} training and "
         f"{rows['test']:,} test rows of up to {recipe['clients']['max_length']} tokens, "
-        f"{recipe['training']['num_train_epochs']} epochs, engine {engine}, {record['wall_seconds'] / 60:.0f} minutes. "
+        f"{n_epochs} epoch{'s' * (n_epochs > 1)}, engine {engine}, {record['wall_seconds'] / 60:.0f} minutes. "
         f"Mean over clients of each one's test loss (nats a token), {outcome['confidence']:.0%} intervals over clients "
         "in brackets. Bytes: sent to and from a client, on average. Numbers of groups and boosters were chosen by "
         f"validation rows: {outcome['served']} serves."
@@ -55,11 +58,27 @@ def render_federated(record: Record) -> Iterator[str]:
     for key, label in _RATIOS.items():
         if (ratio := record.get(key.replace(" ", "_"))) is not None:
             yield from ("", f"{label}: {ratio:.3g} times; the paper: {paper.FEDERATED[key]:.3g}.")
+    if "global" in record["stages"]:
+        flops = {name: record["stages"][name]["flops"] for name in ("features", "plan", "global")}
+        share = (flops["features"] + flops["plan"]) / flops["global"]
+        yield ""
+        yield from _wrap(
+            f"Gradients and the choice of groups cost {share:.2f} times the FLOPs of one adapter for all; beside a "
+            f"training of ten epochs, the paper's, it would be {share * n_epochs / 10:.2f} times."
+        )
     chosen = record["chosen"]
     told = ", ".join(f"{name} {value:.3f}" for name, value in chosen["predicted"].items())
     yield ""
     yield from _wrap(
-        f"Predicted validation loss: {told}. {chosen['share_uncovered']:.0%} of all pairs of clients are in no subset."
+        f"Predicted validation loss: {told}. {chosen['share_uncovered']:.1%} of all pairs of clients are in no subset."
+    )
+    server, cut = outcome["server"], outcome["residuals"]
+    kept = ", ".join(f"{kept} of {tried} with {m} groups" for m, (kept, tried) in outcome["kept_boosters"].items())
+    yield ""
+    yield from _wrap(
+        f"The server holds {server['features_bytes'] / 1e6:.1f} MB of features and "
+        f"{server['adapters_bytes'] / 1e6:.1f} MB of adapters. What the rank could not hold of a round's mean change: "
+        f"{max(cut.values()):.1%} at most. Boosters kept: {kept}."
     )
 
 

@@ -18,11 +18,12 @@ def render_targets(record: Record) -> Iterator[str]:
     """Every strategy against all sources, none, and the most alike."""
     config = record["config"]
     data = config["recipe"]["data"]
+    yield from _tell_partial(record, f"{config['n_found']} of {config.get('n_asked')} targets and seeds")
     yield from _wrap(
-        f"`ensemblelora select`, {config['n_targets']} of the paper's ten datasets as targets, the others as sources, "
-        f"{data['max_train_examples']} training rows each, {config['n_found']} targets and seeds in all. Test accuracy "
-        "and loss of the target; differences are means over targets, the smallest and largest target in brackets, and "
-        "in how many the strategy is better."
+        f"`ensemblelora select`, {config['n_targets']} of {len(data['tasks'])} of the paper's datasets as targets, the "
+        f"others as sources, {data['max_train_examples']} training rows each, {config['n_found']} targets and seeds in "
+        "all. Test accuracy and loss of the target; differences are means over targets, the smallest and largest "
+        "target in brackets, and in how many the strategy is better."
     )
     yield ""
     yield "| trained on | accuracy | loss | sources | over none, points | over all, points | over gradients, points |"
@@ -47,6 +48,7 @@ def render_targets(record: Record) -> Iterator[str]:
 
 def render_truth(record: Record) -> Iterator[str]:
     """Predicted losses against true ones."""
+    yield from _tell_partial(record, "some of the sets")
     yield from _wrap(
         "Sets of sources, predicted and truly fine-tuned from the warm-up, on the target's validation rows. *Error of "
         "the mean*: of predicting the mean over the true ones. *Base*: the rank correlation with fine-tunings that "
@@ -68,10 +70,12 @@ def render_noise(record: Record) -> Iterator[str]:
     """Whether wrong labels are found."""
     config = record["config"]
     tasks = ", ".join(config["recipe"]["data"]["tasks"])
+    yield from _tell_partial(record, f"{config['n_found']} of {config['seeds']} seeds")
+    n_seeds = config["n_found"]
     yield from _wrap(
-        f"Labels of half of {config['n_clusters']} clusters of {tasks} turned, {config['seeds']} seeds. Area under the "
-        "curve of telling right from wrong clusters by what they are worth, and rows one by one; share of wrong "
-        "clusters among the chosen; smallest and largest seed in brackets."
+        f"Labels of half of {config['n_clusters']} clusters of {tasks} turned, {n_seeds} seed{'s' * (n_seeds > 1)}. "
+        "Area under the curve of telling right from wrong clusters by what they are worth, and rows one by one; share "
+        "of wrong clusters among the chosen; smallest and largest seed in brackets."
     )
     yield ""
     yield "| by | area under the curve |"
@@ -91,11 +95,22 @@ def render_noise(record: Record) -> Iterator[str]:
 def render_search(record: Record) -> Iterator[str]:
     """Time of a search."""
     config = record["config"]
+    yield from _tell_partial(record, "one of two kinds of fit")
+    kinds = {"steps": "by simulated training", "ridge": "by the convex fit"}
+    known = {name: told for name, told in kinds.items() if f"forward_{name}_seconds" in record}
+    seconds = ", ".join(f"{record[f'forward_{name}_seconds']:.1f} s {told}" for name, told in known.items())
+    saved = min(record[f"forward_{name}_rows_saved"] for name in known)
     yield from _wrap(
         f"Search forward over {config['n_sources']} planted sources of {config['rows_a_source']} rows, d = "
-        f"{config['proj_dim']}, from a finished store: {record['forward_steps_seconds']:.1f} s by simulated training, "
-        f"{record['forward_ridge_seconds']:.1f} s by the convex fit."
+        f"{config['proj_dim']}, from a finished store: {seconds}. Truly fine-tuning every set that it asks about, for "
+        f"{config['epochs']} epochs, would pass {saved:.0f} times the rows of a warm-up of half the epochs and one "
+        "gradient pass."
     )
+
+
+def _tell_partial(record: Record, what: str) -> Iterator[str]:
+    if not record["is_whole"]:
+        yield from (f"**Partial**: {what}; the time was over before the rest.", "")
 
 
 def _format(found: Record | None, scale: float, form: str) -> str:

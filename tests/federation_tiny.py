@@ -110,7 +110,7 @@ def copy_finished(folder: Path, **changes: Any) -> FederationConfig:
 def make_template(size: int = 6) -> Template:
     """Adapters of one module, rank 1: ``A (1, 3)`` of ones and ``B (3, 1)`` of zeros."""
     shapes = {"m.lora_A.weight": (1, size // 2), "m.lora_B.weight": (size // 2, 1)}
-    return Template(np.array([1.0] * (size // 2) + [0.0] * (size // 2), np.float32), shapes, "start")
+    return Template(np.array([1.0] * (size // 2) + [0.0] * (size // 2), np.float32), shapes, "start", size // 2)
 
 
 class ToyCohort:

@@ -17,6 +17,7 @@ from ensemblelora.artifacts import (
     ENVIRONMENT_FILE,
     PLAN_FILE,
     RESULTS_FILE,
+    TASKS_FILE,
     read_json,
     save_arrays,
     write_json,
@@ -83,7 +84,7 @@ def make_plan(names: tuple[str, ...] = TASKS) -> Plan:
         "winogrande: no method is predicted to leave chance.",
     )
     predictions = Predictions(plan=predict(0.0), shared=predict(0.028), singles=predict(0.039), base=predict(0.14))
-    return Plan(names, GROUPS, "group", reason, predictions, curve, comparisons, 0.1, warnings)
+    return Plan(names, GROUPS, "group", reason, predictions, curve, comparisons, 0.1, warnings, n_validation=(60,) * 10)
 
 
 def make_affinity(n: int = 10) -> dict[str, np.ndarray]:
@@ -97,8 +98,11 @@ def make_affinity(n: int = 10) -> dict[str, np.ndarray]:
     matrix = levels[:, None] + levels[None, :] + 0.03 * (group_of[:, None] == group_of[None, :]) + (noise + noise.T) / 2
     counts = generator.integers(7, 10, (n, n))
     errors = 0.004 + 0.001 * (group_of[:, None] == group_of[None, :])
+    helped = generator_for(0, "report", "directed").normal(-0.005, 0.01, (n, n))
+    helped += 0.02 * (group_of[:, None] == group_of[None, :])
     return {
         "matrix": matrix,
+        "directed": helped - np.asarray(PREDICTED)[:, None] - 0.039,
         "matrix_se": errors,
         "counts": np.triu(counts, 1) + np.triu(counts, 1).T + 36 * np.eye(n, dtype=int),
     }
@@ -233,6 +237,19 @@ def make_environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def make_tasks(names: tuple[str, ...] = TASKS) -> dict[str, Any]:
+    """What was read of every task."""
+    tasks = [
+        {
+            "card": {"task": name},
+            "kind": "verbalizer" if task < 5 else "options",
+            "n_examples": {"train": 100 + task, "validation": 60, "test": ROWS[task]},
+        }
+        for task, name in enumerate(names)
+    ]
+    return {"tasks": tasks, "overlaps": []}
+
+
 def make_run(folder: Path, names: tuple[str, ...] = TASKS) -> Path:
     """Write a run folder that has come to its end."""
     make_planned_run(folder, names)
@@ -247,6 +264,7 @@ def make_planned_run(folder: Path, names: tuple[str, ...] = TASKS) -> Path:
     config = parse_config({"out": "runs/demo", "data": {"tasks": list(names)}})
     write_text(folder / CONFIG_FILE, dump_config(config))
     write_json(folder / ENVIRONMENT_FILE, make_environment())
+    write_json(folder / TASKS_FILE, make_tasks(names))
     save_arrays(folder / AFFINITY_FILE, make_affinity())
     write_json(folder / PLAN_FILE, make_plan(names))
     return folder

@@ -438,6 +438,19 @@ def test_a_ledger_survives_json() -> None:
     ledger = Ledger().with_stage(RECORD).with_method("ensemble", MethodCosts(train_flops=9, adapter_bytes=3))
     ledger = ledger.with_method("shared", MethodCosts())
     assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
+    assert ledger.to_dict().keys() == {"stages", "methods"}, "as it always was"
+    doubted = ledger.doubting(["train"])
+    assert Ledger.from_dict(json.loads(json.dumps(doubted.to_dict()))) == doubted != ledger
+
+
+def test_a_doubted_cost_counts_again_once_it_is_confirmed_or_done_anew() -> None:
+    ledger = Ledger().with_stage(StageRecord("features", flops=1)).with_stage(RECORD)
+    doubted = ledger.doubting(["train", "boost"])
+    assert doubted.stages == (StageRecord("features", flops=1),) and doubted.total.flops == 1
+    assert doubted.doubting(["train"]) == doubted and doubted.confirming("boost") == doubted
+    assert doubted.confirming("train") == ledger == ledger.confirming("train")
+    again = StageRecord("train", 1.0, 5, 1, 2, 80, 7)
+    assert doubted.with_stage(again) == ledger.with_stage(again), "what it cost before is not counted beside it"
 
 
 @pytest.mark.parametrize("values", [{}, [], {"stages": [{"x": 1}], "methods": {}}, {"stages": [], "methods": []}])

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from ensemblelora.affinity import (
     SubsetDesign,
     affinity_from_scores,
+    choose_subset_size,
     compare_surrogates,
+    list_blind_tasks,
     reference_subsets,
     relative_affinity,
     sample_subsets,
@@ -23,6 +25,7 @@ from ensemblelora.affinity import (
 )
 from ensemblelora.config import AffinityConfig
 from ensemblelora.errors import ConfigError, DataError
+from ensemblelora.stages.request import _find_subset_fault
 
 
 def every_subset(n_tasks: int, size: int) -> SubsetDesign:
@@ -63,7 +66,7 @@ def test_designs_are_distinct_sorted_of_one_size_and_cover(
     subsets = design.subsets
     assert list(subsets) == sorted(set(subsets))
     (used,) = {len(subset) for subset in subsets}
-    assert used == min(size, max(n_tasks - 1, min(2, n_tasks)))
+    assert used == choose_subset_size(n_tasks, size) == min(size, max(n_tasks - 1, min(2, n_tasks)))
     assert all(list(subset) == sorted(set(subset)) and 0 <= subset[0] <= subset[-1] < n_tasks for subset in subsets)
     total = math.comb(n_tasks, used)
     assert min(n_subsets, total) <= len(subsets) <= min(2 * n_subsets, total)
@@ -239,6 +242,33 @@ def test_rows_are_scaled_by_the_spread_of_their_affinities() -> None:
 def test_relative_affinity_is_the_gain_over_being_alone() -> None:
     directed = np.arange(9.0).reshape(3, 3)
     np.testing.assert_array_equal(relative_affinity(directed, np.array([1.0, 2.0, 3.0]))[1], [1.0, 2.0, 3.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_tasks=st.integers(1, 7), size=st.integers(2, 6), n_subsets=st.integers(1, 6), seed=st.integers(0, 5))
+def test_tasks_are_blind_whose_affinities_are_equal_whatever_the_scores(
+    n_tasks: int, size: int, n_subsets: int, seed: int
+) -> None:
+    config = AffinityConfig(subset_size=size, n_subsets=n_subsets, min_pair_count=0)
+    design = sample_subsets(n_tasks, config, seed=seed)
+    blind = list_blind_tasks(design)
+    if not design.membership.any(axis=0).all():
+        assert {i for i in range(n_tasks) if not design.membership[:, i].any()} <= set(blind)
+        return
+    directed = affinity_from_scores(design, linear_scores(design)).directed
+    others = [np.delete(directed[i], i) for i in range(n_tasks)]
+    assert blind == [i for i in range(n_tasks) if n_tasks > 2 and np.ptp(others[i]) < 1e-12]
+
+
+def test_every_task_in_one_subset_is_refused_and_three_tasks_are_told_apart() -> None:
+    config = AffinityConfig(subset_size=2, n_subsets=2, min_pair_count=0)
+    told = "affinity.n_subsets 2: every task would be in one subset only, where no partner can be told from another; "
+    for seed in range(20):
+        fault, counts = _find_subset_fault(4, config, seed), sample_subsets(4, config, seed=seed).membership.sum(axis=0)
+        assert (fault == f"{told}set it to 6") == (counts.tolist() == [1] * 4)
+        assert (fault or "").count("in no subset") == (counts.min() == 0)
+    assert _find_subset_fault(3, AffinityConfig(), 0) is _find_subset_fault(2, AffinityConfig(), 0) is None
+    assert list_blind_tasks(sample_subsets(3, AffinityConfig(), seed=0)) == []
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3])

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,8 +111,22 @@ def make_column_run() -> Run:
 
 
 def test_a_plain_text_is_not_enough_for_several_columns():
-    with pytest.raises(DataError, match="made of the columns a, b, options; give a JSON object"):
+    with pytest.raises(DataError, match=r"made of the columns a, b, options; give a JSON object with these: \{"):
         make_column_run().predict(CHOICES[0], ["text"])
+
+
+def test_a_text_that_is_a_json_object_stands_for_several_columns(monkeypatch):
+    run = make_column_run()
+    row = {"a": "fire", "b": "water", "options": ["it is so", "it is not so"]}
+    (asked,) = run.predict(CHOICES[0], [row])
+    (found,) = run.predict(CHOICES[0], [json.dumps(row)])
+    assert found.probabilities == pytest.approx(asked.probabilities)
+    routed: list[Any] = []
+    monkeypatch.setattr(Run, "_route", lambda self, texts: routed.extend(texts) or [])
+    run.predict(None, [json.dumps(row)])
+    assert routed == [["fire\nwater"]], "without a task's name, too"
+    # A task of one column reads it as the text that it is.
+    assert loaded().predict(CHOICES[0], ['{"a": 1}'])[0].task == CHOICES[0]
 
 
 @pytest.mark.parametrize("kind", ["options", "verbalizer"])
@@ -200,14 +215,15 @@ def test_what_is_not_there_yet_is_said_with_the_command_that_makes_it(tmp_path):
     pipeline.run(read_config(recipe, affinity={"row_scale": "sd"}), until="affinity")
     assert run.ask([TASKS[0]])[TASKS[0]]["nll"] > 0
     for call, stage in (
-        (lambda: run.plan, "group"),
-        (lambda: run.predict(TASKS[0], ["x"]), "combine"),
-        (lambda: run.results, "evaluate"),
+        (lambda: run.plan, "plan"),
+        (lambda: run.predict(TASKS[0], ["x"]), "run"),
+        (lambda: run.results, "run"),
     ):
-        with pytest.raises(UsageError, match=f"make it with: ensemblelora {stage} "):
+        kept = f"use the finished run that was set aside: give {tmp_path / 'run' / 'earlier' / '1'}$"
+        with pytest.raises(UsageError, match=f"make it with: ensemblelora {stage} {tmp_path / 'run'} .*{kept}"):
             call()
     (tmp_path / "run" / "oracle.json").unlink()
-    with pytest.raises(UsageError, match="make it with: ensemblelora affinity "):
+    with pytest.raises(UsageError, match="make it with: ensemblelora plan "):
         load_run(tmp_path / "run").ask([TASKS[0]])
     (tmp_path / "run" / "tasks.json").unlink()
     with pytest.raises(UsageError, match="nothing was done yet; start with: ensemblelora run"):

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ensemblelora.artifacts import RunFolder
 from ensemblelora.cli import main
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.stages import check_request
+from tests import test_bad_corpus as corpus
 from tests.tiny_run import finished_run, make_inputs, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,6 +262,48 @@ def test_a_run_without_an_ensemble_can_not_predict(project, capsys):
     RunFolder.create(project / "run")
     assert "nothing was done yet" in refuse(capsys, "predict", "run", "--task", FIRST, "--text", "x")
     assert "not a run folder" in refuse(capsys, "ask", "tasks", "--subset", FIRST)
+
+
+def list_bad_requests(project: Path) -> Iterator[tuple[object, str]]:
+    """The corpus of bad requests as files of a project, one after the other: what it is, and the recipe to run."""
+    good = yaml.safe_load((project / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe, rows, card = project / "bad.yaml", project / "rows.jsonl", project / "card.yaml"
+    rows.write_bytes(corpus.lines(corpus.LABELS_OF_ROWS))
+    card.touch(), recipe.touch()
+
+    def write(**changes: Any) -> str:
+        recipe.write_text(yaml.safe_dump(good | changes), encoding="utf-8")
+        return recipe.name
+
+    for name, content in corpus.RECIPES.items():
+        recipe.write_bytes(content)
+        yield name, recipe.name
+    for key, value in corpus.BAD_SETTINGS:
+        section, _, inner = key.rpartition(".")
+        yield (key, value), write(**({section: good.get(section, {}) | {inner: value}} if section else {inner: value}))
+    for key, value in corpus.BAD_CARDS:
+        entries = {**corpus.GOOD_CARD, "dataset_kwargs": {"data_files": {"train": rows.name}}, key: value}
+        card.write_text(yaml.safe_dump(entries), encoding="utf-8")
+        yield (key, value), write(data={"tasks": [str(card)]})
+    for name, (file, content, _) in corpus.FAULTY.items():
+        (project / file).write_bytes(content)
+        yield name, write(data={"tasks": [str(project / file)]})
+        (project / file).unlink()
+
+
+@pytest.mark.slow
+def test_no_bad_request_of_the_corpus_begins_a_run(project, capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    requests, there, n_refused = list_bad_requests(project), set(), 0
+    for what, recipe in requests:
+        there = {path.name for path in project.iterdir()}
+        code = main(["run", recipe])
+        shown = capsys.readouterr()
+        talk = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+        assert (code, shown.out, len(talk)) == (2, "", 1) and "Traceback" not in shown.err, (what, code, shown.err)
+        assert {path.name for path in project.iterdir()} == there, f"{what}: something was begun"
+        n_refused += 1
+    assert n_refused >= 200
 
 
 def test_the_program_itself_exits_with_2_and_one_line(project):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,39 @@ def write_page(records: dict) -> list[str]:
 def test_the_summary_has_one_line_a_ratio():
     lines = list(summarize_speed({"training": {"speedup_all_layers": 3.96}, "oracle": {}}))
     assert lines[-1] == "| fine-tuning, every layer | Trainer + PEFT, bf16 | 4.0x as fast |" and len(lines) == 4
+    record = {"ratio_to_train_step": 1.08, "spread": {"ratio_to_train_step": {"mean": 1.03}}}
+    assert "1.03x" in list(summarize_speed({"features": record}))[-1], "the mean, as on the page of what was measured"
+
+
+def test_every_record_is_shown():
+    records = {path.stem: json.loads(path.read_text()) for path in (FOLDER / "results").glob("*.json")}
+    commands = {record["command"] for record in records.values()}
+    page = "\n".join(write_page(records))
+    assert {command for command in commands if f"`{command}`" not in page} == set()
+
+
+def test_what_the_readme_says_of_records_in_words_is_in_them():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    opposed, alike = (
+        json.loads((FOLDER / "results" / f"{name}.json").read_text())
+        for name in ("comparison-opposed", "superglue-cpu")
+    )
+    told = readme.partition("*Where tasks conflict*")[2].partition("\n\n")[0]
+    points = {
+        (item["a"], item["b"]): 100 * item["difference"]
+        for item in opposed["comparison"]["primary"]
+        if item["metric"] == "accuracy" and not item["is_above_chance"]
+    }
+    shown = (
+        ("ours", "shared", ".0f"),
+        ("grouped", "random", ".1f"),
+        ("ours", "single", ".1f"),
+        ("ours", "mtl-ft", ".1f"),
+    )
+    assert [pair for *pair, form in shown if f" {points[tuple(pair)]:{form}} " not in told.replace("\n", " ")] == []
+    told = readme.partition("*Where they don't*")[2].partition("\n\n")[0]
+    means = [alike["results"]["methods"][name]["mean"]["nll"] for name in ("base", "ensemble")]
+    assert all(f"{mean:.3f}" in told for mean in means)
 
 
 def test_brackets_stand_where_there_were_several_seeds():

@@ -43,6 +43,7 @@ from ensemblelora.fusion import can_mix, fused
 from ensemblelora.gradients.backward import find_active_layers, list_parts
 from ensemblelora.models import load_base, prepare_base
 from ensemblelora.stages import learning
+from tests.snippets import DOCS, list_blocks
 from tests.tiny import PadOnly, disturb, make_base, make_network, make_split
 from tests.tiny_run import TASKS, make_inputs, read_config, read_json, tensors_of
 
@@ -218,6 +219,16 @@ def test_peft_adds_loads_disables_and_unloads_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not linear and can't be merged"):
         again.merge_and_unload()
     assert torch.equal(run(again.unload()), plain)
+
+
+def test_the_page_on_kinds_of_adapter_loads_one_as_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = list_blocks(DOCS / "adapter-methods.md", "python")
+    model = get_peft_model(make_network("llama"), BottleneckConfig(target_modules=["o_proj"], reduction=4))
+    model.save_pretrained(str(tmp_path / "runs" / "mine" / "adapters" / "group-0"))
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"base": make_network("llama")}
+    exec(block.text, scope)
+    assert scope["model"].peft_config["default"].reduction == 4
 
 
 def test_several_active_adapters_add_up() -> None:

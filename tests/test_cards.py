@@ -54,7 +54,7 @@ def read_rows(name: str, split: str) -> list[dict[str, Any]]:
 
 def test_there_is_a_card_for_each_dataset_and_its_name_is_its_files() -> None:
     assert set(find_cards()) == {*PAPER, *DEMO}
-    assert len(DEMO) == 13
+    assert len(DEMO) == 17
     for name, path in find_cards().items():
         card = load_card(path)
         assert card.task == name

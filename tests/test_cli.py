@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -16,23 +18,28 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.main
 import yaml
+from rich.console import Console
 from rich.text import Text
 
 import ensemblelora
 from ensemblelora import console, progress, recipe
+from ensemblelora.answers import Prediction
 from ensemblelora.cli import app, main
 from ensemblelora.config import RunConfig, parse_config
+from ensemblelora.console import show_json
 from ensemblelora.data.catalog import find_cards
 from ensemblelora.errors import DataError, SolverError
+from ensemblelora.files import write_json
 from ensemblelora.summary import summarize
 from tests.report_runs import make_planned_run, make_run, write_free_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = list(typer.main.get_command(app).commands)
-STAGES = ("features", "affinity", "group", "train", "boost", "combine", "evaluate", "report")
+STAGES = ("features", "affinity", "group", "train", "boost", "combine", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,18 @@ class FakePipeline(types.ModuleType):
         super().__init__("ensemblelora.pipeline")
         self.calls: list[tuple[str, RunConfig, str | None]] = []
         self.answer = lambda config: FakeResult(Path(config.out))
+        self.foreseen: dict[str, object] = {}
+        self.unpacking = 0
 
-    def run(self, config: RunConfig, *, until: str = "report") -> FakeResult:
+    def run(self, config: RunConfig, *, until: str = "report", cluster: object = None) -> FakeResult:
         self.calls.append(("run", config, until))
         return self.answer(config)
 
-    def estimate(self, config: RunConfig) -> dict[str, object]:
-        self.calls.append(("estimate", config, None))
-        return {"wall_seconds": 75.0, "stages": {"features": {"flops": 2.5e12, "peak_memory_bytes": 3_000_000}}}
+    def foresee(self, config: RunConfig, *, until: str) -> object:
+        self.calls.append(("foresee", config, until))
+        cost = {"seconds": 75.0, "flops": 2.5e12, "memory_bytes": 3_000_000, "dequantization_flops": self.unpacking}
+        found = {"stages": {"features": cost, "total": cost}, "later_seconds": 0.0, "set_aside": None, "changes": ()}
+        return types.SimpleNamespace(**found | self.foreseen)
 
 
 @pytest.fixture
@@ -121,11 +132,42 @@ def test_flags_and_changes_reach_the_config_and_flags_win(pipeline, recipe_file)
 
 def test_dry_run_estimates_and_runs_nothing(pipeline, recipe_file, capsys):
     assert main(["run", str(recipe_file), "--dry-run"]) == 0
-    assert [call for call, *_ in pipeline.calls] == ["estimate"]
+    assert [(call, until) for call, _, until in pipeline.calls] == [("foresee", "report")]
     shown = capsys.readouterr().out.replace("\u00a0", " ")
     assert "1 min 15 s" in shown and "2.5 TFLOPs" in shown and "3.0 MB" in shown
+    assert "dequantization" not in shown and "stages after" not in shown and "finished" not in shown
     assert main(["run", str(recipe_file), "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["wall_seconds"] == 75.0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == ["features", "total"] and told["total"]["dequantization_flops"] == 0
+    pipeline.unpacking = 10**9
+    assert main(["run", str(recipe_file), "--dry-run"]) == 0
+    assert "dequantization flops" in capsys.readouterr().out, "a packed base has it"
+
+
+def test_a_dry_run_says_what_is_left_and_what_would_be_set_aside(pipeline, recipe_file, capsys):
+    kept = Path("runs/mine/earlier/2")
+    pipeline.foreseen = {"later_seconds": 75.0, "set_aside": kept, "changes": ("seed 0 -> 7", "rows of a")}
+    assert main(["plan", str(recipe_file), "--dry-run"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("\u00a0", " ").split())
+    assert pipeline.calls[0][2] == "group"
+    assert "leaves to `ensemblelora run`: 1 min 15 s more" in shown
+    assert "seed 0 -> 7; rows of a. Before a stage that this changes is done again" in shown and str(kept) in shown
+    assert main(["plan", str(recipe_file), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["set_aside"] == {"folder": str(kept), "changes": ["seed 0 -> 7", "rows of a"]}
+
+
+def test_a_command_that_is_misspelt_is_suggested_once(capsys):
+    assert main(["plann", "x"]) == 2
+    told = capsys.readouterr().err
+    assert "No such command 'plann'" in told and told.count("'plan'") == 1 and told.count("\n") == 1
+
+
+def test_numbers_in_json_have_no_more_digits_than_they_hold(capsys):
+    show_json({"a": 0.95 + 1e-16, "b": [np.float64(0.1) + 0.2, math.nan, (1, 2**60)], "c": np.array([1 / 3])})
+    told = capsys.readouterr().out
+    assert json.loads(told) == {"a": 0.95, "b": [0.3, None, [1, 2**60]], "c": [0.333333333333333]}
+    assert "0.9500" not in told
 
 
 def test_json_is_all_that_stdout_gets(pipeline, recipe_file, capsys):
@@ -136,7 +178,7 @@ def test_json_is_all_that_stdout_gets(pipeline, recipe_file, capsys):
             )
 
     pipeline.answer = answer
-    assert main(["run", str(recipe_file), "--json"]) == 0
+    assert main(["run", str(recipe_file), "--json", "--out", "r"]) == 0
     shown = capsys.readouterr()
     expected = {"folder": "r", "plan": {"groups": [[0, 1], [2]]}, "results": {"nll": None}, "costs": {"flops": 1}}
     assert json.loads(shown.out) == {**expected, "report": None}
@@ -148,25 +190,42 @@ def test_json_is_all_that_stdout_gets(pipeline, recipe_file, capsys):
 def test_the_summary_fits_one_screen_and_names_what_matters(pipeline, recipe_file, tmp_path, capsys):
     run = make_run(tmp_path / "run")
     pipeline.answer = lambda config: FakeResult(run, plan={}, results={}, costs={})
-    assert main(["run", str(recipe_file)]) == 0
+    assert main(["run", str(recipe_file), "--out", str(run)]) == 0
     shown = capsys.readouterr().out
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
-    assert len(shown.splitlines()) <= 40
-    assert all(
-        name in shown for name in (*plan["task_names"], "base", "shared", "ensemble", "test accuracy", "training")
-    )
+    assert all(name in shown for name in (*plan["task_names"], "base", "shared", "ensemble", "accuracy", "training"))
+
+
+@pytest.mark.parametrize("n_groups", [1, 3, 10])
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (100, 50)])
+def test_the_summary_fits_the_screen_it_is_given(n_groups, columns, lines, tmp_path):
+    run = make_run(tmp_path / "run")
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    plan |= {
+        "groups": [list(range(start, 10, n_groups)) for start in range(n_groups)],
+        "warnings": ["a word " * 40] * 9,
+    }
+    write_json(run / "plan.json", plan)
+    (run / "ensemble.json").unlink()
+    screen = Console(width=columns, record=True, file=io.StringIO())
+    for part in summarize(run, size=(columns, lines)):
+        screen.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
+    shown = screen.export_text().splitlines()
+    assert len(shown) < lines, "a line is the prompt's"
+    assert max(len(line) for line in shown if not line.startswith("run folder")) <= columns
+    assert any(line.startswith("test accuracy") for line in shown) == (lines > 24), "a large screen has every task"
 
 
 def test_the_summary_of_a_plan_tells_what_is_predicted(tmp_path, capsys):
     console.show_table(*summarize(make_planned_run(tmp_path / "run")))
     shown = capsys.readouterr().out
-    assert "predicted on validation rows" in shown and "one adapter for all" in shown and "test accuracy" not in shown
+    assert "validation rows, " in shown and "one adapter for all" in shown and "test accuracy" not in shown
 
 
 def test_the_summary_says_over_how_many_tasks_a_mean_goes_and_what_a_dash_means(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     write_free_text(run, "copa")
-    console.show_table(*summarize(run))
+    console.show_table(*summarize(run, size=(100, 60)))
     shown = capsys.readouterr().out
     assert "macro F1 over 9 of 10 tasks" in shown and "accuracy over" not in shown
     assert "\u2013: free text has no classes" in shown
@@ -179,11 +238,13 @@ def test_the_summary_shows_the_plans_warnings_and_counts_those_it_leaves_out(tmp
     run = make_run(tmp_path / "run")
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     told = [f"number {i} speaks against it." for i in range(8)]
-    (run / "plan.json").write_text(json.dumps(plan | {"warnings": told}), encoding="utf-8")
-    console.show_table(*summarize(run))
+    write_json(run / "plan.json", plan | {"warnings": told})
+    console.show_table(*summarize(run, size=(100, 60)))
     shown = capsys.readouterr().out
-    assert [line for line in shown.splitlines() if line.startswith("warning: ")] == [f"warning: {w}" for w in told[:6]]
-    assert "and 2 warnings more: see plan.json" in shown
+    lines = [line.rstrip() for line in shown.splitlines() if line.startswith("warning: ")]
+    assert lines[0].startswith("warning: R² of the linear model is below 0.5 on social_i_qa and winogrande"), "measured"
+    assert lines[1:] == [f"warning: {warning}" for warning in told[:6]]
+    assert "and 2 warnings more: see the report" in shown
 
 
 @pytest.mark.parametrize(
@@ -246,7 +307,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_continue(tmp_path):
     code = f"""
 import sys, time, types, ensemblelora
 fake = types.ModuleType("ensemblelora.pipeline")
-def run(config, until):
+def run(config, until, cluster):
     print("running", flush=True)
     time.sleep(60)
 fake.run = run
@@ -323,6 +384,26 @@ def test_predict_takes_texts_or_a_file(loaded, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == [{"label": "yes", "probabilities": {"yes": 1.0}}] * 3
     folder = Path("r")
     assert loaded == [folder, ("boolq", ["one", "two"]), folder, ("boolq", [{"text": "one"}, "two", "three"])]
+
+
+def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
+    routing = {"films": 0.75, "books": 0.25}
+    answers = [
+        Prediction("good", {"good": 0.625, "bad": 0.375}, {}, {}, "films", routing, 0.625, 0.75),
+        Prediction("a text", None, {}, {}, "books", routing, None, 0.25),
+    ]
+    api = types.ModuleType("ensemblelora.api")
+    api.load_run = lambda folder: types.SimpleNamespace(predict=lambda task, rows: answers)
+    monkeypatch.setitem(sys.modules, "ensemblelora.api", api)
+    assert main(["predict", "r", "--text", "one", "--text", "two"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "answer sure of the answer task sure of the task", "1 good 62% films 75%", "2 a text \u2013 books 25%",
+    ]  # fmt: skip
+    assert main(["predict", "r", "--text", "one", "--text", "two", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["probability"], first["task_probability"], first["routing"]) == (0.625, 0.75, routing)
+    assert (second["probability"], second["task_probability"]) == (None, 0.25)
 
 
 @pytest.mark.parametrize(("content", "message"), [('{"a": 1}\n{"a": ', "line 2: not valid JSON"), ("\n", "no rows")])
@@ -409,6 +490,13 @@ def test_library_talk_follows_the_flags(pipeline, recipe_file, capsys):
     assert heard[None] == "warning: a [warning]\n"
     assert heard["-v"] == "an info\nwarning: a [warning]\n"
     assert "advice" in heard["-vv"] and "deprecated" in heard["-vv"]
+
+
+def test_a_kernel_that_nothing_would_run_is_not_asked_for(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no module")
+    logger.warning("another")
+    assert [record.getMessage() for record in caplog.records] == ["another"]
 
 
 def test_a_path_is_not_broken_into_lines(capsys: pytest.CaptureFixture[str]) -> None:

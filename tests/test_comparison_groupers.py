@@ -134,8 +134,11 @@ def losses_of(pool: Pool, groups: Iterable[Sequence[int]]) -> float:
 def train_alike(pool: Pool, groups: Iterable[Sequence[int]], nll: dict[tuple[int, ...], float]) -> None:
     """Train adapters, and write other validation losses into their records."""
     for group in groups:
-        path = pool.folder / "adapters" / pool.train(group).name / "trained.json"
-        artifacts.write_json(path, artifacts.read_json(path) | {"validation_nll": nll[tuple(group)]})
+        folder = pool.folder / "adapters" / pool.train(group).name
+        record = artifacts.read_json(folder / "trained.json") | {"validation_nll": nll[tuple(group)]}
+        artifacts.write_json(folder / "trained.json", record)
+        (folder / "seal.json").unlink()
+        artifacts.seal_folder(folder)
 
 
 def test_gradient_cosine_groups_are_charged_the_training_rows_features_and_the_adapter_not_kept(pool: Pool) -> None:

@@ -119,6 +119,8 @@ def test_truncation_takes_the_context_from_the_left_and_is_counted() -> None:
     ]
     encoded = encode(examples, 8, scoring="options")
     assert encoded.n_truncated == 1
+    assert encode(examples, encoded.fitting_length, scoring="options").n_truncated == 0
+    assert encode(examples, encoded.fitting_length - 1, scoring="options").n_truncated == 1
     assert encoded.input_lengths.tolist()[:2] == [8, 8]
     decoded = [load_tokenizer().decode(tokens[:start]) for tokens, start in rows_of(encoded)]
     assert all(context.endswith(kept) for kept in decoded[:2])
@@ -250,7 +252,7 @@ def test_a_classifier_reads_the_end_of_the_text_between_special_tokens(max_lengt
     encoded = encode_split(task, "train", tokenizer, max_length=max_length)
     assert encoded.kind == "classification"
     assert encoded.tokens.tolist() == [WORDS.index(word) for word in expected.split()]
-    assert encoded.n_truncated == (max_length == 5)
+    assert (encoded.n_truncated, encoded.fitting_length) == ((1, 6) if max_length == 5 else (0, 0))
     assert encoded.answer_starts.tolist() == encoded.row_lengths.tolist() == encoded.input_lengths.tolist()
     assert (encoded.labels.tolist(), encoded.n_choices.tolist()) == ([1], [2])
 

@@ -19,6 +19,7 @@ from ensemblelora.ensemble import (
     load_ensemble,
     needed_adapters,
     predict_ensemble,
+    predict_weighted,
     save_ensemble,
 )
 from ensemblelora.errors import StoreError
@@ -61,6 +62,17 @@ def test_all_weight_on_one_group_is_that_group_alone(adapted, kind, combine):
     if combine == "probabilities" and kind != "sequence":
         expected = log_softmax(expected, axis=1)
     np.testing.assert_allclose(both, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["verbalizer", "options"])
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+def test_rows_under_weights_of_their_own_score_as_if_all_had_them(adapted, kind, combine):
+    split = make_split(kind, n=5, ragged=kind == "options")
+    weights = np.array([[1.0, 0.0], [0.25, 0.75], [1.0, 0.0], [0.0, 1.0], [0.25, 0.75]])
+    found = predict_weighted(adapted, make_ensemble([0.5, 0.5], combine), split, weights, max_tokens=TOKENS)
+    for row, shares in enumerate(weights):
+        expected = predict_ensemble(adapted, make_ensemble(shares, combine), 0, split, max_tokens=TOKENS)[row]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["verbalizer", "options"])

@@ -25,7 +25,7 @@ from ensemblelora.data.subset import take_examples
 from ensemblelora.errors import DataError, StoreError
 from ensemblelora.estimation import TaskFeatures, build_oracle, simulate_training
 from ensemblelora.estimation.solver import prepare_problem, solve_subsets
-from ensemblelora.estimation.steps import _Rows
+from ensemblelora.estimation.steps import TrainingRows
 from ensemblelora.gradients.collect import collect_features, find_active_layers, plan_features
 from ensemblelora.gradients.plan import choose_examples, count_pass
 from ensemblelora.passes import choose_max_tokens, run_lower, with_cache
@@ -215,7 +215,7 @@ def test_with_all_rows_nothing_is_different() -> None:
 
 def test_an_epoch_deals_all_rows_each_of_those_there_as_often_as_any() -> None:
     blocks = [make_block("a", n=7), make_block("b", n=5)]
-    rows = _Rows(blocks, [17, 5])
+    rows = TrainingRows(blocks, [17, 5])
     seen = set()
     for epoch in range(40):
         dealt = Counter(rows.deal(0, generator_for(epoch, "x")).tolist())

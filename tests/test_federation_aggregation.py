@@ -23,7 +23,7 @@ def make_template(rank: int, seed: int = 0) -> Template:
     for module, (n_out, n_in) in SIZES.items():
         shapes[f"{module}.lora_A.weight"], shapes[f"{module}.lora_B.weight"] = (rank, n_in), (n_out, rank)
         parts += [rng.normal(size=rank * n_in), np.zeros(n_out * rank)]
-    return Template(np.concatenate(parts).astype(np.float32), shapes, "start")
+    return Template(np.concatenate(parts).astype(np.float32), shapes, "start", 1)
 
 
 def draw_clients(template: Template, n: int, seed: int = 1) -> list[Vector]:

@@ -117,7 +117,7 @@ def test_federate_tells_the_outcome_as_json_and_as_a_table(tmp_path: Path, capsy
     code, out, _ = run_cli(capsys, "federate", recipe, "--json", "--quiet")
     told = json.loads(out)
     assert code == 0 and told["folder"] == config.out
-    assert told["methods"]["ours"]["nll"] == finished()[1].methods["ours"].nll
+    assert told["methods"]["ours"]["nll"] == pytest.approx(finished()[1].methods["ours"].nll, rel=1e-14), "15 digits"
     code, out, _ = run_cli(capsys, "federate", config.out, "--quiet")
     assert code == 0 and "one adapter for all (FedAvg)" in out and "against one adapter for all" in out.splitlines()[0]
     assert out.splitlines()[-1] == str(Path(config.out) / "report.html")
@@ -213,6 +213,8 @@ def test_the_page_needs_no_network_and_names_every_method() -> None:
         assert title_of(name) in text and title_of(name) in markdown
     assert set(METHOD_TITLES) <= set(outcome.methods)
     for told in ("Test loss", "Numbers of groups and boosters", "What was sent", "What leaves a client", "Epsilon"):
+        assert told in markdown
+    for told in ("Who gains", "Loss against cost", "The groups that serve", "Predicted before training"):
         assert told in markdown
     assert "nan" not in markdown.lower().split() and "None" not in markdown
 

@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from ensemblelora.artifacts import read_json, write_json
 from ensemblelora.config_federation import FederationConfig
 from ensemblelora.errors import ConfigError, StoreError
+from ensemblelora.federation import partition
 from ensemblelora.federation.collection import ClientFeatures
 from ensemblelora.federation.exchange import Registered
 from ensemblelora.federation.gradients import sum_rows
@@ -24,7 +25,7 @@ from ensemblelora.federation.moments import (
     list_row_moments,
     read_moments,
 )
-from ensemblelora.federation.partition import choose_groups, read_plan
+from ensemblelora.federation.partition import read_plan
 
 D = 5
 
@@ -62,6 +63,10 @@ def make_config(**changes: Any) -> FederationConfig:
     return FederationConfig.model_validate(
         {key: values.get(key, {}) | changes.get(key, {}) for key in {*values, *changes}}
     )
+
+
+def choose_groups(features: ClientFeatures, config: FederationConfig) -> Any:
+    return partition.choose_groups(features, config, n_coordinates=D)
 
 
 def test_moments_are_the_sums_over_rows() -> None:
@@ -159,9 +164,12 @@ def test_noise_that_turns_a_curvature_negative_does_not_turn_the_step_around() -
     assert np.isfinite(weights).all() and weights @ sums.gradients[0] < 0, "downhill"
 
 
+@pytest.mark.parametrize("method", ["steps", "ridge"])
 @pytest.mark.parametrize("send", ["rows", "moments"])
-def test_planted_clients_are_grouped_by_kind(send: str) -> None:
-    plan, matrix, oracle = choose_groups(make_features(send), make_config(features={"send": send}))
+def test_planted_clients_are_grouped_by_kind(send: str, method: str) -> None:
+    config = make_config(features={"send": send}, groups={"method": method})
+    plan, matrix, oracle = choose_groups(make_features(send), config)
+    assert (plan.l2_penalty is None) == (method == "steps")
     assert {frozenset(group) for group in plan.found[0].groups} == {frozenset(range(k, 9, 3)) for k in range(3)}
     assert plan.found[0].predicted_nll < plan.predicted["global"] < plan.predicted["base"]
     assert plan.found[0].predicted_nll < plan.predicted["random"]
@@ -174,7 +182,7 @@ def test_rows_and_moments_predict_alike() -> None:
     subsets = [(0, 3, 6), (0, 1, 2)]
     found = {}
     for send in ("rows", "moments"):
-        config = make_config(features={"send": send}, groups={"l2_penalty": 300.0})
+        config = make_config(features={"send": send}, groups={"method": "ridge", "l2_penalty": 300.0})
         _, _, oracle = choose_groups(make_features(send, noise=0.05), config)
         found[send] = oracle.own(subsets)[:, 0]
     assert found["moments"] == pytest.approx(found["rows"], rel=0.1)

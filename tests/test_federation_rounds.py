@@ -15,9 +15,10 @@ from ensemblelora.accounting.meter import Meter
 from ensemblelora.config_federation import FederationConfig
 from ensemblelora.errors import TrainingError
 from ensemblelora.federation.aggregation import aggregate
+from ensemblelora.federation.dealing import deal_clients
 from ensemblelora.federation.exchange import Exchange, register
 from ensemblelora.federation.protocol import Reply, Request
-from ensemblelora.federation.rounds import Base, Plan, Trained, deal_clients, train_groups
+from ensemblelora.federation.rounds import Base, Plan, Trained, train_groups
 from tests.federation_tiny import ToyCohort, make_template
 
 NAMES = tuple(f"client{c}" for c in range(7))

@@ -18,6 +18,7 @@ from ensemblelora.config_federation import FederationConfig
 from ensemblelora.errors import ConfigError, DataError, OutputError, TrainingError
 from ensemblelora.federation.arrival import assign_client
 from ensemblelora.federation.clients import read_client
+from ensemblelora.federation.dealing import deal_clients
 from ensemblelora.federation.engines import ProcessCohort, run_federation
 from ensemblelora.federation.gradients import compute_rows
 from ensemblelora.federation.judging import SERVED_FILE
@@ -26,7 +27,6 @@ from ensemblelora.federation.privacy import state_guarantee
 from ensemblelora.federation.protocol import Reply, Request
 from ensemblelora.federation.record import read_record
 from ensemblelora.federation.results import Outcome, read_outcome
-from ensemblelora.federation.rounds import deal_clients
 from ensemblelora.federation.server import TRAFFIC_FILE, federate
 from ensemblelora.federation.stages import WEIGHTS_FILE
 from ensemblelora.federation.worker import open_worker
@@ -195,6 +195,34 @@ def test_a_change_makes_anew_what_depends_on_it_alone(tmp_path: Path) -> None:
     assert "groups-2-boost-2" in again.methods
 
 
+@pytest.mark.slow
+def test_a_method_that_comes_later_is_scored_alone_and_one_that_goes_is_not_forgotten(tmp_path: Path) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def listen(name: str, request: Request, reply: Reply) -> Reply:
+        if request.action == "score":
+            asked.append((*request.values["parts"], len(request.values["methods"])))
+        return reply
+
+    def grow(*n_groups: int) -> Outcome:
+        asked.clear()
+        evaluation = {"baselines": ["global"], "n_candidates": 1}
+        groups = {"n_groups": [*n_groups]}
+        return federate_with(
+            make_config(tmp_path, boosting={"n_rounds": []}, groups=groups, evaluation=evaluation), listen
+        )
+
+    few = grow(2)
+    assert sorted(asked) == [("test", 2)] * N_CLIENTS + [("validation", 1)] * N_CLIENTS
+    more = grow(2, 3)
+    assert sorted(asked) == [("test", 1)] * N_CLIENTS + [("validation", 1)] * N_CLIENTS
+    for name in ("global", "groups-2"):
+        assert more.methods[name].nll == few.methods[name].nll
+    assert set(grow(2).methods) == {"global", "groups-2", "ours"} and not asked
+    again = grow(2, 3)
+    assert not asked and again.methods == more.methods, "costs included"
+
+
 def test_another_rate_trains_anew_and_takes_no_features_again(tmp_path: Path) -> None:
     config = copy_finished(tmp_path, training={"learning_rate": 0.01}, boosting={"n_rounds": []})
     known, outcome = finished()[1], run_federation(config)
@@ -301,10 +329,11 @@ def test_groups_and_rounds_are_those_of_the_plan() -> None:
     dealt = deal_clients(groups, participation=0.5, n_epochs=1, seed=0, name="groups-2")
     assert trained["n_rounds"].tolist() == [len(rounds) for rounds in dealt]
     assert trained["n_updates"].tolist() == [1] * N_CLIENTS
-    boosted = outcome.traffic["boost-2"]["n_messages"] // 2  # training, and scoring before and after
-    assert outcome.privacy["n_updates"] == 1 + 1 + 1 + 1 + sum(
-        outcome.kept_boosters[m][1] for m in ("2", "3") if boosted
-    )
+    updates = np.full(N_CLIENTS, 4)  # one for all, two partitions, random groups
+    for found in plan.found:
+        for path in (folder / "run" / "rounds").glob(f"boost-{found.n_groups}-*.npz"):
+            updates[list(found.groups[int(artifacts.load_arrays(path)["group"])])] += 1
+    assert outcome.privacy["n_updates"] == updates.max() > 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from ensemblelora import pipeline, stages
-from ensemblelora.data.batching import collate
+from ensemblelora.data.batching import collate, schedule_training
 from ensemblelora.errors import ConfigError, DataError
-from ensemblelora.forecast import forecast_run, make_forecaster
+from ensemblelora.forecast import forecast_run, list_stages, make_forecaster
+from ensemblelora.gradients.plan import iterate_pass
 from ensemblelora.prefix import count_slots
-from ensemblelora.speed import choose_timed
+from ensemblelora.speed import Speed, choose_timed
+from ensemblelora.training import choose_layout
 from tests.tiny import make_split
 from tests.tiny_run import TASKS, finished_run, make_inputs, read_config, read_json
 
@@ -102,6 +105,33 @@ def test_label_tokens_that_meet_the_whole_vocabulary_cost_more():
     )
     assert whole["train"]["flops"] > plain["train"]["flops"]
     assert whole["features"]["flops"] == plain["features"]["flops"]
+
+
+def test_memory_is_of_the_largest_batch_there_is_and_not_of_what_a_step_may_hold():
+    # Of rows that fill a tenth of a step, ten times the activations were foreseen.
+    config = read_config(finished_run() / "recipe.yaml")
+    _, rows, probe = stages.prepare(config)
+    speed = Speed(1e9, 1e9, math.inf, bytes_per_token=1e6, forward_bytes_per_token=1.0)
+
+    def foresee(**limits):
+        training = config.training.model_copy(update=limits)
+        run = make_forecaster(config.model_copy(update={"training": training}), probe, rows, speed)
+        layout = choose_layout(probe, training)
+        schedule = schedule_training(rows.train, training, seed=0, layout=layout)
+        parts = [[(rows.train[task], example) for task, example in step] for step in schedule]
+        largest = max(collate(part, 0, layout=layout).n_padded_tokens for part in parts)
+        return (list_stages(run)["train"].memory_bytes - run.resident) / 1e6, largest
+
+    roomy, largest = foresee(max_tokens_per_batch=10**6)
+    assert largest <= roomy <= 2 * largest
+    assert foresee(max_tokens_per_batch=2 * 10**6)[0] == roomy
+    tight, largest = foresee(max_tokens_per_batch=int(roomy) // 2)
+    assert largest <= tight <= roomy / 2
+    run = make_forecaster(config, probe, rows, dataclasses.replace(speed, forward_bytes_per_token=1e6))
+    found = {name: (stage.memory_bytes - run.resident) / 1e6 for name, stage in list_stages(run).items()}
+    passes = iterate_pass(probe, rows.learning, config.gradients, seed=config.seed)
+    assert found["features"] == max(batch.n_padded_tokens for batch, _ in passes)
+    assert found["combine"] > found["features"], "several members share a pass"
 
 
 @pytest.mark.parametrize(("n_choices", "n_timed"), [(2, 8), (60, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -85,6 +86,13 @@ def test_nothing_is_pickled():
         assert not re.search(r"allow_pickle\s*=\s*True|torch\.(save|load)\(", source), name_of(path)
 
 
+def test_one_module_alone_knows_ray():
+    """Imported by a statement or by its name."""
+    imports = re.compile(r"(^|\W)(import|from)\s+ray\b|(import_module|__import__)\(\s*[\"']ray\b", re.M)
+    knowing = {name_of(path) for path in MODULES if imports.search(path.read_text(encoding="utf-8"))}
+    assert knowing == {"ensemblelora/scheduling.py"}
+
+
 def test_python_3_10_has_every_name_that_is_imported():
     newer = [
         f"{name_of(path)}: {module}.{name}"
@@ -143,6 +151,36 @@ def test_requirements_pin_everything_the_project_asks_for():
     asked += re.search(r"^dev = \[(.*?)^\]", project, re.S | re.M).group(1)
     names = {name.lower() for name in re.findall(r'"([A-Za-z0-9-]+)>=', asked)}
     assert names and names <= pinned
+
+
+def test_what_is_imported_is_asked_for():
+    """Else a clean environment, into which nothing else brings it by chance, fails at the import."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ndev = [")[0]
+    asked = {plain(name) for name in re.findall(r'"([A-Za-z0-9_-]+)(?:\[\w+\])?>=', project)}
+    asked |= {required for name in asked for required in list_required(name)}
+    imported = {name.partition(".")[0] for path in MODULES for name, _ in imported_names(parse(path))}
+    others = imported - sys.stdlib_module_names - {"ensemblelora"}
+    named_otherwise = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+    assert len(others) > 20 and {plain(named_otherwise.get(name, name)) for name in others} - asked == set()
+
+
+def plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def list_required(name: str) -> set[str]:
+    """What a package asks for itself, where it is installed."""
+    try:
+        lines = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {plain(re.match(r"[\w-]+", line)[0]) for line in lines if "extra ==" not in line}
+
+
+def test_readme_citation_and_changelog_fit():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+    assert f"\nversion: {ensemblelora.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{ensemblelora.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_shipped_files_are_found_beside_the_code():

@@ -13,7 +13,7 @@ import pytest
 from ensemblelora import load_run
 from ensemblelora.artifacts import load_arrays, read_json, save_arrays, write_json
 from ensemblelora.report.build import compose_document
-from ensemblelora.report.document import Table
+from ensemblelora.report.document import Table, Tiles
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.wording import NOTHING
 from tests.report_runs import make_planned_run, make_run
@@ -72,7 +72,7 @@ def find_tables(folder: Path) -> dict[str, Table]:
 @pytest.mark.parametrize(
     ("caption", "columns"),
     [
-        ("Predicted performance on validation rows", (1, 2)),
+        ("Predicted performance on 600 validation rows, 60 a task", (1, 2)),
         ("What each number of groups would give and cost", (1, 2)),
         ("Other ways of grouping", (2, 3)),
         ("Affinity without own levels, ordered by group", range(1, 11)),
@@ -99,7 +99,8 @@ def test_charts_and_sentences_carry_errors(folder):
     if "predicted-loss" in figures:
         for trace in figures["predicted-loss"].spec["data"]:
             assert trace["error_x"]["array"] == [0.02] * len(trace["x"])
-    predicted = [tile for tile in document.opening[0].tiles if tile.label.startswith("Predicted")]
+    (tiles,) = (block.tiles for block in document.opening if isinstance(block, Tiles))
+    predicted = [tile for tile in tiles if tile.label.startswith("Predicted")]
     assert all("±" in tile.value and "±" in tile.detail for tile in predicted)
     assert bool(predicted) == ("predicted-loss" not in figures), "before training, the prediction is the news"
 

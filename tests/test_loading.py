@@ -411,6 +411,11 @@ def test_a_folder_of_cards_gives_the_cards(tmp_path: Path) -> None:
         ("x.jsonl", [{"text": "a", "label": f"p{i}"} for i in range(60)], "60 different values in 60 rows, too many"),
         (
             "x.jsonl",
+            [{"text": "a", "label": f"p{i % 2}"} for i in range(3)],
+            "2 different values in 3 rows, too few rows to tell classes.*a card x.yaml beside the file.*doc_to_choice",
+        ),
+        (
+            "x.jsonl",
             [{"txt": "a", "kind": "p"}],
             "expected columns text and label.*got txt, kind.*a card x.yaml beside.*doc_to_text: txt .*_target: kind",
         ),

@@ -113,9 +113,25 @@ def test_intervals_are_those_of_resampled_groups() -> None:
     data = make_predictions(n=40, n_groups=12)
     scores = score_predictions(**data, n_bootstrap=150, confidence=0.9, seed=3)
     expected = np.quantile(slow_bootstrap(data, 150, 3), [0.05, 0.95], axis=0)
-    for k, name in enumerate(("nll", "accuracy", "macro_f1")):
+    for k, name in ((0, "nll"), (2, "macro_f1")):
         assert getattr(scores, f"{name}_low") == pytest.approx(expected[0, k])
         assert getattr(scores, f"{name}_high") == pytest.approx(expected[1, k])
+
+
+@pytest.mark.parametrize("n_right", range(6))
+def test_an_accuracys_interval_is_wilsons_and_never_a_point(n_right: int) -> None:
+    labels = np.zeros(5, dtype=int)
+    logits = np.where(np.arange(5)[:, None] < n_right, [1.0, 0.0], [0.0, 1.0])
+    groups = np.arange(5)
+    scores = score_predictions(logits, labels, np.full(5, 2), groups, n_bootstrap=100)
+    matches = score_sequences(np.ones(5), groups, exact_match=np.arange(5) < n_right, n_bootstrap=100)
+    expected = stats.binomtest(n_right, 5).proportion_ci(0.95, method="wilson")
+    for found in (scores, matches):
+        assert (found.accuracy_low, found.accuracy_high) == pytest.approx((expected.low, expected.high))
+        assert found.accuracy_low <= found.accuracy <= found.accuracy_high
+    twins = {"groups": groups.repeat(3), "n_choices": np.full(15, 2), "n_bootstrap": 100}
+    thrice = score_predictions(logits.repeat(3, axis=0), labels.repeat(3), **twins)
+    assert thrice.accuracy_low == pytest.approx(scores.accuracy_low), "one observation a group"
 
 
 def test_blocks_of_draws_make_no_difference_to_their_meaning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,7 +222,8 @@ def test_the_examples_of_the_documentation_are_what_they_are_said_to_be(tmp_path
         "reviews": ("multiple_choice", "A joy from start to end.\nLabel:", " positive"),
     }
     page = (root / "docs" / "own-files.md").read_text(encoding="utf-8")
-    short, long = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    short, long, remote = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    assert all("://" in source for source in remote["data"]["tasks"])
     write_rows(tmp_path / "short.jsonl", [{"title": "t", "body": "b", "target": 1}])
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(short), encoding="utf-8")
     assert load_card(tmp_path / "short.yaml").doc_to_choice == parse_card(long).doc_to_choice == ("bad", "good")

@@ -23,6 +23,7 @@ from ensemblelora.data.encoding import encode_split
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.errors import ConfigError
 from ensemblelora.estimation import Oracle
+from ensemblelora.evaluation.rows import read_rows
 from ensemblelora.gradients import collect
 from ensemblelora.models import load_base
 from ensemblelora.planning import read_plan
@@ -96,10 +97,11 @@ def test_a_finished_run_holds_every_file_whole_and_nothing_else():
             "adapter_config.json", "adapter_model.safetensors", "training.json",
         }  # fmt: skip
     files = {path.name for path in run.iterdir()}
-    assert files - {".lock"} == {
-        "adapters", "affinity.npz", "boosting.json", "config.yaml", "costs.json", "ensemble.json", "environment.json",
-        "feature_health.json", "features", "oracle.json", "plan.json", "report.html", "report.md", "results.json",
-        "run.json", "stages", "tasks.json",
+    # Another test may have asked a question without a task's name, which makes the router.
+    assert files - {".lock", "routing.json", "routing.npz"} == {
+        ".config.yaml", ".costs.json", "adapters", "affinity.npz", "boosting.json", "config.yaml", "costs.json",
+        "ensemble.json", "environment.json", "feature_health.json", "features", "oracle.json", "plan.json",
+        "report.html", "report.md", "results.json", "run.json", "scores", "stages", "tasks.json", "test_rows.npz",
     }  # fmt: skip
     markers = {path.name for path in (run / "stages").iterdir()}
     assert markers == {f"{name}.json" for name in [*EVERY_STAGE, *(a for a in adapters if "-boost-" not in a)]}
@@ -117,7 +119,7 @@ def test_what_the_files_say_fits_together():
     weights = np.array(read_json(folder, "ensemble.json")["weights"])
     assert weights.shape == (5, 2) and np.allclose(weights.sum(1), 1) and (weights >= 0).all()
     results = read_json(folder, "results.json")
-    assert list(results["methods"]) == ["base", "shared", "own group", "ensemble"]
+    assert list(results["methods"]) == ["base", "shared", "own group", "boosted group", "ensemble"]
     for method in results["methods"].values():
         assert list(method["per_task"]) == list(TASKS)
         assert all(math.isfinite(method["mean"][name]) for name in ("nll", "accuracy", "macro_f1"))
@@ -132,6 +134,20 @@ def test_what_the_files_say_fits_together():
         results["methods"]["own group"]["per_task"][task]["nll"] for task in TASKS
     ]
     assert "Linear" in (folder / "run" / "report.md").read_text(encoding="utf-8").title()
+
+
+def test_the_rows_that_are_kept_give_the_tables_numbers():
+    folder = finished_run()
+    rows, results = read_rows(folder / "run" / "test_rows.npz"), read_json(folder, "results.json")
+    assert tuple(rows) == TASKS
+    for method, table in results["methods"].items():
+        for task, score in table["per_task"].items():
+            assert len(rows[task].ids) == score["n_examples"] and len(set(rows[task].groups)) == score["n_groups"]
+            for metric, values in rows[task].values[method].items():
+                assert values.mean() == pytest.approx(score[metric])
+    one = next(d for d in results["differences"] if (d["a"], d["b"], d["metric"]) == ("ensemble", "shared", "nll"))
+    pair = [rows[one["task"]].values[method]["nll"] for method in ("ensemble", "shared")]
+    assert float(np.mean(pair[0] - pair[1])) == pytest.approx(one["difference"])
 
 
 def test_the_environment_tells_the_base_model_apart_from_its_adapters():
@@ -191,7 +207,8 @@ def test_a_second_run_does_nothing(tmp_path, carried_out, monkeypatch):
     def refuse(*args, **kwargs):
         pytest.fail("a finished stage runs again")
 
-    for module, name in ((learning.training, "fine_tune"), (learning.boosting, "boost"), (collect, "compute_features")):
+    trains = (learning.training, "fine_tune_together")
+    for module, name in (trains, (learning.boosting, "boost"), (collect, "compute_features")):
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(Oracle, "solve", refuse)
     pipeline.run(read_config(recipe))
@@ -282,7 +299,9 @@ def test_one_adapter_for_all_is_its_own_baseline_and_old_adapters_go(tmp_path):
     assert "baselines" not in [record["stage"] for record in costs["stages"]]
     train = next(record for record in costs["stages"] if record["stage"] == "train")
     assert costs["methods"]["shared"]["train_flops"] == train["flops"]
+    assert methods["shared"] == methods["own group"], "no booster is in either"
     boosted = any("-boost-" in name for name in members)
+    assert ("boosted group" in methods) == boosted
     assert boosted or methods["shared"] == methods["ensemble"]
 
 
@@ -292,8 +311,8 @@ def test_only_the_baselines_asked_for_are_made(tmp_path, baselines, carried_out)
     shutil.rmtree(tmp_path / "run" / "adapters" / "shared")
     result = pipeline.run(read_config(recipe, evaluation={"baselines": baselines}))
     assert carried_out == ["evaluate", "report"]
-    assert list(result.results["methods"]) == [*baselines, "own group", "ensemble"]
-    assert list(result.costs["methods"]) == [*baselines, "own group", "ensemble"]
+    assert list(result.results["methods"]) == [*baselines, "own group", "boosted group", "ensemble"]
+    assert list(result.costs["methods"]) == [*baselines, "own group", "boosted group", "ensemble"]
     assert "shared" not in result.results["linearity"]["distances"]
 
 
@@ -376,6 +395,14 @@ def test_the_fits_that_the_ridge_was_chosen_from_are_in_the_ledger(tmp_path):
     stages = {record["stage"]: record for record in read_json(tmp_path, "costs.json")["stages"]}
     spent = 4 * 24 * sum(trial["row_iterations"] for trial in trials)  # 24: the recipe's proj_dim
     assert stages["affinity"]["flops"] > spent > stages["affinity"]["flops"] / 2
+
+
+def test_an_estimate_names_model_tasks_and_place():
+    config = read_config(finished_run() / "recipe.yaml", out="runs/x")
+    names = ["a", "b", *(f"t{i}" for i in range(20))]
+    told = pipeline._describe_request(config, names)
+    assert told.startswith(f"predicted for model {config.model.name} and 22 tasks (a, b, t0,") and "10 more" in told
+    assert told.endswith("in runs/x")
 
 
 class Interruption(KeyboardInterrupt):

@@ -445,13 +445,16 @@ def test_warnings_say_what_speaks_against_the_plan() -> None:
     capped = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), max_groups=2)
     better = "One adapter per task (4 adapters) is predicted to do better than the plan by "
     (told,) = (warning for warning in capped.warnings if warning.startswith(better))
-    assert re.search(r"by 0\.\d{4} ± 0\.\d{4} nats; raise grouping.max_groups or the budget to allow it\.$", told)
+    assert re.search(r"by 0\.\d{4} ± 0\.\d{4} nats; set grouping.max_groups to 4 or more to allow it\.$", told)
     set_to_2 = plan_for(make_oracle(make_features((0, 1, 2, 3), n_train=120), penalty=0.01), n_groups=2, max_groups=3)
     (told,) = (warning for warning in set_to_2.warnings if warning.startswith(better))
     assert told.endswith("; set grouping.n_groups to auto and grouping.max_groups to 4 or more to allow it.")
     rushed = Oracle((make_features(OPPOSED),), 1e-3, EstimationConfig(method="ridge", max_iter=2))
     slow = plan_for(rushed, max_groups=2)
     assert any("fits did not converge" in warning for warning in slow.warnings)
+    few = plan_for(make_oracle(make_features((0, 1), n_validation=18, rows_per_group=2))).warnings
+    assert [text for text in few if text.startswith("Few validation rows of task-0 (9), task-1 (9): ")], few
+    assert not any(text.startswith("Few validation rows") for text in slow.warnings)
     assert "training seeds" in slow.warnings[-1], "what holds for every plan comes after what holds for this one"
 
 
@@ -479,7 +482,28 @@ def test_other_groups_that_do_as_well_are_named(
         opposed_plan.comparisons[-1], name=name, n_groups=2, groups=groups, gain_over_plan=1e-6, gain_over_plan_se=0.1
     )
     predicted = opposed_plan.predicted
+    halves = (chosen.groups, chosen.groups)
     warnings = list_plan_warnings(
-        chosen, predicted.plan, predicted.base, [other], (chosen.groups, chosen.groups), Budget(), GroupingConfig()
+        chosen, predicted.plan, predicted.base, [other], halves, Budget(), GroupingConfig(), lambda _: True
     )
     assert [warning[: len(start)] for warning, start in zip(warnings, told, strict=True)] == told
+
+
+@pytest.mark.parametrize(
+    ("families", "groups"), [((0,), {1}), ((0, 0), {1}), ((0, 1), {2}), ((0, 1, 0), {2}), ((0, 0, 0), {1})]
+)
+def test_few_tasks_are_told_apart(families: tuple[int, ...], groups: set[int]) -> None:
+    plan = plan_for(make_oracle(make_features(families, n_validation=200)))
+    assert len(plan.groups) in groups and plan.n_validation == (200,) * len(families)
+    if families == (0, 1, 0):
+        assert plan.groups == ((0, 2), (1,))
+    if len(families) == 1:
+        assert plan.reason == "There is only one task, so there is nothing to group."
+    assert not any("n_subsets" in warning for warning in plan.warnings)
+
+
+def test_a_design_that_can_not_tell_some_partners_apart_is_warned_of() -> None:
+    oracle, config = make_oracle(make_features((0, 1, 0))), AffinityConfig(n_subsets=2, min_pair_count=0)
+    plan = choose_groups(affinity_of(oracle), oracle, GroupingConfig(), affinity_config=config)
+    (warning,) = (text for text in plan.warnings if "affinity.n_subsets 2" in text)
+    assert re.match(r"With affinity\.n_subsets 2, task-\d, task-\d are in one subset only, where", warning)

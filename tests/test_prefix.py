@@ -12,25 +12,34 @@ import torch
 
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, activate, add_adapter, attach
-from ensemblelora.config import AdapterConfig, GradientsConfig, TrainingConfig, load_config
+from ensemblelora.boosting import BoostTask, boost
+from ensemblelora.config import (
+    AdapterConfig,
+    BoostingConfig,
+    EnsembleConfig,
+    GradientsConfig,
+    TrainingConfig,
+    load_config,
+)
 from ensemblelora.data.batching import collate
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.gradients.collect import collect_features
+from ensemblelora.gradients.collect import collect_features, make_projector
 from ensemblelora.passes import run_lower, score, with_cache, without_cache
 from ensemblelora.pipeline import run
 from ensemblelora.prediction import predict_members
+from ensemblelora.stages import settle_weights
 from ensemblelora.store import FeatureStore
 from ensemblelora.training import fine_tune
-from tests.tiny import DECODERS, disturb, make_base, make_split
+from tests.tiny import DECODERS, disturb, make_base, make_learnable_split, make_split
 from tests.tiny_run import make_inputs
 
 KINDS = ("verbalizer", "options", "sequence")
 
 
-def make_top(family: str = "llama", *, head: str = "lm", n_layers: int = 4) -> AdaptedModel:
+def make_top(family: str = "llama", *, head: str = "lm", n_layers: int = 4, **options) -> AdaptedModel:
     """A model whose top half is adapted."""
     size = {"n_layer": n_layers} if family.startswith("gpt") else {"num_hidden_layers": n_layers}
-    base = make_base(family, head=head, **size)
+    base = make_base(family, head=head, **size, **options)
     return attach(base, AdapterConfig(r=2, lora_alpha=4, layers_to_transform="top_half"), seed=0)
 
 
@@ -214,3 +223,35 @@ def test_a_run_keeps_the_files_while_it_lasts_and_no_longer(tmp_path: Path) -> N
     run(config)
     assert (tmp_path / "run" / "report.html").exists()
     assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_boosting_and_weights_agree_with_and_without(tmp_path: Path) -> None:
+    train, held = (
+        [make_learnable_split(kind, n=24, seed=seed, task=kind, split=name) for kind in ("verbalizer", "options")]
+        for seed, name in ((0, "train"), (50, "validation"))
+    )
+    settings = BoostingConfig(n_rounds=1, l2_penalty=0.1)
+    gradients, found = GradientsConfig(proj_dim=16), []
+    for name in ("plain", "prefix", "cache"):
+        adapted = make_top(initializer_range=0.15)
+        model = without_prefix(adapted) if name == "plain" else adapted
+        if name == "cache":
+            model = with_cache(adapted, tmp_path / name, [*train, *held], max_bytes=10**8)
+        store = FeatureStore(tmp_path / f"{name}-features")
+        prints = {(split.task, split.split): "x" for split in train}
+        collect_features(model, train, store, gradients, seed=0, fingerprints=prints)
+        tasks = [BoostTask(t, v, store.read(t.task, "train")) for t, v in zip(train, held, strict=True)]
+        for member in ("group-0", "group-1"):
+            add_adapter(model, member)
+        disturb(model, "group-1", seed=3)
+        members, projector = ["group-0", "group-1"], make_projector(gradients, seed=0)
+        given = {"projector": projector, "max_tokens": 200, "seed": 0, "meter": Meter("boost")}
+        rounds = boost(model, members, [tasks, []], settings, **given)
+        scores = [predict_members(model, split, members, max_tokens=200) for split in held]
+        weights, _ = settle_weights(scores, held, [0, 0], EnsembleConfig(), seed=0)
+        found.append(([(r.train_nll_before, r.train_nll_after, r.heldout_nll_after) for r in rounds], weights))
+    assert found[0][0] and found[0][0][0][1] < found[0][0][0][0], "the booster has changed something"
+    assert 0 < found[0][1].min(), "both members count, so that the weights say something"
+    for losses, weights in found[1:]:
+        np.testing.assert_allclose(losses, found[0][0], rtol=1e-3)
+        np.testing.assert_allclose(weights, found[0][1], atol=2e-3)

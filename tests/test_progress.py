@@ -37,7 +37,7 @@ def test_a_terminal_shows_the_loop_and_keeps_only_the_stage():
     with progress.announcing(console), progress.stage("features"):
         for _ in progress.track((item for item in range(3)), "rows of boolq", 3):
             pass
-    assert stream.getvalue().rstrip().endswith("features: 0.0 s")
+    assert re.search(r"features: \d\.\d s$", stream.getvalue().rstrip())
 
 
 def test_a_nested_stage_and_loop_share_the_bars():
@@ -94,12 +94,30 @@ def test_without_a_terminal_a_long_loop_speaks_every_half_minute(clock):
         run_loop(clock, 100, 1.0)
     lines = stream.getvalue().splitlines()
     assert lines[:3] == [
-        "train group-0: 60/480, 4 min left",
-        "train group-0: 120/480, 3 min left",
-        "train group-0: 180/480, 2 min left",
+        "train group-0: 60/480, 2.0/s, 4 min left",
+        "train group-0: 120/480, 2.0/s, 3 min left",
+        "train group-0: 180/480, 2.0/s, 2 min left",
     ]
-    assert lines[6] == "train group-0: 420/480, 30 s left"
-    assert lines[7:] == ["train group-0: 1", "train group-0: 31", "train group-0: 61", "train group-0: 91"]
+    assert lines[6] == "train group-0: 420/480, 2.0/s, 30 s left"
+    assert lines[7:] == [f"train group-0: {n}, 1.0/s" for n in (1, 31, 61, 91)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rate"), [(0.05, "20/s"), (0.5, "2.0/s"), (4.0, "4 s each"), (120.0, "2 min each")]
+)
+def test_a_bar_tells_the_rate_within_80_columns(clock, seconds, rate):
+    console, _ = listen(terminal=True)
+    shown = []
+    with progress.announcing(console), progress.stage("features"):
+        for _ in progress.track(range(4000), "train group-0-boost-12", 4000):
+            clock[0] += seconds
+            drawn = console.render_lines(progress._bars.get().get_renderable())
+            shown.append("".join(segment.text for segment in drawn[-1]))
+            if len(shown) == 3:
+                break
+    assert rate not in shown[0], "nothing is known before the first item is done"
+    assert all(rate in line and "train group-0-boost-12" in line and "/4000" in line for line in shown[1:])
+    assert max(len(line.rstrip()) for line in shown) <= 80 and not any("…" in line for line in shown)
 
 
 def test_many_short_loops_speak_as_one_long_one(clock):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemblelora.data.rendering import compile_card, explode_row, normalize_text
+from ensemblelora.data.rendering import as_row, compile_card, explode_row, normalize_text, read_columns
 from ensemblelora.data.task import Example
 from ensemblelora.errors import DataError
 from tests.toys import make_card
@@ -150,3 +151,30 @@ def test_explode_names_what_is_missing() -> None:
 def test_normalising_twice_changes_nothing(text: str) -> None:
     once = normalize_text(text)
     assert normalize_text(f"  {once}\n") == once
+
+
+def test_a_text_stands_for_one_column_and_a_json_object_for_several() -> None:
+    one, two = make_card(doc_to_text="{{text}}"), make_card(doc_to_text="{{question}} {{passage}}")
+    text = '{"question": "q", "passage": "p", "more": 1}'
+    assert as_row(one, text) == {"text": text}
+    assert as_row(two, f"  {text}\n") == as_row(two, read_columns([one, two], text)) == json.loads(text)
+    assert read_columns([one], text) == text and read_columns([two], "{broken") == "{broken"
+    assert read_columns([two], '{"question": "q"}') == '{"question": "q"}'
+    assert read_columns([two], {"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a text", r"made of the columns passage, question; give a JSON object with these: {\"passage\": \"...\", "),
+        ('{"question": ', "not valid JSON .*; its text is made of the columns passage, question"),
+        ('{"question": "q"}', "no passage in .*; its text is made of"),
+        ("{}", "no passage and no question in "),
+        ("[1]", "give a JSON object with these"),
+        ("{" * 100_000, "not valid JSON"),
+        ('{"a":' * 100_000, "not valid JSON"),
+    ],
+)
+def test_texts_that_are_no_columns(text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        as_row(make_card(doc_to_text="{{question}} {{passage}}"), text)

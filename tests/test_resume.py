@@ -112,7 +112,8 @@ MORE_MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize("moments", [MOMENTS, pytest.param(MORE_MOMENTS, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [MOMENTS, MORE_MOMENTS], ids=["few", "many"])
 def test_a_run_killed_again_and_again_ends_bit_by_bit_as_if_nothing_had_happened(tmp_path, server, moments):
     recipe = make_inputs(tmp_path)
     for stage, n_passes, there, missing in moments:

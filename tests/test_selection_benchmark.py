@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ensemblelora.selection.search import SearchSettings, search_forward
-from measured_selection import render_noise, render_targets, render_truth
+from measured_selection import render_noise, render_search, render_targets, render_truth
 from tests.tiny import make_split
 from tests.tiny_run import make_inputs
 
@@ -56,33 +56,42 @@ def ask(recipe: Path, out: Path, part: str, **changes: Any) -> Namespace:
     )
 
 
+@pytest.mark.slow
 def test_targets_are_averaged_over_seeds_and_kept(script, recipe, out):
     asked = ask(recipe, out, "targets")
-    config, result = script.measure_targets(asked, script.Clock(10))
+    ((config, result),) = script.measure_targets(asked, script.Clock(10))
     assert config["n_found"] == 1 and result["is_whole"]
     assert set(result["methods"]) == {"base", "none", "all", "gradients", "texts", *script.STRATEGIES}
     change = result["differences"]["forward - all"]["accuracy"]
     record = json.loads((out / "seed-0/selection/family0_task0/selection.json").read_text(encoding="utf-8"))
     measured = [c for c in record["test"]["changes"] if (c["a"], c["b"], c["metric"]) == ("forward", "all", "accuracy")]
     assert change["mean"] == measured[0]["difference"] and change["n"] == 1
-    again = script.measure_targets(asked, script.Clock(0.0))[1]
+    ((told, again),) = script.measure_targets(ask(recipe, out, "targets", seeds=2), script.Clock(0.0))
     assert again["methods"] == result["methods"], "what is there is read back when there is no time left"
+    assert not again["is_whole"] and (told["n_found"], told["n_asked"]) == (1, 2)
+    assert next(render_targets({"config": told, **again})).startswith("**Partial**: 1 of 2 targets and seeds")
     assert result["speed_up_shared"] == pytest.approx(result["speed_up"]["mean"])
     lines = list(render_targets({"config": config, **result}))
     assert sum(line.startswith(("| forward |", "| all |", "| base |")) for line in lines) == 3
 
 
 def test_without_time_nothing_is_begun(script, recipe, tmp_path):
-    assert script.measure_targets(ask(recipe, tmp_path / "new", "targets"), script.Clock(0.0)) == ({}, None)
+    for part in ("targets", "truth", "noise", "speed"):
+        measure = getattr(script, f"measure_{part}")
+        assert not list(measure(ask(recipe, tmp_path / "new", part), script.Clock(0.0)))
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_predictions_are_held_against_true_fine_tunings(script, recipe, out):
     tasks = [
         str(recipe.parent / "tasks" / f"{name}.yaml") for name in ("family0_task0", "family0_task1", "family1_task0")
     ]
     asked = ask(recipe, out / "truth", "truth", sets=1, set=[f"data.tasks=[{', '.join(tasks)}]"])
-    config, result = script.measure_truth(asked, script.Clock(10))
+    found = list(script.measure_truth(asked, script.Clock(10)))
+    config, result = found[-1]
+    assert [one["is_whole"] for _, one in found] == [False] * (len(found) - 1) + [True]
+    assert next(render_truth({"config": found[0][0], **found[0][1]})).startswith("**Partial**")
     sets = result["targets"]["family0_task0"]["sets"]
     assert config["n_sets"] == {"family0_task0": len(sets)} and len(sets) >= 3
     names = [set(one["sources"]) for one in sets]
@@ -118,8 +127,8 @@ def test_turned_labels_are_wrong_where_they_should_be(script):
 
 def test_noise_is_looked_for_in_one_datasets_clusters(script, recipe, out):
     tasks = ("data.tasks=[" + str(recipe.parent / "tasks" / "family0_task0.yaml") + "]", "gradients.linearize_at=base")
-    config, result = script.measure_noise(ask(recipe, out, "noise", set=list(tasks)), script.Clock(10))
-    assert config["n_clusters"] == 4
+    ((config, result),) = script.measure_noise(ask(recipe, out, "noise", set=list(tasks)), script.Clock(10))
+    assert config["n_clusters"] == 4 and result["is_whole"]
     for name in ("auc_scores", "auc_loo", "auc_shapley", "auc_rows", "share_noisy_backward", "accuracy_clean"):
         assert 0 <= result[name]["mean"] <= 1
     lines = list(render_noise({"config": config, **result}))
@@ -131,6 +140,26 @@ def test_a_search_over_planted_sources_takes_none_with_labels_at_random(script):
     for method in ("steps", "ridge"):
         found = search_forward(script.make_planted(features, method, 0), SearchSettings())
         assert found.choice and all(j % 4 < 2 for j in found.choice)
+
+
+def test_a_search_is_timed_and_says_what_true_fine_tunings_would_take(script, monkeypatch, tmp_path, capsys):
+    few = script.plant_sources(10, 40, 20)
+    monkeypatch.setattr(script, "plant_sources", lambda: few)
+    monkeypatch.setattr(
+        script, "keep_record", lambda name, *found, **how: sys.stdout.write(f"{name} {found[1]['is_whole']}\n")
+    )
+    monkeypatch.setattr(sys, "argv", ["selection.py", "speed", "--seeds", "1"])
+    script.main()
+    assert capsys.readouterr().out == "selection-speed True\n", "the last record alone is printed"
+    (_, first), (config, result) = script.measure_speed(ask(tmp_path, tmp_path, "speed"), script.Clock(10))
+    assert not first["is_whole"] and result["is_whole"] and result["forward_steps_seconds"] > 0
+    prospect = script.make_planted(few, "ridge", 0)
+    found = search_forward(prospect, SearchSettings())
+    n_chosen, sizes = len(found.choice), [1]  # sets asked about, by how many tasks they hold: at first the target alone
+    sizes += [2 + step for step in range(n_chosen + 1) for _ in range(10 - step)]
+    true, spent = 3 * 40 * sum(sizes), 11 * 40 * (1.5 + 1) + 200
+    assert script.count_rows(prospect, found, 3) == pytest.approx(true / spent)
+    assert "s by simulated training, " in "\n".join(render_search({"config": config, **result})).replace("\n", " ")
 
 
 def test_its_help_needs_no_model(script, monkeypatch, capsys):

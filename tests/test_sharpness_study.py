@@ -24,6 +24,8 @@ from ensemblelora.errors import ConfigError, DataError, UsageError
 from ensemblelora.reproduction.tables import reproduce
 from tests.tiny_run import make_inputs, read_config
 
+pytestmark = pytest.mark.slow
+
 CONFIG = parse_config({"data": {"tasks": ["rte"]}, "adapter": {"r": 16, "lora_alpha": 32}})
 TINY = [
     "parts=[rank, ensemble, width]",
@@ -114,6 +116,7 @@ def test_every_adapter_is_measured_on_the_same_rows(measured: Path) -> None:
     # Where the rules for alpha agree, and for one member of the whole rank, it is the same adapter.
     fixed, rslora, one, two, width = points
     assert fixed["members"] == rslora["members"] == one["members"]
+    assert all(name.startswith("end-") for p in points for name in p["members"])  # not a checkpoint on the way
     assert fixed["sharpness"] == one["sharpness"]
     found = two["sharpness"]["adapter"]
     assert (len(two["members"]), found["n_members"], found["rescale"]) == (2, 2, 2.0)

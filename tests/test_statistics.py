@@ -14,12 +14,13 @@ from scipy import stats
 
 from ensemblelora.comparison.draws import adjust_holm, draw_sample
 from ensemblelora.comparison.ledger import add_costs
-from ensemblelora.comparison.pareto import draw_pareto, find_front
+from ensemblelora.comparison.pareto import draw_pareto
 from ensemblelora.comparison.pooled import list_draws, list_pooled, pool_draws
 from ensemblelora.comparison.record import Primary, StudyRecord, read_study
 from ensemblelora.comparison.statistics import PairedResult, compute_statistics, find_chance_tasks
 from ensemblelora.comparison.uncertainty import Error, RowSpread, join_errors, measure_rows
 from ensemblelora.evaluation.metrics import compare_paired_tasks, resample_means
+from ensemblelora.report.pareto import find_front
 from tests.study_records import SKILLS, make_study, make_tasks
 
 

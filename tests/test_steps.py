@@ -16,6 +16,7 @@ from ensemblelora.config import EstimationConfig
 from ensemblelora.errors import DataError
 from ensemblelora.estimation import TrainingBudget, build_oracle, fit_subsets, predict_outcomes, simulate_training
 from ensemblelora.store import FeatureBlock
+from tests import selection_toys
 from tests.test_estimation import make_features
 from tests.tiny_run import copy_run, read_config, read_json
 
@@ -23,18 +24,8 @@ MODES = ("margin", "contrast", "logodds")
 
 
 def make_budget(n_tasks: int, **changes) -> TrainingBudget:
-    budget = TrainingBudget(
-        learning_rate=0.05,
-        num_train_epochs=6,
-        evaluations_per_epoch=1,
-        warmup_ratio=0.2,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        max_grad_norm=1e9,
-        steps_per_epoch=(1.0,) * n_tasks,
-        n_coordinates=1.0,
-    )
-    return replace(budget, **changes)
+    own = {"learning_rate": 0.05, "num_train_epochs": 6, "warmup_ratio": 0.2, "n_coordinates": 1.0}
+    return selection_toys.make_budget(n_tasks, **own | {"steps_per_epoch": (1.0,) * n_tasks} | changes)
 
 
 def mean_loss(blocks: list[FeatureBlock], w: torch.Tensor) -> torch.Tensor:

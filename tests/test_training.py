@@ -18,7 +18,7 @@ from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, attach
 from ensemblelora.config import AdapterConfig, TrainingConfig
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.errors import StoreError, TrainingError
+from ensemblelora.errors import TrainingError
 from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.training import TrainedAdapter, fine_tune, measure_validation_nll
 from tests.tiny import count_tokens, make_adapted, make_base, make_learnable_split
@@ -45,11 +45,16 @@ def make_learner(head: str = "lm", family: str = "llama") -> AdaptedModel:
 
 
 def tune(
-    adapted: AdaptedModel, folder: Path, config: TrainingConfig = CONFIG, *, meter: Meter | None = None, **group: Any
+    adapted: AdaptedModel,
+    folder: Path,
+    config: TrainingConfig = CONFIG,
+    *,
+    meter: Meter | None = None,
+    keeps_last: bool = False,
+    **group: Any,
 ) -> TrainedAdapter:
-    train, validation = make_group(**group)
-    meter = meter or Meter("train")
-    return fine_tune(adapted, NAME, train, validation, config, seed=0, checkpoints=folder / "scratch", meter=meter)
+    kept = {"checkpoints": folder / "scratch", "keeps_last": keeps_last}
+    return fine_tune(adapted, NAME, *make_group(**group), config, seed=0, meter=meter or Meter("train"), **kept)
 
 
 def same(first: AdaptedModel, second: AdaptedModel) -> bool:
@@ -158,6 +163,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     assert (meter.record.n_tokens < n_tokens) == has_checkpoint, "what was done before is not done again"
 
 
+def test_a_training_whose_adapter_was_not_written_yet_is_not_done_again(
+    uninterrupted: tuple[AdaptedModel, TrainedAdapter, int], tmp_path: Path
+) -> None:
+    """The last checkpoint is there until the adapter is on disk: a kill or a full disk in between costs nothing."""
+    whole, expected, _ = uninterrupted
+    tune(make_dropping(), tmp_path, keeps_last=True)
+    resumed, meter = make_dropping(), Meter("train")
+    assert tune(resumed, tmp_path, meter=meter) == expected
+    assert same(resumed, whole)
+    assert meter.record.n_tokens == 0 and list(tmp_path.iterdir()) == []
+
+
 def test_a_half_written_checkpoint_is_thrown_away(tmp_path: Path) -> None:
     whole = make_adapted("llama")
     expected = tune(whole, tmp_path / "whole")
@@ -169,13 +186,26 @@ def test_a_half_written_checkpoint_is_thrown_away(tmp_path: Path) -> None:
     assert same(adapted, whole)
 
 
-def test_a_damaged_checkpoint_is_an_error_that_says_where(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", [f"{NAME}/adapter_model.safetensors", f"{NAME}/best.safetensors",
+                                  "optimizer.safetensors", "random.safetensors", "trainer_state.json"])  # fmt: skip
+def test_a_checkpoint_with_a_flipped_bit_is_named_and_its_steps_are_done_again(
+    file: str,
+    uninterrupted: tuple[AdaptedModel, TrainedAdapter, int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, expected, n_tokens = uninterrupted
     with pytest.raises(Killed):
-        tune(make_adapted("llama"), tmp_path, meter=DyingMeter(15))
-    for file in (tmp_path / "scratch").glob("checkpoint-*/*/adapter_model.safetensors"):
-        file.write_bytes(b"cut")
-    with pytest.raises(StoreError, match="checkpoint-"):
-        tune(make_adapted("llama"), tmp_path)
+        tune(make_dropping(), tmp_path, meter=DyingMeter(13))
+    (path,) = (tmp_path / "scratch").glob(f"checkpoint-*/{file}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    resumed, meter = make_dropping(), Meter("train")
+    assert tune(resumed, tmp_path, meter=meter) == expected
+    assert same(resumed, whole)
+    assert meter.record.n_tokens == n_tokens
+    assert f"{path}: altered since it was written" in caplog.text
 
 
 def test_training_is_a_function_of_seed_and_name(tmp_path: Path) -> None:
@@ -206,12 +236,12 @@ def test_it_is_silent_and_leaves_no_file(tmp_path: Path, capfd: pytest.CaptureFi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_checkpoints_hold_no_pickled_arguments(tmp_path: Path) -> None:
+def test_checkpoints_hold_tensors_and_json_and_no_pickles(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         tune(make_adapted("llama"), tmp_path, meter=DyingMeter(20))
-    names = {file.name for file in tmp_path.rglob("*") if file.is_file()}
-    assert "adapter_model.safetensors" in names
-    assert "training_args.bin" not in names
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"adapter_model.safetensors", "optimizer.safetensors"} <= {file.name for file in files}
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training(tmp_path: Path) -> None:

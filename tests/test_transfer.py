@@ -27,7 +27,7 @@ from ensemblelora.analysis.losses import (
 from ensemblelora.analysis.request import AnalysisRequest
 from ensemblelora.analysis.transfer import TransferOptions, choose_pairs
 from ensemblelora.analysis.transfer_map import Together, compare_gains, compare_with_alone
-from ensemblelora.analysis.transfer_runs import measure_memory
+from ensemblelora.analysis.transfer_runs import Wanted, measure_memory
 from ensemblelora.analysis.variant import change_config, join_changes
 from ensemblelora.comparison.controls import average_factors
 from ensemblelora.comparison.methods import METHODS
@@ -170,6 +170,24 @@ def test_pairs_are_all_or_spread_over_the_tasks():
     counts = Counter(task for pair in some for task in pair)
     assert set(counts) == set(range(8)) and max(counts.values()) <= 3
     assert choose_pairs(8, 8, seed=1) != some and choose_pairs(3, 0, seed=0) == ()
+    assert set(some) < set(choose_pairs(8, 12, seed=0)), "fewer are some of more"
+
+
+def test_the_shortest_pairs_come_first_where_asked():
+    lengths = [9, 1, 5, 2]
+    for n in range(7):
+        chosen = choose_pairs(4, n, seed=0, lengths=lengths)
+        left = set(combinations(range(4), 2)) - set(chosen)
+        assert len(chosen) == n and chosen == tuple(sorted(chosen))
+        sums = [[lengths[i] + lengths[j] for i, j in pairs] for pairs in (chosen, left)]
+        assert max(sums[0], default=0) <= min(sums[1], default=99)
+
+
+def test_later_seeds_may_be_of_single_tasks_and_all_alone():
+    wanted = Wanted(((0, 1),), ("plain",), ("ours",), n_seeds=1)
+    assert wanted.under(0) == wanted and wanted.under(1) == Wanted((), ("plain",), (), n_seeds=1)
+    always = Wanted(((0, 1),), ("plain",), ("ours",))
+    assert always.under(7) == always
 
 
 # Base methods as variants of a config.
@@ -255,6 +273,29 @@ def assert_same_losses(one, other, *, abs: float = 2e-5) -> None:
         assert one[part].keys() == other[part].keys()
         for task in one[part]:
             assert one[part][task] == pytest.approx(other[part][task], abs=abs)
+
+
+@pytest.mark.slow
+def test_another_adapter_on_the_same_model_trains_as_on_a_fresh_one(recipe: Path, tmp_path: Path, monkeypatch):
+    """Rows and base are taken over from the variant before, whatever adapter was on them."""
+    wide = {"adapter": {"r": 2, "lora_alpha": 4.0}}
+    bottleneck = {"adapter": {"method": "bottleneck", "reduction": 8}}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, before in (("fresh", ()), ("taken over", (None, bottleneck, {"training": {"num_train_epochs": 1}}))):
+        request = make_request(recipe, tmp_path / name)
+        for changes in before:
+            request.open_pool(1, changes)
+        if before:
+            monkeypatch.setattr("ensemblelora.stages.prepare", lambda *_: pytest.fail("loaded again"))
+        pool = request.open_pool(1, wide)
+        found[name] = adapter_state(pool.probe, THETA0)
+        trained = pool.train((0,))
+        pool.load([trained.name])
+        found[name] |= {f"trained {key}": t for key, t in adapter_state(pool.probe, trained.name).items()}
+        request.close()
+    assert found["fresh"].keys() == found["taken over"].keys()
+    assert all(torch.equal(tensor, found["taken over"][key]) for key, tensor in found["fresh"].items())
+    assert any(not torch.equal(t, found["fresh"][k.removeprefix("trained ")]) for k, t in found["fresh"].items())
 
 
 def test_losses_are_those_of_the_adapter_and_are_found_again(request_, monkeypatch):

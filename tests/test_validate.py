@@ -87,6 +87,7 @@ def make_run(folder: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_truth_is_what_fine_tuning_alone_gives_and_a_stopped_validation_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,11 +95,11 @@ def test_truth_is_what_fine_tuning_alone_gives_and_a_stopped_validation_goes_on(
     measured: list[tuple[int, ...]] = []
     measure = truth._measure
 
-    def stop_at_third(identity, subset, *rest):
+    def stop_at_third(bench, identity, subset, *rest):
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(subset)
-        return measure(identity, subset, *rest)
+        return measure(bench, identity, subset, *rest)
 
     monkeypatch.setattr(truth, "_measure", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -107,7 +108,7 @@ def test_truth_is_what_fine_tuning_alone_gives_and_a_stopped_validation_goes_on(
     assert len(lines) == 1 + 2, "the base model and what was finished"
     assert not (run / "validation" / VALIDATION_FILE).exists()
 
-    monkeypatch.setattr(truth, "_measure", lambda *rest: measured.append(rest[1]) or measure(*rest))
+    monkeypatch.setattr(truth, "_measure", lambda *rest: measured.append(rest[2]) or measure(*rest))
     found = validate_run(run, n_subsets=8)
     assert len(measured) == 8 == len(set(measured)) == found.n_true_runs
     assert found.tasks == TASKS and set(found.subsets) >= {(name,) for name in TASKS}
@@ -166,6 +167,7 @@ def test_what_can_not_be_validated_is_refused(tmp_path: Path) -> None:
         validate_run(run, n_subsets=8)
 
 
+@pytest.mark.slow
 def test_a_validation_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     before = {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -176,6 +178,7 @@ def test_a_validation_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     assert pipeline.read_result(run).results is not None
 
 
+@pytest.mark.slow
 def test_tables_of_the_paper_are_made_from_a_validated_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path)
     with pytest.raises(UsageError, match="not validated yet; measure it with: ensemblelora validate"):
@@ -196,6 +199,7 @@ def test_tables_of_the_paper_are_made_from_a_validated_run(tmp_path: Path, capsy
     assert 0 < row["RMS relative"] and row["R2 over zero order"] <= 1
 
 
+@pytest.mark.slow
 def test_the_expansion_is_off_by_the_square_of_the_distance(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     validate_run(run, n_subsets=7)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ensemblelora import artifacts, attempts, progress, workspace
+from ensemblelora.accounting.meter import MethodCosts
 from ensemblelora.artifacts import RunFolder, write_json
 from ensemblelora.config import RunConfig
 from ensemblelora.data.identity import fingerprint_split
@@ -130,6 +131,37 @@ def test_costs_of_a_stage_that_the_plan_does_without_are_dropped(tmp_path):
         work.drop_costs("baselines")
         work.drop_costs("baselines")
         assert flops_of(work) == {"train": 10}
+
+
+def test_costs_of_later_stages_count_once_these_are_done_for_the_present_inputs(tmp_path):
+    everything = {"group": 1, "train": 2, "boost": 3, "evaluate": 4}
+    with opened(tmp_path / "run") as work:
+        for name, flops in everything.items():
+            do(work, name, 1, flops=flops)
+        work.enter_methods({"shared": MethodCosts(train_flops=9)})
+    with opened(tmp_path / "run", until="group") as work, pytest.raises(ZeroDivisionError), work.stage("group", 2):
+        assert flops_of(work) == {}, "a kill leaves nothing of the old plan"
+        raise ZeroDivisionError
+    with opened(tmp_path / "run", until="group") as work:
+        do(work, "group", 2, flops=5)
+    assert flops_of(work) == {"group": 5}
+    with opened(tmp_path / "run") as work:
+        assert work.ledger.methods == {} and work.flops_of(*everything) == 5
+        assert not do(work, "group", 2) and not do(work, "train", 1)
+        assert flops_of(work) == {"group": 5, "train": 2}, "what is used again has its cost"
+        assert do(work, "boost", 2, flops=7)
+        assert flops_of(work) == {"group": 5, "train": 2, "boost": 7}
+    assert "evaluate" in [record.stage for record in work.ledger.unconfirmed]
+
+
+def test_a_cost_that_the_plan_did_without_counts_again_with_what_is_used_again(tmp_path):
+    with opened(tmp_path / "run") as work:
+        do(work, "warmup", 1)
+        do(work, "features", 1)
+        work.drop_costs("warmup")
+        assert flops_of(work) == {"features": 10}
+        assert not do(work, "warmup", 1)
+        assert sorted(flops_of(work)) == ["features", "warmup"]
 
 
 def test_stages_are_announced(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ensemblelora import pipeline
+from ensemblelora import artifacts, pipeline
 from ensemblelora.config import RunConfig, parse_config
 from ensemblelora.data.synthetic import make_planted_tasks
 from ensemblelora.data.task import SPLITS, Task
@@ -157,7 +157,7 @@ def copy_run(folder: Path) -> Path:
 
 def read_json(folder: Path, name: str) -> Any:
     """Read a file of the run beside a recipe."""
-    return json.loads((folder / "run" / name).read_text(encoding="utf-8"))
+    return artifacts.read_json(folder / "run" / name)
 
 
 def tensors_of(folder: Path, names: Sequence[str] = ()) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ The public names load on first use, so that importing the package costs nothing:
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from ensemblelora.recipe import read_request as read_request
 
 __version__ = "0.1.0"
+
+# peft imports bitsandbytes, which on some processors looks for a kernel on a hub, and says that it isn't there. Nothing
+# here would run it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _HOMES = {
     "EnsembleLoraError": "errors",

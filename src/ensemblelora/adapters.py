@@ -22,7 +22,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ensemblelora.adaptermethods import METHODS, AbstractMethod, TrainedLayer, choose_targets
@@ -32,10 +32,12 @@ from ensemblelora.data.encoding import Layout
 from ensemblelora.errors import ModelError, StoreError
 from ensemblelora.gguf import find_origin
 from ensemblelora.models import BaseModel, forked_generators
+from ensemblelora.placement import iterate_parameters, refuse_waiting, standing_in
 from ensemblelora.prefix import FrozenPrefix, find_prefix
 from ensemblelora.quantization import squared_norm
 from ensemblelora.seeding import seed_for
 from ensemblelora.sharing import can_share_context
+from ensemblelora.tensors import save_tensors
 
 __all__ = [
     "THETA0",
@@ -122,19 +124,22 @@ def attach(base: BaseModel, config: AdapterConfig, *, seed: int) -> AdaptedModel
             down-projection).
 
     Raises:
-        ModelError: If a named target module is not in the model, or is not of a kind that the method adapts.
+        ModelError: If a named target module is not in the model, or is not of a kind that the method adapts, or the
+            method needs weights that are only there while their layer runs.
     """
     method = METHODS[config.method]
+    if config.method == "dora":
+        refuse_waiting(base.model, "adapter.method dora")
     targets = choose_targets(base, config, method)
     shares_context = base.head == "lm" and can_share_context(base.model)
     try:
-        with forked_generators(base.device), _without_known_warnings():
+        with forked_generators(base.device), standing_in(base.model), _without_known_warnings():
             torch.manual_seed(seed_for(seed, "adapter", THETA0) % 2**31)
             model = get_peft_model(base.model, method.make_settings(base, config, targets), adapter_name=THETA0)
     except ValueError as error:
         raise ModelError(f"adapter.target_modules {config.target_modules!r}: {str(error).splitlines()[0]}") from error
     model.eval()
-    prefix = find_prefix(base.model)
+    prefix = None if base.is_sharded else find_prefix(base.model)  # a pass left half-way would part the processes
     adapted = AdaptedModel(
         base=base,
         peft=model,
@@ -167,7 +172,7 @@ def add_adapter(adapted: AdaptedModel, name: str, state: dict[str, Tensor] | Non
         settings = _copy_settings(adapted, THETA0)
         settings.modules_to_save = None  # PEFT adds the head's names itself, each time
         # PEFT makes the active adapter trainable when it adds one; leaving the context sets it back.
-        with activate(adapted, THETA0), forked_generators(adapted.device), _without_known_warnings():
+        with activate(adapted, THETA0), _adding(adapted):
             adapted.peft.add_adapter(name, settings)
         adapted.peft.eval()
         keep_head_in_float32(adapted, name)
@@ -186,7 +191,7 @@ def draw_start(adapted: AdaptedModel, *, seed: int) -> dict[str, Tensor]:
     """
     name, settings = "drawn", _copy_settings(adapted, THETA0)
     settings.modules_to_save = None  # PEFT adds the head's names itself, each time
-    with activate(adapted, THETA0), forked_generators(adapted.device), _without_known_warnings():
+    with activate(adapted, THETA0), _adding(adapted):
         torch.manual_seed(seed % 2**31)
         adapted.peft.add_adapter(name, settings)
     for layer in adapted.adapter_layers:
@@ -238,7 +243,7 @@ def set_adapter_state(adapted: AdaptedModel, name: str, state: dict[str, Tensor]
 def save_adapter(adapted: AdaptedModel, name: str, folder: Path) -> None:
     """Write a plain PEFT folder: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state(adapted, name), folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(folder / _WEIGHTS_FILE, adapter_state(adapted, name), metadata={"format": "pt"})
     settings = _copy_settings(adapted, name)
     settings.inference_mode = True
     for key, value in list(vars(settings).items()):
@@ -318,7 +323,7 @@ def measure_distance(adapted: AdaptedModel, name: str, *, start: str = THETA0) -
     adapters = set(adapted.peft.peft_config)
     squares = [
         squared_norm(parameter)
-        for path, parameter in adapted.peft.named_parameters()
+        for path, parameter in iterate_parameters(adapted.peft)
         if adapters.isdisjoint(path.split("."))
     ]
     full = sum(squares) ** 0.5
@@ -364,6 +369,13 @@ def _as_written(value: Any) -> Any:
 
 def _live_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(adapted.peft, adapter_name=name, save_embedding_layers=False))
+
+
+@contextmanager
+def _adding(adapted: AdaptedModel) -> Iterator[None]:
+    """Inside, PEFT may add an adapter; what it draws shifts nobody else's numbers."""
+    with forked_generators(adapted.device), standing_in(adapted.network), _without_known_warnings():
+        yield
 
 
 @contextmanager

@@ -32,7 +32,9 @@ __all__ = [
     "RowWeights",
     "SubsetDesign",
     "affinity_from_scores",
+    "choose_subset_size",
     "compare_surrogates",
+    "list_blind_tasks",
     "measure_spreads",
     "reference_subsets",
     "relative_affinity",
@@ -104,12 +106,34 @@ class RowWeights:
     surrogate: npt.NDArray[np.bool_]
 
 
+def choose_subset_size(n_tasks: int, asked: int) -> int:
+    """Return how many tasks a subset has: as many as asked, but one less than all.
+
+    A single subset of all tasks could not tell pairs apart; two tasks have only that one, and one task itself.
+
+    Example:
+        >>> [choose_subset_size(n, 3) for n in (1, 2, 3, 4, 10)]
+        [1, 2, 2, 3, 3]
+    """
+    return min(asked, max(n_tasks - 1, min(n_tasks, 2)))
+
+
+def list_blind_tasks(design: SubsetDesign) -> list[int]:
+    """Return the tasks whose subsets can't tell their partners apart: of three or more, those in fewer than two.
+
+    Such a task has one score, so that all of its affinities are that one. Any two subsets tell some partners apart.
+    """
+    if design.n_tasks < 3:
+        return []
+    return np.flatnonzero(design.membership.sum(axis=0) < 2).tolist()
+
+
 def sample_subsets(n_tasks: int, config: AffinityConfig, *, seed: int) -> SubsetDesign:
     """Choose the subsets that the affinity is averaged over.
 
     All subsets of the size where there are no more than ``n_subsets``; otherwise that many, distinct and uniform,
-    topped up (by at most as many again) until every pair of tasks occurs ``min_pair_count`` times. The size is cut to
-    ``n_tasks - 1``, since a single subset of all tasks could not tell pairs apart (two tasks have only that one).
+    topped up (by at most as many again) until every pair of tasks occurs ``min_pair_count`` times. The size is that of
+    :func:`choose_subset_size`.
 
     The top-up needs no weights: every step treats all tasks alike, so given how often a pair occurs all subsets that
     hold it are equally likely, and equation 1's plain mean stays unbiased. Importance weights were tried: no less bias,
@@ -127,7 +151,7 @@ def sample_subsets(n_tasks: int, config: AffinityConfig, *, seed: int) -> Subset
         raise ConfigError(f"{n_tasks} tasks: expected at least 1")
     if config.subset_size == 1 and n_tasks > 1:
         raise ConfigError("affinity.subset_size 1: such subsets never hold two tasks; use 2 or more")
-    size = min(config.subset_size, max(n_tasks - 1, min(n_tasks, 2)))
+    size = choose_subset_size(n_tasks, config.subset_size)
     if math.comb(n_tasks, size) <= config.n_subsets:
         return SubsetDesign(n_tasks, tuple(itertools.combinations(range(n_tasks), size)))
     drawn = _draw_uniform(n_tasks, size, config.n_subsets, generator_for(seed, "subsets"))

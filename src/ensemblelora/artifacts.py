@@ -25,6 +25,7 @@ from ensemblelora.files import (
     expand_folders,
     file_sha256,
     fingerprint,
+    flush_to_disk,
     is_temporary,
     load_arrays,
     read_json,
@@ -49,13 +50,18 @@ __all__ = [
     "RUN_FILE",
     "STAGES_FOLDER",
     "TASKS_FILE",
+    "TEST_ROWS_FILE",
     "RunFolder",
     "atomic_folder",
     "file_sha256",
+    "find_seal_fault",
     "fingerprint",
     "load_arrays",
+    "pinned_commits",
+    "pinned_revision",
     "read_json",
     "save_arrays",
+    "seal_folder",
     "write_json",
     "write_text",
 ]
@@ -74,13 +80,13 @@ REPORT_HTML_FILE = "report.html"
 REPORT_MARKDOWN_FILE = "report.md"
 STAGES_FOLDER = "stages"
 TASKS_FILE = "tasks.json"
+TEST_ROWS_FILE = "test_rows.npz"
 RUN_FILE = "run.json"
 
 _FORMAT = 1
 _LOCK_FILE = ".lock"
 _HOLDER_FILE = ".lock.json"
-# Larger files are checked by size only: hashing them would cost more than the stage's resume saves.
-_MAX_HASHED_BYTES = 64 * 2**20
+_SEAL_FILE = "seal.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -160,9 +166,9 @@ class RunFolder:
             lock.release()
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Say whether a stage ended with these inputs and its files are still as it left them.
+        """Say whether a stage ended with these inputs and its files are still as it left them, by size and SHA-256.
 
-        Files under 64 MiB are compared by size and SHA-256, larger ones by size. Damage is logged as a warning.
+        Damage is logged as a warning.
         """
         path = self._marker(stage)
         if not path.exists():
@@ -178,6 +184,13 @@ class RunFolder:
         if fault:
             _logger.warning("stage %s is done again: %s", stage, fault)
         return fault is None
+
+    def has_other_inputs(self, stage: str, fingerprint: str) -> bool:
+        """Say whether a stage ended with inputs other than these; not where none did, or its marker is damaged."""
+        try:
+            return bool(read_json(self._marker(stage))["fingerprint"] != fingerprint)
+        except (StoreError, KeyError, TypeError):
+            return False
 
     def mark_done(self, stage: str, fingerprint: str, *, files: Iterable[Path] = ()) -> None:
         """Record that a stage ended; call it after everything else of the stage is on disk.
@@ -203,6 +216,28 @@ class RunFolder:
         """Drop a stage's marker; call it before the stage begins to overwrite its files."""
         self._marker(stage).unlink(missing_ok=True)
 
+    def check(self, *names: str) -> None:
+        """Refuse files that are no longer what a stage recorded; what none has recorded is passed over.
+
+        Args:
+            names: Files of the run folder, or folders taken with all they hold.
+
+        Raises:
+            StoreError: If a file was altered or is gone, or a marker can't be read.
+        """
+        for marker in sorted((self.path / STAGES_FOLDER).glob("*.json")):
+            if marker.name.endswith(".begun.json"):
+                continue
+            try:
+                files: Mapping[str, Any] = read_json(marker)["files"]
+                watched = {f: r for f, r in files.items() if any(f == n or f.startswith(f"{n}/") for n in names)}
+                found = (_find_damage(self.path / file, record) for file, record in watched.items())
+                fault = next((text for text in found if text), None)
+            except (KeyError, TypeError, AttributeError):
+                fault = f"{marker}: unreadable marker"
+            if fault:
+                raise StoreError(f"{fault}; it is made anew by: ensemblelora run {self.path}")
+
     def adapter(self, name: str) -> Path:
         """Return the folder of one adapter.
 
@@ -217,9 +252,73 @@ class RunFolder:
         return self.path / STAGES_FOLDER / f"{stage}.json"
 
 
+def pinned_revision(run: Path, model: str) -> str | None:
+    """The hub's commit of a model that a run folder was begun with; none where it was not from a hub, or is another.
+
+    A run goes on with that one, whatever the model's name stands for by then.
+
+    Raises:
+        StoreError: If the folder's record is damaged.
+    """
+    if not (run / ENVIRONMENT_FILE).exists():
+        return None
+    try:
+        made_with = read_json(run / ENVIRONMENT_FILE)["model"]
+        return str(made_with["revision"]) if made_with["name"] == model and made_with["revision"] else None
+    except (KeyError, TypeError):
+        return None
+
+
+def pinned_commits(run: Path) -> dict[tuple[str, str], str]:
+    """The revision of every hub's dataset that a run folder was begun with, by task and dataset.
+
+    Raises:
+        StoreError: If the folder's record is damaged.
+    """
+    if not (run / TASKS_FILE).exists():
+        return {}
+    try:
+        cards = [entry["card"] for entry in read_json(run / TASKS_FILE)["tasks"]]
+        options = [(card["task"], card["dataset_path"], card.get("dataset_kwargs", {})) for card in cards]
+        return {(task, path): str(given["revision"]) for task, path, given in options if "revision" in given}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{run / TASKS_FILE}: not the cards of a run ({error!r}); delete it and run again") from None
+
+
+def seal_folder(folder: Path) -> None:
+    """Record checksums of all that a folder holds, in a file that is written last; all of it is on disk then.
+
+    Raises:
+        OutputError: If the folder can't be written.
+    """
+    files = list(expand_folders([folder]))
+    try:
+        for file in files:
+            flush_to_disk(file)
+        records = {file.relative_to(folder).as_posix(): _describe(file) for file in files}
+    except OSError as error:
+        raise OutputError(f"{folder}: can't be sealed ({describe_error(error)}); free the place") from None
+    write_json(folder / _SEAL_FILE, records)
+
+
+def find_seal_fault(folder: Path, *, may_lack_seal: bool = False) -> str | None:
+    """Say what is wrong with a folder that :func:`seal_folder` left; none if it is as it was, to the bit.
+
+    Args:
+        folder: Need not be there.
+        may_lack_seal: Take one without a seal for whole, as earlier versions left it.
+    """
+    if may_lack_seal and folder.is_dir() and not (folder / _SEAL_FILE).exists():
+        return None
+    try:
+        records = read_json(folder / _SEAL_FILE)
+        return next((fault for name, record in records.items() if (fault := _find_damage(folder / name, record))), None)
+    except (StoreError, KeyError, TypeError, AttributeError):
+        return f"{folder}: not whole ({_SEAL_FILE} is missing or can't be read)"
+
+
 def _describe(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"bytes": size, "sha256": file_sha256(path) if size < _MAX_HASHED_BYTES else None}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _find_damage(path: Path, record: Mapping[str, Any]) -> str | None:

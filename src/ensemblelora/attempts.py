@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ensemblelora.accounting.meter import Meter, StageRecord
-from ensemblelora.errors import OutputError
+from ensemblelora.errors import OutputError, StoreError
 from ensemblelora.files import read_json, write_json
 
 __all__ = ["Attempt"]
@@ -42,8 +42,11 @@ class Attempt:
             StoreError: If the note is damaged.
         """
         content = read_json(note) if note.exists() else {}
-        is_same = content.get("fingerprint") == identity
-        self._earlier = StageRecord(**content["spent"]) if is_same else StageRecord(meter.record.stage)
+        try:
+            is_same = content.get("fingerprint") == identity
+            self._earlier = StageRecord(**content["spent"]) if is_same else StageRecord(meter.record.stage)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{note}: no note of a stage's costs ({error!r}); delete it and run again") from None
         self._note, self._identity, self.meter = note, identity, meter
         self._started = time.perf_counter()
 

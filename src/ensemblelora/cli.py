@@ -16,18 +16,23 @@ import typer
 
 from ensemblelora import __version__
 from ensemblelora.artifacts import CONFIG_FILE
+from ensemblelora.cli_add import add_change_commands
 from ensemblelora.cli_analyze import add_analyze_command
 from ensemblelora.cli_federate import add_federation_commands
+from ensemblelora.cli_report import add_report_command
 from ensemblelora.cli_select import add_select_command
+from ensemblelora.cli_serve import add_serve_command
+from ensemblelora.cli_size import add_size_command, show_foresight
 from ensemblelora.cli_study import add_study_commands
 from ensemblelora.config import RunConfig
 from ensemblelora.console import describe_failure, say, show_json, show_rows, show_table, talking
 from ensemblelora.errors import DataError, UsageError
-from ensemblelora.options import AsJson, Debug, Device, DryRun, Request, RunPath, Source, Talk, spread
+from ensemblelora.options import AsJson, Debug, Device, DryRun, Place, Request, RunPath, Source, Talk, spread
 from ensemblelora.questions import read_questions
 from ensemblelora.recipe import describe_config, read_demo, read_request
 
 if TYPE_CHECKING:
+    from ensemblelora.answers import Prediction
     from ensemblelora.exporting import Export
 
 __all__ = ["app", "main"]
@@ -36,6 +41,13 @@ _WHOLE = "The whole method"
 _STAGE = "One stage, with what it needs before it"
 _USE = "Use and inspect a run"
 _SETUP = "Set up"
+
+_License = Annotated[
+    str | None, typer.Option("--license", metavar="ID", help="What the cards publish it under, such as apache-2.0.")
+]
+_Push = Annotated[
+    str | None, typer.Option("--push", metavar="ORG/NAME", help="Also upload it to a model hub, as private.")
+]
 
 app = typer.Typer(
     name="ensemblelora",
@@ -76,11 +88,11 @@ def _root(
 
 @app.command(rich_help_panel=_WHOLE)
 @spread
-def demo(request: Request, *, as_json: AsJson = False, dry_run: DryRun = False, talk: Talk) -> None:
+def demo(request: Request, place: Place, *, as_json: AsJson = False, dry_run: DryRun = False, talk: Talk) -> None:
     """Run the whole method on real tasks and a small real model, without a hub."""
     config = read_demo(request.overrides)
     with talking(**asdict(talk)):
-        _carry_out(config, "report", as_json=as_json, dry_run=dry_run)
+        _carry_out(config, "report", place, as_json=as_json, dry_run=dry_run)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,6 @@ _PIPELINES = (
     _Pipeline("boost", "boost", _STAGE, "Add adapters where a group still errs."),
     _Pipeline("combine", "combine", _STAGE, "Fit every task's weights over the adapters."),
     _Pipeline("evaluate", "evaluate", _STAGE, "Test the ensemble and its baselines."),
-    _Pipeline("report", "report", _STAGE, "Write the report."),
 )
 
 
@@ -111,11 +122,17 @@ def _add_pipeline(entry: _Pipeline) -> None:
     @app.command(entry.name, help=entry.purpose, rich_help_panel=entry.panel)
     @spread
     def command(
-        source: Source, request: Request, *, as_json: AsJson = False, dry_run: DryRun = False, talk: Talk
+        source: Source,
+        request: Request,
+        place: Place,
+        *,
+        as_json: AsJson = False,
+        dry_run: DryRun = False,
+        talk: Talk,
     ) -> None:
         config = read_request(source, request.overrides)
         with talking(**asdict(talk)):
-            _carry_out(config, entry.until, as_json=as_json, dry_run=dry_run)
+            _carry_out(config, entry.until, place, as_json=as_json, dry_run=dry_run)
 
 
 for _entry in _PIPELINES:
@@ -127,9 +144,13 @@ for _entry in _PIPELINES:
 def predict(
     run: RunPath,
     *,
-    task: Annotated[str, typer.Option("--task", metavar="NAME", help="Which task's question it is.")],
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", help="Which task's question it is; without it, the likeliest's."),
+    ] = None,
     text: Annotated[
-        list[str] | None, typer.Option("--text", metavar="TEXT", help="A text to predict; repeatable.")
+        list[str] | None,
+        typer.Option("--text", metavar="TEXT", help="A text to predict, or a JSON object of columns; repeatable."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Rows to predict, a JSON object or text a line.")
@@ -147,6 +168,8 @@ def predict(
         predictions = load_run(run).predict(task, rows)
     if as_json:
         return show_json(predictions)
+    if task is None:
+        return show_rows({str(n): _describe_routed(found) for n, found in enumerate(predictions, start=1)})
     for prediction in predictions:
         typer.echo(prediction.label)
 
@@ -205,17 +228,29 @@ def export(
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="A new folder, instead of RUN/export/FORMAT or FORMAT-TASK."),
     ] = None,
+    license: _License = None,
+    push: _Push = None,
     as_json: AsJson = False,
     talk: Talk,
 ) -> None:
     """Write a run's adapters for other software: each of them, or all folded into one, with what that costs."""
     with talking(**asdict(talk)):
-        from ensemblelora.api import load_run
+        from ensemblelora.exporting import export_run
+        from ensemblelora.exporting.push import check_repository, push_export
 
-        made = load_run(run).export(out, format=format, task=task, rank=rank, tolerance=tolerance)
+        if push is not None:
+            check_repository(push)
+        made = export_run(run, out, format=format, task=task, rank=rank, tolerance=tolerance, license=license)
+        place = push_export(made.folder, push) if push is not None else None
     show_json(made) if as_json else _show_export(made)
+    if place is not None and not as_json:
+        typer.echo(place)
 
 
+add_report_command(app, panel=_USE)
+add_serve_command(app, panel=_USE)
+add_change_commands(app)
+add_size_command(app)
 add_select_command(app)
 add_federation_commands(app)
 add_study_commands(app)
@@ -270,18 +305,20 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _carry_out(config: RunConfig, until: str, *, as_json: bool, dry_run: bool) -> None:
+def _carry_out(config: RunConfig, until: str, place: Place, *, as_json: bool, dry_run: bool) -> None:
     """Run or estimate, and show the result."""
     from ensemblelora import pipeline
 
+    cluster = place.read()
     if dry_run:
-        estimate = pipeline.estimate(config)
-        return show_json(estimate) if as_json else show_rows(estimate)
+        return show_foresight(pipeline.foresee(config, until=until), config, as_json=as_json)
     try:
-        result = pipeline.run(config, until=until)
+        result = pipeline.run(config, until=until, cluster=cluster)
     except KeyboardInterrupt:
         say(f"interrupted; {_say_how_to_continue(Path(config.out))}")
         raise
+    if result.folder.absolute() != Path(config.out).absolute():  # kept beside the first of several processes
+        return None
     if as_json:
         names = ("folder", "plan", "results", "costs", "report")
         return show_json({name: getattr(result, name) for name in names})
@@ -310,6 +347,18 @@ def _show_answer(answer: Mapping[str, Mapping[str, Any]], names: Sequence[str], 
     show_rows(rows, title=f"if trained together: {', '.join(names)}" if names else "the base model, nothing trained")
     if any(found["accuracy"] is None for found in answer.values()):
         typer.echo(f"{NOTHING}: of free text only the loss is predicted")
+
+
+def _describe_routed(prediction: Prediction) -> dict[str, str]:
+    """The answer to a row without a task's name, the task that it was taken to be of, and how sure each of them is."""
+    from ensemblelora.report.wording import format_percent
+
+    return {
+        "answer": prediction.label,
+        "sure_of_the_answer": format_percent(prediction.probability, 0),
+        "task": prediction.task,
+        "sure_of_the_task": format_percent(prediction.task_probability, 0),
+    }
 
 
 def _show_export(made: Export) -> None:

@@ -11,7 +11,7 @@ import typer
 from ensemblelora.artifacts import CONFIG_FILE, RUN_FILE
 from ensemblelora.config import RunConfig
 from ensemblelora.console import say, show_json, show_rows, show_table, talking
-from ensemblelora.options import AsJson, DryRun, Request, Source, Talk, spread
+from ensemblelora.options import AsJson, DryRun, Place, Request, Source, Talk, spread
 from ensemblelora.recipe import read_request
 
 __all__ = ["add_select_command"]
@@ -94,6 +94,7 @@ def select(
     ] = "forward",
     wanted: Wanted,
     search: Search,
+    place: Place,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     talk: Talk,
@@ -109,7 +110,7 @@ def select(
 
             forecast = forecast_selection(check_request(config, target, names, **options))
             return show_json(forecast) if as_json else show_rows(forecast)
-        _carry_out(config, target, names, options, as_json=as_json)
+        _carry_out(config, target, names, options | {"cluster": place.read()}, as_json=as_json)
 
 
 def _settle(config: RunConfig, wanted: Wanted, search: Search) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.config import RunConfig
 from ensemblelora.console import say, show_json, show_rows, show_table, talking
 from ensemblelora.errors import UsageError
-from ensemblelora.options import AsJson, Device, DryRun, Request, RunPath, Source, Talk, spread
+from ensemblelora.options import AsJson, Device, DryRun, Place, Request, RunPath, Source, Talk, spread
 from ensemblelora.recipe import read_request
 
 __all__ = ["add_study_commands"]
@@ -50,6 +50,7 @@ def compare(
             "groups alone against other groups. random and random-ours are the mean of their draws.",
         ),
     ] = None,
+    place: Place,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     talk: Talk,
@@ -64,7 +65,7 @@ def compare(
 
             forecast = forecast_study(*asked, primary=pairs)
             return show_json(forecast) if as_json else show_rows(forecast)
-        _carry_out(asked, pairs, as_json=as_json)
+        _carry_out(asked, {"primary": pairs, "cluster": place.read()}, as_json=as_json)
 
 
 def validate(
@@ -76,7 +77,15 @@ def validate(
     seeds: Annotated[
         int, typer.Option("--seeds", metavar="N", help="Fine-tunings of each; two or more measure the noise.")
     ] = 1,
+    all_dimensions: Annotated[
+        bool,
+        typer.Option(
+            "--all-dimensions",
+            help="Predict from 100 to 800 numbers a gradient and from whole ones besides: two gradient passes.",
+        ),
+    ] = False,
     device: Device = None,
+    place: Place,
     as_json: AsJson = False,
     talk: Talk,
 ) -> None:
@@ -85,7 +94,14 @@ def validate(
         from ensemblelora.validation.validate import validate_run
 
         try:
-            found = validate_run(run, n_subsets=subsets, n_seeds=seeds, device=device)
+            found = validate_run(
+                run,
+                n_subsets=subsets,
+                n_seeds=seeds,
+                all_dimensions=all_dimensions,
+                device=device,
+                cluster=place.read(),
+            )
         except KeyboardInterrupt:
             say("interrupted; what was fine-tuned is kept: give the same command again")
             raise
@@ -135,13 +151,13 @@ def reproduce(
         typer.echo(line)
 
 
-def _carry_out(asked: tuple[Any, ...], pairs: Sequence[tuple[str, str]] | None, *, as_json: bool) -> None:
+def _carry_out(asked: tuple[Any, ...], options: Mapping[str, Any], *, as_json: bool) -> None:
     """Compare, write the page, show both, and exit with 1 where a method failed."""
     from ensemblelora.comparison.page import describe_study, write_page
     from ensemblelora.comparison.study import compare as carry_out
 
     try:
-        made = carry_out(*asked, primary=pairs)
+        made = carry_out(*asked, **options)
     except KeyboardInterrupt:
         say("interrupted; finished methods and trainings are kept: give the same command again")
         raise

@@ -15,8 +15,10 @@ from pydantic import BaseModel, Field, NonNegativeFloat, ValidationError, model_
 
 from ensemblelora.config_adapter import AdapterConfig, keep_own_keys
 from ensemblelora.config_errors import list_faults
+from ensemblelora.config_model import ModelConfig
 from ensemblelora.config_stage import Stage
-from ensemblelora.errors import ConfigError
+from ensemblelora.errors import ConfigError, join_faults, quote
+from ensemblelora.yamltext import YamlError, parse_yaml
 
 __all__ = [
     "MAX_PROJ_DIM",
@@ -68,32 +70,6 @@ class DataConfig(Stage):
         "report", description="What to do with rows shared by splits or tasks."
     )
     seed: int | None = Field(None, ge=0, description="Of the choice and split of rows; none: the run's seed.")
-
-
-class ModelConfig(Stage):
-    """The base model: a hub id, a local folder, a .gguf file, or ``smollm2-135m``."""
-
-    name: str = Field("smollm2-135m", description="Hub id, folder, .gguf file, or the embedded default.")
-    revision: str | None = Field(None, description="Commit or tag of a hub model; none: its newest.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the processor computes in it; adapters stay float32."
-    )
-    quantization: Literal["none", "nf4"] = Field(
-        "none",
-        description="nf4: the blocks' weights in 4 bits, as in QLoRA, by bitsandbytes (extra `quantization`). "
-        "`smollm2-135m` is a dequantised 4-bit file (Q4_1): on it, LoRA against QLoRA compares two quantised bases.",
-    )
-    bnb_4bit_use_double_quant: bool = Field(True, description="Of nf4: keep its scales in 8 bits, as in QLoRA.")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best.")
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="auto: on a processor eager, which is faster there for rows of up to 1,024 tokens."
-    )
-    prefix_cache_gb: float = Field(
-        4.0,
-        ge=0,
-        description="Disk for activations below the lowest adapted layer; 0: none. A whole run frees it at its end; "
-        "after plan or a single stage it stays for the next one.",
-    )
 
 
 class GradientsConfig(Stage):
@@ -149,7 +125,7 @@ class EstimationConfig(Stage):
 class AffinityConfig(Stage):
     """Which subsets are asked about, and what of the answers enters the matrix."""
 
-    subset_size: int = Field(3, ge=1, description="Paper: 3.")
+    subset_size: int = Field(3, ge=1, description="Paper: 3; at most one less than the tasks.")
     n_subsets: int = Field(200, ge=1, description="Paper: 200; every subset when there are fewer.")
     min_pair_count: int = Field(3, ge=0, description="Every pair of tasks meets at least so often.")
     score: Literal["nll", "accuracy"] = Field("nll", description="nll enters with its sign turned: higher is better.")
@@ -334,11 +310,11 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
 def load_as(kind: type[_Config], path: Path, overrides: tuple[str, ...] = ()) -> _Config:
     """Read a YAML recipe of another kind than a run's; as :func:`load_config`."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except YamlError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error}); give a YAML recipe") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of stages, got {type(values).__name__}")
     for override in overrides:
@@ -359,7 +335,7 @@ def _parse(kind: type[_Config], values: dict[str, Any], source: str, changed: Se
         faults = list_faults(error, kind)
     by_set = [f"--set {told}" for where, told in faults if _is_among(where, changed)]
     others = [told for where, told in faults if not _is_among(where, changed)]
-    raise ConfigError("; ".join([*([f"{source}: {'; '.join(others)}"] if others else []), *by_set]))
+    raise ConfigError("; ".join([*([f"{source}: {join_faults(others)}"] if others else []), *by_set]))
 
 
 def _is_among(where: str, keys: Sequence[str]) -> bool:
@@ -370,14 +346,14 @@ def _is_among(where: str, keys: Sequence[str]) -> bool:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as training.num_train_epochs=1")
+        raise ConfigError(f"--set {quote(override)}: expected KEY=VALUE, such as training.num_train_epochs=1")
     *parents, last = key.split(".")
     node = values
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} holds a value, not a section")
+            raise ConfigError(f"--set {quote(override)}: {parent!r} holds a value, not a section")
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+        node[last] = parse_yaml(text)
+    except YamlError:
+        raise ConfigError(f"--set {quote(override)}: the value is not valid YAML") from None

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from ensemblelora.errors import quote
+
 __all__ = ["list_faults"]
 
 _LIKENESS = 0.5  # low, so that epochs finds num_train_epochs
@@ -43,7 +45,7 @@ def list_faults(error: ValidationError, model: type[BaseModel]) -> list[tuple[st
         if kinds is None:
             found.setdefault((where, str(fault["type"])), _describe(where, fault, model))
         else:  # the first of the kinds in our unions is a plain word, whose fault has the whole value
-            found.setdefault((where, "kinds"), f"{where}: got {fault['input']!r}: expected {_say_kinds(kinds)}")
+            found.setdefault((where, "kinds"), f"{where}: got {quote(fault['input'])}: expected {_say_kinds(kinds)}")
     return [(where, told) for (where, _), told in found.items()]
 
 
@@ -69,7 +71,7 @@ def _describe(where: str, fault: Any, model: type[BaseModel]) -> str:
     if fault["type"] == "value_error":  # raised by a section of ours, or by the whole, about several of its keys
         return ": ".join([*([where] if where else []), str(fault["ctx"]["error"])])
     told = fault["msg"].replace("tuple", "list").replace("Tuple", "List")  # YAML has lists
-    return f"{where}: got {fault['input']!r}: {told[0].lower()}{told[1:]}"
+    return f"{where}: got {quote(fault['input'])}: {told[0].lower()}{told[1:]}"
 
 
 def _suggest_key(unknown: str, model: type[BaseModel]) -> str:

@@ -107,11 +107,20 @@ class FederatedGroupsConfig(Stage):
     surrogate: Literal["linear", "kernel"] = Field(
         "linear", description="What fills pairs of clients that no subset holds, and smooths those of many clients."
     )
+    method: Literal["steps", "ridge"] = Field(
+        "steps", description="steps: the rounds that training takes, on the linear model; ridge: the convex fit, paper."
+    )
     l2_penalty: Literal["auto"] | NonNegativeFloat = Field(
-        "auto", description="Ridge of the oracle, in curvature units, scaled with 1/N_S; auto: by validation."
+        "auto", description="Of method ridge, in curvature units, scaled with 1/N_S; auto: by validation."
     )
     l2_grid: tuple[float, ...] = Field((1e-2, 1e-1, 1.0, 1e1, 1e2), description="What auto tries.")
     n_restarts: int = Field(20, ge=1, description="Starts of k-means and random starts.")
+
+    @model_validator(mode="after")
+    def _check_penalty(self) -> FederatedGroupsConfig:
+        if self.method == "steps" and self.l2_penalty != "auto":
+            raise ValueError(f"l2_penalty {self.l2_penalty}: method steps has none; set groups.method: ridge")
+        return self
 
 
 class FederatedTrainingConfig(Stage):

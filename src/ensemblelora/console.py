@@ -22,7 +22,7 @@ from ensemblelora.errors import EnsembleLoraError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["describe_failure", "say", "show_json", "show_rows", "show_table", "talking"]
+__all__ = ["describe_failure", "round_floats", "say", "show_json", "show_rows", "show_table", "talking"]
 
 # Libraries that draw bars or advise on stderr by themselves; a user who sets one of these keeps it.
 _QUIET_LIBRARIES = {
@@ -31,6 +31,10 @@ _QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+
+_RARE = frozenset({"dequantization_flops"})
+"""columns of a table that are left out where every number is 0"""
 
 
 @contextmanager
@@ -45,6 +49,7 @@ def talking(*, quiet: bool = False, verbose: int = 0, debug: bool = False) -> It
     from rich.console import Console  # 50 ms that --help need not wait for
 
     console = Console(stderr=True, highlight=False)
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of processes side by side, the first one talks
     if verbose < 2 and not debug:
         for name, value in _QUIET_LIBRARIES.items():
             os.environ.setdefault(name, value)
@@ -79,9 +84,9 @@ def say(text: str) -> None:
 
 
 def show_json(value: object) -> None:
-    """Write a result as JSON; records become objects, arrays lists, NaN null."""
-    data = pydantic_core.to_json(value, indent=2, inf_nan_mode="null", fallback=_to_list)
-    typer.echo(data.decode())
+    """Write a result as JSON; records become objects, arrays lists, NaN null, and 0.1 + 0.2 is 0.3."""
+    plain = pydantic_core.to_jsonable_python(value, inf_nan_mode="constants", fallback=_to_list)
+    typer.echo(pydantic_core.to_json(round_floats(plain), indent=2, inf_nan_mode="null").decode())
 
 
 def show_table(*parts: object) -> None:
@@ -106,11 +111,14 @@ def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
     rows = {key: value for key, value in values.items() if key not in tables}
     records = {key: value for key, value in rows.items() if isinstance(value, Mapping)}
     columns = list(dict.fromkeys(name for record in records.values() for name in record))
+    columns = [name for name in columns if name not in _RARE or any(one.get(name) for one in records.values())]
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
-    table.add_column()
+    table.add_column(overflow="fold")
     for name in columns or [""]:
         is_text = any(isinstance(record.get(name), str) for record in records.values())
-        table.add_column(name.replace("_", " "), justify="left" if is_text or not name else "right")
+        table.add_column(
+            name.replace("_", " "), justify="left" if is_text or not name else "right", overflow="fold"
+        )  # folded where it can't be wrapped, never cut
     for key, value in rows.items():
         cells = [_write(name, value.get(name)) for name in columns] if key in records else [_write(key, value)]
         table.add_row(key if key in records else key.replace("_", " "), *cells)
@@ -137,7 +145,7 @@ def describe_failure(error: BaseException, *, debug: bool = False) -> int:
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     fault = _usage_fault()
-    message = error.format_message() if isinstance(error, fault) else str(error)
+    message = _format_usage(error) if isinstance(error, fault) else str(error)
     code = error.exit_code if isinstance(error, (EnsembleLoraError, fault)) else 1
     if isinstance(error, fault) and message.strip():
         message = f"{message.rstrip('.')}; see --help"
@@ -146,6 +154,11 @@ def describe_failure(error: BaseException, *, debug: bool = False) -> int:
     if message.strip():  # typer shows the help of a command without arguments, and raises an empty message
         say(f"error: {' '.join(message.split())}")
     return code
+
+
+def _format_usage(error: Any) -> str:
+    """What the parser says; a suggestion that typer made is not made again by click, since its version 8.4."""
+    return str(error.message if "Did you mean" in error.message else error.format_message())
 
 
 def _usage_fault() -> Any:
@@ -178,6 +191,15 @@ def _write(name: str, value: object) -> str:
         write = units.get(name.rpartition("_")[2])
         return write(value) if write else f"{value:,}" if isinstance(value, int) else wording.format_number(value)
     return ", ".join(_write(name, item) for item in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def round_floats(value: Any) -> Any:
+    """The same values with 15 digits, which every float holds: 0.95, not 0.9500000000000001."""
+    if isinstance(value, float):
+        return float(f"{value:.15g}")
+    if isinstance(value, dict):
+        return {key: round_floats(part) for key, part in value.items()}
+    return [round_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def _to_list(value: Any) -> Any:

@@ -140,7 +140,8 @@ def _save_tiny_model(folder: Path, texts: list[str]) -> None:
 
 
 def _find_versions() -> Iterator[Finding]:
-    yield Finding("ensemblelora", "ok", f"{__version__} on Python {platform.python_version()}, {platform.platform()}")
+    where = f"{__version__} in {Path(__file__).parent}"
+    yield Finding("ensemblelora", "ok", f"{where}, Python {platform.python_version()}, {platform.platform()}")
     found, missing = [], []
     for name in _PACKAGES:
         try:

@@ -31,9 +31,11 @@ __all__ = [
     "Member",
     "combined_scores",
     "group_scores",
+    "list_members",
     "load_ensemble",
     "needed_adapters",
     "predict_ensemble",
+    "predict_weighted",
     "save_ensemble",
     "sum_groups",
 ]
@@ -72,6 +74,11 @@ class Ensemble:
         owner = {task: g for g, group in enumerate(self.groups) for task in group}
         return tuple(owner[task] for task in range(len(self.task_names)))
 
+    @property
+    def is_boosted(self) -> bool:
+        """Whether some group has a booster."""
+        return any(member.kind == "booster" for member in self.members)
+
     def members_of(self, group: int) -> tuple[Member, ...]:
         """The group's adapter, then its boosters."""
         return tuple(member for member in self.members if member.group == group)
@@ -79,7 +86,7 @@ class Ensemble:
 
 def needed_adapters(members: Sequence[Member], groups: Sequence[int], kind: Kind) -> tuple[str, ...]:
     """Name the adapters that scoring some groups takes, theta0 among them where boosters are measured from it."""
-    used = _list_used(members, groups, kind)
+    used = list_members(members, groups, kind)
     start = (THETA0,) if any(member.kind == "booster" for member in used) else ()
     return (*(member.name for member in used), *start)
 
@@ -99,7 +106,7 @@ def sum_groups(
         Values of shape ``(len(groups), n_rows, K)``. Free-text tasks have no boosters (see ``boosting``).
     """
     by_name = dict(zip(names, scores.values, strict=True))
-    used = _list_used(members, groups, scores.kind)
+    used = list_members(members, groups, scores.kind)
     return replace(scores, values=np.stack([_add_boosters(by_name, [m for m in used if m.group == g]) for g in groups]))
 
 
@@ -144,6 +151,33 @@ def predict_ensemble(
     return combined_scores(scores, weights[groups].tolist(), ensemble.combine)
 
 
+def predict_weighted(
+    adapted: AdaptedModel,
+    ensemble: Ensemble,
+    encoded: EncodedSplit,
+    weights: npt.NDArray[np.float64],
+    *,
+    max_tokens: MaxTokens,
+) -> npt.NDArray[np.float64]:
+    """Combined scores of rows that each have weights of their own, ``(n_rows, K)``; not of free text.
+
+    Args:
+        adapted: The model with every member.
+        ensemble: Its groups and members; its weights are not looked at.
+        encoded: The rows.
+        weights: ``(n_rows, n_groups)``, each row on the simplex; groups that none gives a weight are not run.
+        max_tokens: Padded tokens of a pass.
+    """
+    groups = [int(g) for g in np.flatnonzero(weights.any(axis=0))]
+    scores = group_scores(adapted, encoded, ensemble.members, groups, max_tokens=max_tokens)
+    combined = np.zeros(scores.values.shape[1:])
+    for shares in np.unique(weights, axis=0):
+        rows = (weights == shares).all(axis=1)
+        some = replace(scores, values=scores.values[:, rows])
+        combined[rows] = combined_scores(some, shares[groups].tolist(), ensemble.combine)
+    return combined
+
+
 def save_ensemble(ensemble: Ensemble, path: Path, **extra: Any) -> None:
     """Write ``ensemble.json``; ``extra`` keys go beside the record for people and the report."""
     write_json(path, asdict(ensemble) | extra)
@@ -169,7 +203,8 @@ def load_ensemble(path: Path) -> Ensemble:
         raise StoreError(f"{path}: not an ensemble ({error!r}); run the combine stage again") from None
 
 
-def _list_used(members: Sequence[Member], groups: Sequence[int], kind: str) -> list[Member]:
+def list_members(members: Sequence[Member], groups: Sequence[int], kind: str) -> list[Member]:
+    """Return the members that scoring some groups takes; free text is written without boosters."""
     return [m for m in members if m.group in groups and (m.kind == "group" or kind != "sequence")]
 
 

@@ -5,7 +5,10 @@ The command line prints the message without a traceback and exits with ``exit_co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
+    "ClusterError",
     "ConfigError",
     "DataError",
     "EnsembleLoraError",
@@ -17,7 +20,14 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "first_line",
+    "join_faults",
+    "quote",
 ]
+
+_QUOTED = 80
+"""characters of a value that a message shows"""
+_TOLD = 20
+"""faults that a message tells"""
 
 
 class EnsembleLoraError(Exception):
@@ -64,6 +74,10 @@ class TrainingError(EnsembleLoraError):
     """Fine-tuning diverged or produced something unusable."""
 
 
+class ClusterError(EnsembleLoraError):
+    """Other processes could not do what they were given."""
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of another library's message, to be quoted in one of ours.
 
@@ -73,3 +87,20 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip()
     return text.splitlines()[0].rstrip(" .") if text else type(error).__name__
+
+
+def quote(value: object) -> str:
+    """A value as a message shows it: in quotes where it is text, on one line, and cut where it is long.
+
+    Example:
+        >>> quote("a" * 100)[-8:], quote(0.5)
+        ("aaaa'...", '0.5')
+    """
+    text = repr(value[:_QUOTED]) + "..." if isinstance(value, str) and len(value) > _QUOTED else repr(value)
+    return text if len(text) <= 2 * _QUOTED or isinstance(value, str) else f"{text[:_QUOTED]}..."
+
+
+def join_faults(faults: Sequence[str]) -> str:
+    """Faults on one line; of very many, the first."""
+    more = [f"and {len(faults) - _TOLD:,} more"] if len(faults) > _TOLD else []
+    return "; ".join([*faults[:_TOLD], *more])

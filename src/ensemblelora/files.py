@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -28,12 +28,15 @@ from ensemblelora.errors import OutputError, StoreError
 
 __all__ = [
     "atomic_folder",
+    "checksum",
     "describe_error",
     "expand_folders",
     "file_sha256",
     "fingerprint",
+    "flush_to_disk",
     "is_temporary",
     "load_arrays",
+    "map_new_array",
     "read_json",
     "save_array",
     "save_arrays",
@@ -42,6 +45,9 @@ __all__ = [
 ]
 
 _TEMPORARY = ".tmp"
+_CHECKSUM = "checksum of the rest"
+"""the last key of a JSON object; no task, method, stage or file can be called this"""
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,25 +63,38 @@ def write_json(path: Path, value: object) -> None:
     """Write plain values as JSON atomically.
 
     Dataclasses, pydantic models, paths, numpy scalars and arrays become plain values; NaN and infinities become
-    null, since JSON has none.
+    null, since JSON has none. An object ends with a checksum of the rest, which :func:`read_json` takes off again; a
+    list has none.
 
     Raises:
         OutputError: If the place can't be written.
         TypeError: If a value has no plain form.
     """
-    write_text(path, json.dumps(_to_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    plain = _to_plain(value)
+    if isinstance(plain, dict):
+        plain.pop(_CHECKSUM, None)
+        plain[_CHECKSUM] = checksum(json.dumps(plain))
+    write_text(path, json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a run.
+    """Read a JSON file of a run. One of an earlier version, without a checksum, is taken as it is.
 
     Raises:
-        StoreError: If the file is missing or is not JSON.
+        StoreError: If the file is missing, is not JSON, or is no longer what was written.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: can't be read as JSON ({error}); delete it and run again") from None
+    if isinstance(content, dict) and not _take_checksum_off(content):
+        raise StoreError(f"{path}: altered since it was written; delete it and run again")
+    return content
+
+
+def checksum(text: str) -> str:
+    """Return 16 hexadecimal digits that differ where two texts do: against damage, not against malice."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def save_arrays(path: Path, arrays: Mapping[str, npt.ArrayLike]) -> None:
@@ -108,9 +127,32 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         # Opened here because numpy leaves its own handle open when the archive is damaged.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise StoreError(f"{path}: can't be read as arrays ({error}); delete it and run again") from None
+            arrays = {name: archive[name] for name in archive.files}
+            if strangers := [name for name, values in arrays.items() if not isinstance(values, np.ndarray)]:
+                raise ValueError(f"{strangers[0]} is no array")
+            return arrays
+    except Exception as error:  # zipfile and numpy raise whatever a damaged byte leads them to
+        raise StoreError(f"{path}: can't be read as arrays ({error!r}); delete it and run again") from None
+
+
+def map_new_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.memmap[Any, Any]:
+    """Map a new ``.npy`` file, in a folder that nobody reads yet, whose room on the disk is taken at once.
+
+    A mapped page without any would kill the process when it is written.
+
+    Raises:
+        OutputError: If the file can't be made that large.
+    """
+    with _as_output_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        if hasattr(os, "posix_fallocate") and path.stat().st_size:
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                os.posix_fallocate(descriptor, 0, path.stat().st_size)
+            finally:
+                os.close(descriptor)
+        return values
 
 
 @contextlib.contextmanager
@@ -126,14 +168,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         with _as_output_error(path):
             fresh.mkdir(parents=True)
-        yield fresh
+        with _as_output_error(path, only=_NO_ROOM):
+            yield fresh
         with _as_output_error(path):
             for file in expand_folders([fresh]):
-                _flush_to_disk(file)
+                flush_to_disk(file)
             if path.exists():
                 path.rename(stale)
             fresh.rename(path)
-            _flush_to_disk(path.parent)
+            flush_to_disk(path.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
@@ -178,6 +221,14 @@ def is_temporary(path: Path) -> bool:
 def describe_error(error: OSError) -> str:
     """Return the system's reason without number and path."""
     return error.strerror or str(error)
+
+
+def _take_checksum_off(content: dict[str, Any]) -> bool:
+    """Say whether an object is what was written, and leave it without its checksum."""
+    # Damage to the key itself leaves one of its halves.
+    keys = [key for key in content if key.startswith(_CHECKSUM[:12]) or key.endswith(_CHECKSUM[-8:])]
+    told = {key: content.pop(key) for key in keys}
+    return not told or told == {_CHECKSUM: checksum(json.dumps(content))}
 
 
 def _to_canonical(value: object) -> str:
@@ -245,22 +296,25 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
-            _flush_to_disk(path.parent)
+            flush_to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
+def _as_output_error(path: Path, *, only: Collection[int] = ()) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if only and error.errno not in only:
+            raise
         raise OutputError(
             f"{path}: can't be written ({describe_error(error)}); free the place or choose another"
         ) from None
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Have the system write a file, or a folder's list of files, to the disk itself."""
     # Folders can't be flushed on some file systems; the rename is then as durable as that system makes it.
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

@@ -5,18 +5,19 @@ In: the encoded rows and the adapted model. Out: one record per stage, by the le
 partition: every task's rows pass once an epoch, and only the padding depends on who shares a batch. What depends on
 the plan or on the outcome (``boost``, ``combine``, ``evaluate``) is counted at its most.
 The oracle's fits take seconds and no model, and are left out. Blocks below the lowest adapted one count once a row that
-fits ``model.prefix_cache_gb``, and with every pass of one that does not.
+fits ``model.prefix_cache_gb``, and with every pass of one that does not. Memory is that of the largest batch there is:
+few rows, or short ones, don't fill what a step may hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # ships no types
+from numpy.typing import NDArray
 
 from ensemblelora.accounting.formulas import feature_bytes
 from ensemblelora.accounting.meter import Meter, StageRecord
@@ -44,7 +45,7 @@ from ensemblelora.stages import Rows
 from ensemblelora.startpoint import cut_training, is_warm
 from ensemblelora.training import choose_layout
 
-__all__ = ["Forecaster", "Passes", "StageForecast", "forecast_run", "list_stages", "make_forecaster"]
+__all__ = ["Forecaster", "Passes", "StageForecast", "add_up", "forecast_run", "list_stages", "make_forecaster"]
 
 _BOOST_LENGTHS = 4  # forward passes of a line search, at most
 _NOTHING = StageRecord("")
@@ -136,18 +137,17 @@ class Forecaster:
         return self.predict(_count_features(self, settings, is_moved=is_moved))
 
 
-def make_forecaster(config: RunConfig, probe: AdaptedModel, rows: Rows) -> Forecaster:
+def make_forecaster(config: RunConfig, probe: AdaptedModel, rows: Rows, speed: Speed | None = None) -> Forecaster:
     """Time a few seconds of passes, and see what of the lower blocks can be kept.
 
     Args:
         config: The run.
         probe: The model with its start adapter.
         rows: Encoded tasks.
+        speed: Of this machine, where it is known; none: it is measured.
     """
-    speed, resident = (
-        measure_speed(probe, rows.train, config.training.max_tokens_per_batch),
-        psutil.Process().memory_info().rss,
-    )
+    speed = speed or measure_speed(probe, rows.train, config.training.max_tokens_per_batch)
+    resident = psutil.Process().memory_info().rss
     unkept: frozenset[tuple[str, str]] = frozenset()
     kept_bytes = 0
     if probe.prefix is not None:
@@ -175,42 +175,43 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
 
 def list_stages(run: Forecaster) -> dict[str, StageForecast]:
     """Predict the cost of every stage and their total."""
-    config, probe, rows = run.config, run.probe, run.rows
-    step, n_boosters, predicted = (
-        config.training.max_tokens_per_batch,
-        config.boosting.n_rounds,
-        _prediction_tokens(run),
-    )
+    config, probe, rows, n_boosters = run.config, run.probe, run.rows, run.config.boosting.n_rounds
+    predicted, n_members = _prediction_tokens(run), run.most_groups + n_boosters
+    step, check = _fill_step(run), _fill(run, rows.validation, 2 * config.training.max_tokens_per_batch)
     one, (training, checking) = adapter_bytes(probe), _count_training(run)
-    validated = _times(_count_forward(run, rows.validation, predicted), run.most_groups + n_boosters + bool(n_boosters))
+    validated = _times(_count_forward(run, rows.validation, predicted), n_members + bool(n_boosters))
     passes = {
         "features": _count_features(run, config.gradients, is_moved=is_warm(config)),
-        "train": Passes(training, checking, run.most_groups * one, step, 2 * step),
+        "train": Passes(training, checking, run.most_groups * one, step, check),
         "boost": _count_boosting(run, n_boosters),
         "combine": Passes(
-            forward=validated.joined(_count_unkept(run, rows.validation, predicted)), forward_tokens=predicted
+            forward=validated.joined(_count_unkept(run, rows.validation, predicted)),
+            forward_tokens=_fill(run, rows.validation, predicted, n_members),
         ),
-        "baselines": Passes(training, checking, one, step, 2 * step),
-        "evaluate": Passes(forward=_count_evaluation(run), forward_tokens=predicted),
+        "baselines": Passes(training, checking, one, step, check),
+        "evaluate": Passes(
+            forward=_count_evaluation(run), forward_tokens=_fill(run, rows.test, predicted, n_members + 1)
+        ),
     }
     if is_warm(config):
         share = cut_training(config)[0].num_train_epochs / config.training.num_train_epochs
         parts = [(_times(training, part), _times(checking, part)) for part in (share, 1 - share)]
-        passes = {"warmup": Passes(*parts[0], one, step, 2 * step), **passes}
-        passes["train"] = Passes(*parts[1], run.most_groups * one, step, 2 * step)
+        passes = {"warmup": Passes(*parts[0], one, step, check), **passes}
+        passes["train"] = Passes(*parts[1], run.most_groups * one, step, check)
     if "shared" not in config.evaluation.baselines:
         del passes["baselines"]
     stages = {name: run.predict(stage) for name, stage in passes.items()}
-    return stages | {"total": _add_up(list(stages.values()))}
+    return stages | {"total": add_up(list(stages.values()))}
 
 
-def _add_up(stages: Sequence[StageForecast]) -> StageForecast:
+def add_up(stages: Sequence[StageForecast]) -> StageForecast:
+    """What stages take one after the other."""
     return StageForecast(
         seconds=sum(stage.seconds for stage in stages),
         flops=sum(stage.flops for stage in stages),
         n_tokens=sum(stage.n_tokens for stage in stages),
         disk_bytes=sum(stage.disk_bytes for stage in stages),
-        memory_bytes=max(stage.memory_bytes for stage in stages),
+        memory_bytes=max((stage.memory_bytes for stage in stages), default=0),
         dequantization_flops=sum(stage.dequantization_flops for stage in stages),
     )
 
@@ -233,15 +234,21 @@ def _count_training(run: Forecaster) -> tuple[StageRecord, StageRecord]:
 def _count_features(run: Forecaster, settings: GradientsConfig, *, is_moved: bool = False) -> Passes:
     probe, learning, seed = run.probe, run.rows.learning, run.config.seed
     meter, lower = Meter("features"), Meter("lower")
-    more = partial(_enter_unkept, lower, run)
-    plan = count_pass(probe, learning, settings, seed=seed, meter=meter, is_moved=is_moved, enter_more=more)
+    largest = 0
+
+    def enter_more(batch: Batch) -> None:
+        nonlocal largest
+        largest = max(largest, batch.n_padded_tokens)
+        _enter_unkept(lower, run, batch)
+
+    plan = count_pass(probe, learning, settings, seed=seed, meter=meter, is_moved=is_moved, enter_more=enter_more)
     kept = [split for split in learning if (split.task, split.split) not in run.unkept]
     filled = _count_lower(probe, kept)  # once for all stages that learn
     disk, held = feature_bytes(plan.n_rows, plan.proj_dim) + run.kept_bytes, 0
     if plan.form == "gram":
         disk, held = disk + scratch_bytes(plan.n_rows, plan.n_coordinates), gram_bytes(plan.n_rows)
-    tokens = FILL_TOKENS if probe.prefix else 0
-    return Passes(meter.record, lower.record.joined(filled), disk, settings.max_tokens_per_batch, tokens, held)
+    tokens = _fill(run, kept, FILL_TOKENS) if probe.prefix else 0
+    return Passes(meter.record, lower.record.joined(filled), disk, largest, tokens, held)
 
 
 def _count_boosting(run: Forecaster, n_rounds: int) -> Passes:
@@ -262,7 +269,7 @@ def _count_boosting(run: Forecaster, n_rounds: int) -> Passes:
         backward,
         start.joined(search).joined(checks).joined(lower),
         disk_bytes=n_rounds * adapter_bytes(run.probe),
-        batch_tokens=tokens,
+        batch_tokens=_fill(run, train, tokens),
     )
 
 
@@ -340,6 +347,28 @@ def _count_lower(probe: AdaptedModel, splits: Iterable[EncodedSplit]) -> StageRe
 def _iterate(probe: AdaptedModel, splits: Iterable[EncodedSplit], max_tokens: int) -> Iterator[Batch]:
     for split in splits:
         yield from iterate_batches(split, max_tokens, probe.base.pad_token_id, layout=probe.layout)
+
+
+def _fill(run: Forecaster, splits: Iterable[EncodedSplit], max_tokens: int, n_members: int = 1) -> int:
+    """Padded tokens of the largest batch of a split, or of as many members' as share a pass."""
+    sizes = [split.measure(run.probe.layout) for split in splits]
+    largest = max((_find_largest(*size, plan_batches(*size, max_tokens)) for size in sizes), default=0)
+    return max(largest, min(n_members * largest, max_tokens))
+
+
+def _fill_step(run: Forecaster) -> int:
+    """Padded tokens of the largest optimiser step that any group could have: of the longest rows of all tasks."""
+    settings = run.config.training
+    sizes = [split.measure(choose_layout(run.probe, settings)) for split in run.rows.train]
+    lengths, counts = (np.concatenate(parts) for parts in zip(*sizes, strict=True))
+    most = settings.max_examples_per_batch
+    return _find_largest(
+        lengths, counts, plan_batches(lengths, counts, settings.max_tokens_per_batch, max_examples=most)
+    )
+
+
+def _find_largest(lengths: NDArray[np.int64], counts: NDArray[np.int64], batches: Sequence[NDArray[np.int64]]) -> int:
+    return max((int(lengths[batch].max() * counts[batch].sum()) for batch in batches), default=0)
 
 
 def _prediction_tokens(run: Forecaster) -> int:

@@ -7,6 +7,7 @@ again by the file's content.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
+from ensemblelora.artifacts import find_seal_fault, seal_folder
 from ensemblelora.errors import MissingExtraError, ModelError, OutputError, first_line
 from ensemblelora.files import atomic_folder, file_sha256
 from ensemblelora.progress import note
@@ -35,6 +38,7 @@ __all__ = [
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """what the package names as the source of its file; there the weights are not rounded to 4 bits"""
+_logger = logging.getLogger(__name__)
 _GGUF_READING: Any = modeling_gguf_pytorch_utils  # typed loosely: the bar it draws is not among its public names
 
 
@@ -72,7 +76,7 @@ def find_origin(name: str) -> str | None:
 
 
 def convert_gguf(file: Path) -> Path:
-    """Dequantise a file once; later calls find the folder by the file's content.
+    """Dequantise a file once; later calls find the folder by the file's content, and make it anew if it is damaged.
 
     Returns:
         The folder, which holds weights, config and tokenizer.
@@ -82,7 +86,7 @@ def convert_gguf(file: Path) -> Path:
         OutputError: If the cache folder can't be written.
     """
     target = cache_folder() / "models" / f"{file.stem}-{file_sha256(file)[:16]}"
-    if (target / "config.json").is_file():
+    if _is_whole(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +97,11 @@ def convert_gguf(file: Path) -> Path:
             f"cache folder {target.parent}: can't be written ({error.strerror}); point XDG_CACHE_HOME to another place"
         ) from error
     with lock:
-        if not (target / "config.json").is_file():
+        if not _is_whole(target):
             note(f"model {file.name}: converting it once, about 20 s for 135M parameters; to be kept in {target}")
             with atomic_folder(target) as scratch:
                 _dequantise(file, scratch)
+                seal_folder(scratch)
     return target
 
 
@@ -115,14 +120,26 @@ def without_bars(*, hidden: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted model is there, to the bit; a copy that an earlier version made has no checksums."""
+    fault = find_seal_fault(folder, may_lack_seal=True)
+    if fault and folder.exists():
+        _logger.warning("the converted model is made anew: %s", fault)
+    return fault is None and (folder / "config.json").is_file()
+
+
 def _dequantise(file: Path, folder: Path) -> None:
     try:
         with without_bars(hidden=True):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float32}
+            if hasattr(transformers, "GgufConfig"):  # later versions look for packed kernels unless told not to
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, **options)
             architecture = loaded.config
-            # The weights are plain float32 now, and the mark of a quantised model forbids saving them.
-            del architecture.quantization_config
+            if hasattr(architecture, "quantization_config"):
+                # The weights are plain float32 now, and the mark of a quantised model forbids saving them.
+                del architecture.quantization_config
             plain = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
             plain.load_state_dict(loaded.state_dict())
             plain.save_pretrained(folder)

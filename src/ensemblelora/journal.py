@@ -1,7 +1,7 @@
 """Results of long measurements, one line of JSON each, appended as they come.
 
-In: plain values under an identity. Out: the same, read back. A line that a killed process left unfinished is cut off,
-and measured again; nothing else is ever changed or removed.
+In: plain values under an identity. Out: the same, read back. A line ends with its own checksum. One that a killed
+process left unfinished is cut off, and measured again; nothing else is ever changed or removed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ensemblelora.errors import OutputError, StoreError
+from ensemblelora.files import checksum
 
 __all__ = ["Journal", "append_line", "read_lines"]
 
 Record = TypeVar("Record")
+
+_CHECKSUM = "sha256"
 
 
 class Journal:
@@ -52,7 +55,7 @@ class Journal:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> str:
-    """Add one line, see to it that it is on disk, and return it.
+    """Add one line, see to it that it is on disk, and return it without its checksum.
 
     Raises:
         OutputError: If the file can't be written.
@@ -62,7 +65,7 @@ def append_line(path: Path, entry: Mapping[str, Any]) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+            stream.write(json.dumps({**entry, _CHECKSUM: checksum(line)}, allow_nan=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
@@ -86,11 +89,19 @@ def read_lines(path: Path, read: Callable[[Any], Record]) -> Iterator[Record]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            yield read(json.loads(line))
+            yield read(_check(json.loads(line)))
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path} line {number}: no measured run ({error!r}); delete that line") from None
+
+
+def _check(entry: Any) -> Any:
+    """Take the checksum off what a line holds, and compare; lines of earlier versions have none."""
+    told = entry.pop(_CHECKSUM, None) if isinstance(entry, dict) else None
+    if told is not None and told != checksum(json.dumps(entry)):
+        raise ValueError("it is not what was written")
+    return entry
 
 
 def _read_entry(entry: Any) -> tuple[str, Mapping[str, Any]]:

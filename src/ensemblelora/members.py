@@ -10,7 +10,7 @@ from ensemblelora.config import RunConfig
 from ensemblelora.ensemble import Ensemble
 from ensemblelora.errors import UsageError
 from ensemblelora.models import Head, load_base
-from ensemblelora.startpoint import load_start
+from ensemblelora.startpoint import WARMUP, load_start
 
 __all__ = ["load_members"]
 
@@ -28,16 +28,19 @@ def load_members(path: Path, config: RunConfig, ensemble: Ensemble, *, head: Hea
     Raises:
         UsageError: If the base model is not the one that the run was made with.
         ModelError: If the base model can't be loaded.
-        StoreError: If an adapter is damaged or was made for another model.
+        StoreError: If an adapter is not as it was written, or was made for another model.
     """
-    base = load_base(config.model, head=head, n_labels=n_labels, max_length=config.data.max_length)
+    folder = artifacts.RunFolder.open(path)
+    folder.check(*(f"{artifacts.ADAPTERS_FOLDER}/{name}" for name in (WARMUP, *(m.name for m in ensemble.members))))
+    revision = config.model.revision or artifacts.pinned_revision(path, config.model.name)
+    model = config.model.model_copy(update={"revision": revision})
+    base = load_base(model, head=head, n_labels=n_labels, max_length=config.data.max_length)
     made_with = artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]["fingerprint"]
     if base.fingerprint != made_with:
         raise UsageError(
             f"{path}: made with another version of {config.model.name!r} or another model.dtype than the "
             f"one loaded now{_say_packed(config)}; give the original, or run again"
         )
-    folder = artifacts.RunFolder.open(path)
     adapted = load_start(config, folder, attach(base, config.adapter, seed=config.seed))
     for member in ensemble.members:
         load_adapter(adapted, member.name, folder.adapter(member.name))

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from ensemblelora.config import ModelConfig
 from ensemblelora.errors import ModelError, first_line
 from ensemblelora.gguf import EMBEDDED_MODEL, convert_gguf, embedded_gguf, without_bars
+from ensemblelora.placement import has_waiting_weights, plan_placement, refuse_waiting, without_dispatch_notes
 from ensemblelora.quantization import (
     check_installed,
     choose_loading,
@@ -45,6 +47,7 @@ from ensemblelora.quantization import (
     on_one_thread,
     settle_layers,
 )
+from ensemblelora.sharding import is_sharded, join_team, shard_blocks
 
 __all__ = [
     "BaseModel",
@@ -77,11 +80,23 @@ class BaseModel:
     head: Head
     fingerprint: str
     """Changes when any weight tensor, the scales of packed ones, the architecture or the precision does."""
+    revision: str | None = None
+    """the hub's commit that the files are of; none for files that are not from a hub"""
 
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self.model.device
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether this process has only a part of some weights."""
+        return is_sharded(self.model)
+
+    @cached_property
+    def is_waiting(self) -> bool:
+        """Whether some of its weights are only there while their layer runs."""
+        return has_waiting_weights(self.model)
 
     @property
     def pad_token_id(self) -> int:
@@ -99,7 +114,7 @@ def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2, max_
         max_length: Tokens of a row at most; long rows need an attention that keeps no square of them.
 
     Raises:
-        ModelError: If the name leads nowhere, or the files are not a supported model.
+        ModelError: If the name leads nowhere, the files are not a supported model, or it fits no device as asked.
         MissingExtraError: If ``smollm2-135m`` or a quantisation is asked for and its package is not installed.
         OutputError: If converted weights can't be written to the cache folder.
     """
@@ -119,7 +134,11 @@ def load_base(config: ModelConfig, *, head: Head = "lm", n_labels: int = 2, max_
             model = _load_network(config, location, architecture, head, device, {**options, **sizes})
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {config.name!r}: can't be loaded ({first_line(error)}); {_NAME_HELP}") from error
-    return prepare_base(config.name, model, tokenizer, head=head)
+    base = prepare_base(config.name, model, tokenizer, head=head)
+    if _is_shared_out(config):
+        shard_blocks(find_blocks(model)[1], device)
+        nn.Module.to(model, device)
+    return base
 
 
 def prepare_base(
@@ -142,7 +161,8 @@ def prepare_base(
     model.config.pad_token_id = pad
     settle_layers(model)
     model.requires_grad_(False).eval()
-    return BaseModel(name=name, model=model, tokenizer=tokenizer, head=head, fingerprint=_fingerprint(model))
+    revision = getattr(model.config, "_commit_hash", None)
+    return BaseModel(name, model, tokenizer, head, _fingerprint(model), revision)
 
 
 @contextmanager
@@ -157,7 +177,11 @@ def in_float32(network: nn.Module) -> Iterator[None]:
     """Inside, a model of lower precision computes in float32; undone exactly, so no tensor may be added meanwhile.
 
     Weights packed in 4 bits stay as they are: they are unpacked in their input's precision.
+
+    Raises:
+        ModelError: If some weights are only there while their layer runs.
     """
+    refuse_waiting(network, "computing in float32")
 
     def list_floats() -> list[torch.Tensor]:
         return [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
@@ -220,19 +244,36 @@ def _load_network(
     loader: Any = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     dtype = _choose_dtype(config.dtype, device)
 
-    def list_kept() -> list[str]:
+    def sketch() -> nn.Module:
         with torch.device("meta"):
-            return _list_outer_linears(loader.from_config(architecture))
+            network: nn.Module = loader.from_config(architecture, dtype=dtype)
+        return network
 
-    loading = choose_loading(config, architecture, device, dtype, list_kept)
+    loading = choose_loading(config, architecture, device, dtype, lambda: _list_outer_linears(sketch()))
+    is_packed, places = bool(loading), None
+    is_team = _is_shared_out(config)
+    if is_team and is_packed:
+        raise ModelError("model.device_map fsdp: not for weights in 4 bits; set it to auto, or quantization to none")
+    if config.device_map != "one" and not is_team:
+        whole = sketch()
+        places = plan_placement(config, whole, *find_blocks(whole), device, is_packed=is_packed)
+        loading |= {} if places is None else {"device_map": places, "offload_folder": config.offload_folder}
     torch.manual_seed(0)  # a fresh classifier head must be the same in every process
-    with on_one_thread() if loading else nullcontext():
-        model: PreTrainedModel = loader.from_pretrained(location, dtype=dtype, **options, **loading)
-    if loading:
+    with on_one_thread() if is_packed else nullcontext(), without_dispatch_notes():
+        # Weights in the older format are pickles, which can run code when they are read.
+        model: PreTrainedModel = loader.from_pretrained(
+            location, dtype=dtype, use_safetensors=True, **options, **loading
+        )
+    if is_packed:
         leave_file(model)
-    else:  # packed weights are where they belong already
+    if not loading and not is_team:  # else its weights are where they belong already
         nn.Module.to(model, device)
     return model
+
+
+def _is_shared_out(config: ModelConfig) -> bool:
+    """Whether several processes keep a part of each block."""
+    return config.device_map == "fsdp" and join_team().size > 1
 
 
 def _list_outer_linears(model: nn.Module) -> list[str]:

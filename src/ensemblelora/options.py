@@ -15,8 +15,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ensemblelora.recipe import override
+from ensemblelora.scheduling import Cluster, read_cluster
 
-__all__ = ["AsJson", "Debug", "Device", "DryRun", "Request", "RunPath", "Source", "Talk", "spread"]
+__all__ = ["AsJson", "Debug", "Device", "DryRun", "Place", "Request", "RunPath", "Source", "Talk", "spread"]
 
 Source = Annotated[
     Path,
@@ -62,6 +63,32 @@ class Request:
             *(self.changes or ()),
             *(override(key, value) for key, value in keys.items() if value is not None),
         )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where independent jobs run."""
+
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="local:N|auto|ADDRESS",
+            help="Run independent jobs side by side: in N processes here, or on a Ray cluster.",
+        ),
+    ] = None
+    per_job: Annotated[
+        str | None,
+        typer.Option(
+            "--per-job",
+            metavar="cpus=N,gpus=N",
+            help="What a job holds there; also memory_gb=N. By default an accelerator, or an equal share.",
+        ),
+    ] = None
+
+    def read(self) -> Cluster | None:
+        """Understand both; none: jobs run in this process."""
+        return read_cluster(self.cluster, self.per_job)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ensemblelora import __version__
 from ensemblelora.accounting.meter import Meter
@@ -25,14 +26,18 @@ from ensemblelora.config import MaxTokens
 from ensemblelora.counting import count_lower
 from ensemblelora.data.batching import Batch
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.forwards import replaced_forwards
 from ensemblelora.fusion import can_fuse, can_mix, fused
+from ensemblelora.models import find_blocks
 from ensemblelora.prefix import HiddenCache
 from ensemblelora.scoring import Scores, score_batch, scored_hidden
+from ensemblelora.sharding import agree_on_least
 from ensemblelora.switch import MemberSwitch
 
 __all__ = [
     "FILL_TOKENS",
     "MemberRunner",
+    "blocks_run_again",
     "choose_max_tokens",
     "compute_hidden",
     "members_in_turn",
@@ -49,7 +54,9 @@ FILL_TOKENS = 4096
 """padded tokens of a pass that fills the cache; it keeps no activations"""
 
 
-def with_cache(adapted: AdaptedModel, folder: Path, splits: Sequence[EncodedSplit], *, max_bytes: int) -> AdaptedModel:
+def with_cache(
+    adapted: AdaptedModel, folder: Path, splits: Sequence[EncodedSplit], *, max_bytes: int, cleans: bool = True
+) -> AdaptedModel:
     """Keep what enters the lowest adapted block for rows that will come again; nothing to keep if that is the first.
 
     Args:
@@ -57,6 +64,7 @@ def with_cache(adapted: AdaptedModel, folder: Path, splits: Sequence[EncodedSpli
         folder: Where the files go.
         splits: Whose rows, the most wanted first; those that don't fit are run each time.
         max_bytes: All files together; 0 keeps nothing.
+        cleans: Whether what lies there of other models or rows goes.
     """
     prefix = adapted.prefix
     if prefix is None or max_bytes == 0:
@@ -65,7 +73,7 @@ def with_cache(adapted: AdaptedModel, folder: Path, splits: Sequence[EncodedSpli
     identity = f"{__version__} {adapted.base.fingerprint} {prefix.depth} {model.dtype}"
     width = int(model.config.hidden_size)
     cache = HiddenCache(folder, identity, max_bytes, width, model.dtype)
-    cache.enlist(splits)
+    cache.enlist(splits, cleans=cleans)
     return replace(adapted, prefix=replace(prefix, cache=cache))
 
 
@@ -114,7 +122,7 @@ def run_lower(adapted: AdaptedModel, batch: Batch, *, meter: Meter | None = None
         if not is_kept.all():
             others = _take_rows(batch, ~is_kept)
             count_lower(meter, adapted.costs, others)
-            hidden[torch.from_numpy(~is_kept).to(hidden.device)] = prefix.run(others)
+            hidden[torch.from_numpy(~is_kept).to(hidden.device)] = prefix.run(others).to(hidden.device)
         return hidden
     count_lower(meter, adapted.costs, batch)
     return prefix.run(batch)
@@ -144,12 +152,30 @@ def _find_fitting(bytes_per_token: int, device: torch.device) -> int:
     else:
         free = psutil.virtual_memory().available
     most = _MOST_TOKENS_ON_PROCESSOR if device.type == "cpu" else _MOST_TOKENS
-    return int(min(max(free // 4 // bytes_per_token, _FEWEST_TOKENS), most))
+    return agree_on_least(int(min(max(free // 4 // bytes_per_token, _FEWEST_TOKENS), most)))
 
 
 def without_cache(adapted: AdaptedModel) -> AdaptedModel:
     """The same model with its lower blocks run each time, for a few rows that are to be looked at."""
     return adapted if adapted.prefix is None else replace(adapted, prefix=replace(adapted.prefix, cache=None))
+
+
+@contextmanager
+def blocks_run_again(adapted: AdaptedModel) -> Iterator[None]:
+    """Inside, a backward pass runs each block anew whose weights wait elsewhere, so that they go again after each.
+
+    The graph of a forward pass would keep all of them. What is active inside must still be when the pass goes back.
+    """
+    if not adapted.base.is_waiting:
+        yield
+        return
+    _, blocks = find_blocks(adapted.network)
+    # Stopped early, as by default, a layer would be left before its weights are let go.
+    with (
+        set_checkpoint_early_stop(False),
+        replaced_forwards(list(blocks), lambda block: partial(checkpoint, block.forward, use_reentrant=False)),
+    ):
+        yield
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def predict_members(
         try:
             values = _score_split(budget, adapted, encoded, members, meter)
         except torch.OutOfMemoryError:
-            if budget < int(encoded.measure(adapted.layout)[0].max()):
+            if adapted.base.is_sharded or budget < int(encoded.measure(adapted.layout)[0].max()):
                 raise
             budget //= 2
             torch.cuda.empty_cache()

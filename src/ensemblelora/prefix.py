@@ -11,6 +11,7 @@ Dropout below the adapted blocks is off, in training too: there is nothing to tr
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ensemblelora.artifacts import fingerprint
+from ensemblelora.artifacts import find_seal_fault, fingerprint, seal_folder
 from ensemblelora.data.batching import Batch, Span, collate, plan_batches
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.data.identity import fingerprint_split
-from ensemblelora.files import atomic_folder
+from ensemblelora.errors import OutputError
+from ensemblelora.files import atomic_folder, map_new_array
 from ensemblelora.forwards import replaced_forwards
 from ensemblelora.models import find_blocks
 from ensemblelora.progress import note, track
@@ -41,7 +43,12 @@ __all__ = ["FrozenPrefix", "HiddenCache", "choose_kept", "count_slots", "find_pr
 
 _FILE = "hidden.npy"
 _DISK_SHARE = 0.8
+_INTACT: set[tuple[Path, int]] = set()
+"""files that this process has written or found as they were written, with their times of modification"""
 _BITS: dict[int, Any] = {2: (torch.int16, np.int16), 4: (torch.int32, np.int32)}  # numpy has no bfloat16
+
+
+_logger = logging.getLogger(__name__)
 
 
 class _Reached(Exception):
@@ -136,11 +143,11 @@ class HiddenCache:
         n_slots = sum(place.n_slots for place in files.values() if not place.is_filled)
         return n_slots * self.width * self.dtype.itemsize
 
-    def enlist(self, splits: Sequence[EncodedSplit]) -> None:
-        """Choose, in this order, the splits to keep; their rows are run when they are first asked for."""
+    def enlist(self, splits: Sequence[EncodedSplit], *, cleans: bool = True) -> None:
+        """Choose, in this order, the splits to keep, run when first asked for; with ``cleans`` all others go."""
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [fingerprint(self.identity, fingerprint_split(split))[:32] for split in splits]
-        for path in self.folder.iterdir():
+        for path in self.folder.iterdir() if cleans else ():
             if path.name not in names:
                 shutil.rmtree(path, ignore_errors=True)
         room = find_room(self.folder, self.max_bytes)
@@ -183,14 +190,15 @@ class HiddenCache:
     def fill(
         self, split: EncodedSplit, run: Callable[[Batch], Tensor], *, layout: Layout, max_tokens: int, pad_token_id: int
     ) -> None:
-        """Run every row of a split once and keep what comes out; the file appears when it is whole."""
+        """Run every row of a split once and keep what comes out; the file appears when it is whole.
+
+        Where the disk has no room for it, the split is not kept.
+        """
         place = self._places[id(split)]
         bits_of, bits = _BITS[self.dtype.itemsize]
         plan = plan_batches(*split.measure(layout), max_tokens)
-        with atomic_folder(place.folder) as scratch:
-            values = np.lib.format.open_memmap(
-                scratch / _FILE, mode="w+", dtype=bits, shape=(place.n_slots, self.width)
-            )
+        with self._giving_up(place), atomic_folder(place.folder) as scratch:
+            values = map_new_array(scratch / _FILE, (place.n_slots, self.width), bits)
             for indices in track(plan, f"lower layers {split.task} ({split.split})"):
                 batch = collate([(split, int(e)) for e in indices], pad_token_id, layout=layout)
                 hidden = run(batch).contiguous().view(bits_of).cpu().numpy()
@@ -200,6 +208,18 @@ class HiddenCache:
                         values[slots.start : slots.stop] = hidden[row, column + at : column + at + len(slots)]
             values.flush()
             del values
+            seal_folder(scratch)
+        if place.file.exists():
+            _INTACT.add(_stamp(place.file))
+
+    @contextmanager
+    def _giving_up(self, place: _Place) -> Iterator[None]:
+        """Keep nothing of a split whose file can't be written: it is a shortcut, and no part of a run's outcome."""
+        try:
+            yield
+        except OutputError as error:
+            self._places = {key: other for key, other in self._places.items() if other.folder != place.folder}
+            note(f"activations of {place.split.task} ({place.split.split}) are computed each time: {error}")
 
 
 class _Place:
@@ -228,11 +248,26 @@ class _Place:
         return place
 
     @property
+    def file(self) -> Path:
+        return self.folder / _FILE
+
+    @property
     def is_filled(self) -> bool:
-        if self._values is None and (self.folder / _FILE).exists():
-            found = np.load(self.folder / _FILE, mmap_mode="r", allow_pickle=False)
+        if self._values is None and self.file.exists() and self._is_intact():
+            found = np.load(self.file, mmap_mode="r", allow_pickle=False)
             self._values = found if found.shape == (self.n_slots, self._width) else None
         return self._values is not None
+
+    def _is_intact(self) -> bool:
+        """Whether the file is as it was written; one that is not is removed, and filled again."""
+        stamp = _stamp(self.file)
+        fault = None if stamp in _INTACT else find_seal_fault(self.folder)
+        if fault:
+            _logger.warning("activations of %s are computed again: %s", self.split.task, fault)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return False
+        _INTACT.add(stamp)
+        return True
 
     @property
     def values(self) -> NDArray[Any]:
@@ -251,6 +286,10 @@ class _Place:
             start = max(span.start, n_shared)
             first = int(self._own_starts[span.row]) + start - n_shared
             yield start - span.start, range(first, first + end - start)
+
+
+def _stamp(file: Path) -> tuple[Path, int]:
+    return file.resolve(), file.stat().st_mtime_ns
 
 
 def count_slots(split: EncodedSplit) -> int:

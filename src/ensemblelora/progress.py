@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-__all__ = ["announcing", "note", "stage", "track"]
+__all__ = ["announcing", "mention", "note", "stage", "track"]
 
 Item = TypeVar("Item")
 
@@ -58,11 +58,14 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
     if bars is None:
         yield from _track_in_lines(items, description, total)
         return
-    bar = bars.add_task(description, total=total)
+    of = "" if total is None else f"/{total}"
+    bar, started, n_done = bars.add_task(description, total=total, done=f"0{of}", rate=""), time.perf_counter(), 0
     try:
         for item in items:
             yield item
-            bars.advance(bar)
+            n_done += 1
+            rate = _write_rate(n_done, time.perf_counter() - started)
+            bars.update(bar, advance=1, done=f"{n_done}{of}", rate=rate)
     finally:
         bars.remove_task(bar)
 
@@ -92,6 +95,13 @@ def note(text: str) -> None:
         listener.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def mention(text: str) -> None:
+    """Say one line, unless there was one in the last half minute."""
+    listener = _listener.get()
+    if listener is not None and time.perf_counter() - listener.said_at >= _SILENT_SECONDS:
+        note(text)
+
+
 @contextmanager
 def announcing(console: Console) -> Iterator[None]:
     """Send announcements made inside this context to ``console``; contexts may be nested."""
@@ -111,10 +121,27 @@ def _track_in_lines(items: Iterable[Item], description: str, total: int | None) 
         listener, now = _listener.get(), time.perf_counter()
         if listener is None or listener.console.is_terminal or now - listener.said_at < _SILENT_SECONDS:
             continue
+        rate = _write_rate(n_done, now - started)
         if total is None:
-            note(f"{description}: {n_done}")
+            note(f"{description}: {n_done}, {rate}")
         elif n_done < total:  # the end of a loop is said by what comes after it
-            note(f"{description}: {n_done}/{total}, {_round_time((now - started) * (total - n_done) / n_done)} left")
+            left = _round_time((now - started) * (total - n_done) / n_done)
+            note(f"{description}: {n_done}/{total}, {rate}, {left} left")
+
+
+def _write_rate(n_done: int, seconds: float) -> str:
+    """Say how fast a loop goes: items a second, or where that is below one seconds an item.
+
+    Example:
+        >>> _write_rate(60, 30.0), _write_rate(2, 30.0)
+        ('2.0/s', '15 s each')
+    """
+    if seconds <= 0:
+        return ""
+    if n_done >= seconds:
+        rate = n_done / seconds
+        return f"{rate:.1f}/s" if rate < 10 else f"{rate:,.0f}/s"
+    return f"{_round_time(seconds / n_done)} each"
 
 
 def _round_time(seconds: float) -> str:
@@ -130,18 +157,19 @@ def _showing_bars(console: Console, name: str) -> Iterator[None]:
         yield
         return
     # Here, not at the top: rich takes 50 ms to import, and only a terminal needs it.
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=20),  # the widest that leaves 80 columns room for the rest
+        TextColumn("{task.fields[done]}", justify="right"),
+        TextColumn("{task.fields[rate]}", justify="right"),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, transient=True) as bars:
         token = _bars.set(bars)
-        bars.add_task(name, total=None)
+        bars.add_task(name, total=None, done="", rate="")
         try:
             yield
         finally:

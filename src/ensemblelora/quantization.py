@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ensemblelora.config import ModelConfig
 from ensemblelora.errors import MissingExtraError, ModelError
+from ensemblelora.placement import iterate_parameters
 
 __all__ = [
     "check_installed",
@@ -150,7 +151,7 @@ def find_packed_layers(model: nn.Module) -> dict[str, Any]:
 
 def list_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the model's weights consist of, by name: parameters, and the scales of packed ones."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in iterate_parameters(model):
         yield name, parameter.detach()
         yield from ((f"{name}.{key}", tensor) for key, tensor in _scales_of(parameter).items())
 

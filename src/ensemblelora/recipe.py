@@ -180,6 +180,8 @@ def _describe_values(field: Mapping[str, Any]) -> str:
         return " | ".join(str(value) for value in field["enum"])
     if "const" in field:
         return json.dumps(field["const"]) if isinstance(field["const"], bool) else str(field["const"])
+    if field["type"] == "object":
+        return str(field["title"])
     if field["type"] == "array":
         return f"list of: {_describe_values(field['items'])}" if field.get("items") else "list"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true | false", "null": "null"}

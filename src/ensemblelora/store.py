@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from ensemblelora.blocks import DTYPES, FeatureBlock, OutputMode, find_fault, helmert
 from ensemblelora.errors import StoreError
-from ensemblelora.files import file_sha256, fingerprint, save_array, write_json
+from ensemblelora.files import file_sha256, fingerprint, map_new_array, save_array, write_json
 
 __all__ = ["FeatureBlock", "FeatureStore", "FeatureWriter", "OutputMode", "helmert"]
 
@@ -111,6 +111,26 @@ class FeatureStore:
         """
         with self.writer(block.task, block.split, fingerprint, mode=block.mode) as writer:
             writer.append(**{name: getattr(block, name) for name in DTYPES}, ids=block.ids)
+
+    def join(self, task: str, split: str, fingerprint: str, pieces: Sequence[FeatureStore]) -> None:
+        """Make one block of what several writers left in stores of their own, in the order of these; one file an array.
+
+        Args:
+            task: The task's name.
+            split: Of it.
+            fingerprint: Identity of the block.
+            pieces: Each holds some rows of it, under the same name; they stay as they are. No row is there twice.
+
+        Raises:
+            StoreError: If a piece is missing, damaged, or of rows of another shape or kind.
+        """
+        parts = [piece.read(task, split) for piece in pieces]
+        shapes = {(part.mode, part.features.shape[1:]) for part in parts}
+        if len(shapes) != 1:
+            raise StoreError(f"features of task {task!r}, {split}: pieces of different kinds {sorted(shapes)}")
+        writer = self.writer(task, split, fingerprint, mode=parts[0].mode)
+        with writer:
+            writer.append_files(parts)
 
     def read(self, task: str, split: str, *, verify: bool = True) -> FeatureBlock:
         """Return a block: memory-mapped if it has one shard, otherwise concatenated in memory.
@@ -238,6 +258,20 @@ class FeatureWriter:
         if sum(piece["features"].nbytes for piece in self._pending) >= self._shard_bytes:
             self._flush()
 
+    def append_files(self, parts: Sequence[FeatureBlock]) -> None:
+        """Add rows that were checked when they were written, as one shard; at most one part of them is in memory."""
+        self._flush()
+        number, n_rows = len(self._record["shards"]), sum(len(part.ids) for part in parts)
+        files = {}
+        for name in DTYPES:
+            path = self._folder / f"{name}-{number:05d}.npy"
+            _join_files(path, [getattr(part, name) for part in parts])
+            files[name] = _describe(path)
+        path = self._folder / f"{_IDS}-{number:05d}.json"
+        write_json(path, [text for part in parts for text in part.ids])
+        files[_IDS] = _describe(path)
+        self._record["shards"].append({"n_rows": n_rows, "files": files})
+
     @property
     def _name(self) -> str:
         return f"features of task {self._record['task']!r}, {self._record['split']}"
@@ -282,6 +316,14 @@ def _block_prefix(task: str, split: str) -> str:
     """Return a file name that is safe for any task name, readable, and different for different blocks."""
     readable = re.sub(r"[^A-Za-z0-9_]+", "_", f"{task}-{split}")[:48]
     return f"{readable}-{fingerprint([task, split])[:12]}"
+
+
+def _join_files(path: Path, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    """Write arrays below each other into one file."""
+    shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+    whole = map_new_array(path, shape, arrays[0].dtype)
+    np.concatenate(arrays, out=whole)
+    whole.flush()
 
 
 def _describe(path: Path) -> _FileRecord:

@@ -1,17 +1,25 @@
-"""The closing screen of a run: decision and groups, accuracy per method, cost, and where the report is."""
+"""The closing screen of a run: decision and groups, what each method gave and took, and where the report is.
+
+It fits the terminal, 80 by 24 where that is not known: what does not fit is left out, and the report has all of it.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ensemblelora.artifacts import PLAN_FILE, REPORT_HTML_FILE
+from ensemblelora.artifacts import REPORT_HTML_FILE
+from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
 from ensemblelora.report.headline import write_headline
+from ensemblelora.report.plan_sections import describe_validation
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.records import CostsRecord, PlanRecord, Prediction, ResultsRecord, RunRecord, TaskScore
+from ensemblelora.report.result_sections import warn_of_linearity
 from ensemblelora.report.wording import (
     NOTHING,
     count,
@@ -21,22 +29,24 @@ from ensemblelora.report.wording import (
     format_number,
     format_percent,
     format_seconds,
+    format_signed,
     group_letter,
 )
 
 __all__ = ["summarize"]
 
-# More rows than these would push the headline off a screen of 40 lines; the report has them all.
-_MAX_TASKS = 12
-_MAX_GROUPS = 8
-_MAX_WARNINGS = 6
+_WIDTH, _HEIGHT = 80, 24
+_MAX_GROUPS = (12, 6, 4, 2)  # tried in turn
+_MAX_WARNINGS = (6, 3, 1, 0)
+Part = Text | Table
 
 
-def summarize(folder: Path) -> list[Text | Table]:
+def summarize(folder: Path, *, size: tuple[int, int] | None = None) -> list[Part]:
     """Read a run folder, and say on one screen what came out so far.
 
     Args:
         folder: A run folder with at least a plan.
+        size: Columns and lines of the screen; by default the terminal's.
 
     Returns:
         Lines and tables for :func:`ensemblelora.console.show_table`.
@@ -46,38 +56,78 @@ def summarize(folder: Path) -> list[Text | Table]:
         StoreError: If one of its files is damaged.
     """
     record = load_record(folder)
-    parts: list[Text | Table] = [Text(write_headline(record), style="bold"), Text(record.plan.reason), Text()]
-    parts += [_list_groups(record.plan), Text()]
-    if record.results is None:
-        parts += [_tabulate_predictions(record.plan), Text()]
+    width, height = size or shutil.get_terminal_size((_WIDTH, _HEIGHT))
+    console = Console(width=width, highlight=False)
+    shown: list[Part] = []
+    for has_tasks in (True, False):
+        for n_groups, n_warnings in zip(_MAX_GROUPS, _MAX_WARNINGS, strict=True):
+            shown = _compose(record, folder, has_tasks=has_tasks, n_groups=n_groups, n_warnings=n_warnings)
+            if sum(len(console.render_lines(part, pad=False)) for part in shown) < height:  # a line is the prompt's
+                return shown
+    return shown
+
+
+def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int, n_warnings: int) -> list[Part]:
+    plan, results = record.plan, _leave_out_boosted(record.results)
+    parts: list[Part] = [Text(write_headline(record), style="bold")]
+    gap = [Text()] if has_tasks or results is None else []
+    if has_tasks or results is None:
+        parts.append(Text(plan.reason))
+    parts += [Text(), _list_groups(plan, n_groups), Text()]
+    if results is None:
+        parts += [_tabulate_predictions(plan), *gap]
     else:
-        parts += [_tabulate_accuracy(record.plan, record.results), *_explain_dashes(record.results), Text()]
-        parts += [_tabulate_methods(record, record.results), Text()]
-    parts += [Text(line) for line in _list_costs(record.costs)]
-    parts += [Text(line, style="yellow") for line in _list_warnings(record.plan.warnings)]
+        if has_tasks:
+            parts += [_tabulate_accuracy(plan, results), *_explain_dashes(results), *gap]
+        parts += [_tabulate_methods(record, results)]
+        parts += [_one_line(line) for line in _tell_extremes(plan, results)]
+        parts += gap
+        if told := warn_of_linearity(results.linearity):
+            parts.append(Text(f"warning: {told}", style="yellow"))
+    parts += [_one_line(line) for line in _list_costs(record.costs)]
+    parts += [Text(line, style="yellow") for line in _list_warnings(plan.warnings, n_warnings)]
     report = folder / REPORT_HTML_FILE
     parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}", no_wrap=True))
     return parts
 
 
-def _list_warnings(warnings: Sequence[str]) -> Iterator[str]:
-    yield from (f"warning: {warning}" for warning in warnings[:_MAX_WARNINGS])
-    if len(warnings) > _MAX_WARNINGS:
-        yield f"and {count(len(warnings) - _MAX_WARNINGS, 'warning')} more: see {PLAN_FILE}"
+def _leave_out_boosted(results: ResultsRecord | None) -> ResultsRecord | None:
+    """A fifth method has no place in 80 columns, and the ensemble beside it has the boosters, too."""
+    if results is None or OWN_GROUP not in results.methods:
+        return results
+    shown = {name: scores for name, scores in results.methods.items() if name != BOOSTED_GROUP}
+    return results.model_copy(update={"methods": shown})
 
 
-def _list_groups(plan: PlanRecord) -> Table:
-    table = _new_table("group", "tasks")
-    for index, group in enumerate(plan.groups[:_MAX_GROUPS]):
-        table.add_row(group_letter(index), Text(", ".join(plan.task_names[task] for task in group)))
-    if len(plan.groups) > _MAX_GROUPS:
-        table.add_row("", f"and {count(len(plan.groups) - _MAX_GROUPS, 'group')} more")
+def _one_line(text: str) -> Table:
+    """A line that is cut where the screen ends."""
+    grid = Table.grid()
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_row(Text(text))
+    return grid
+
+
+def _list_warnings(warnings: Sequence[str], n_shown: int) -> Iterator[str]:
+    yield from (f"warning: {warning}" for warning in warnings[:n_shown])
+    if len(warnings) > n_shown:
+        more = " more" if n_shown else ""
+        yield f"{'and ' if n_shown else ''}{count(len(warnings) - n_shown, 'warning')}{more}: see the report"
+
+
+def _list_groups(plan: PlanRecord, n_shown: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column()
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for index, group in enumerate(plan.groups[:n_shown]):
+        table.add_row(f"group {group_letter(index)}", Text(", ".join(plan.task_names[task] for task in group)))
+    if len(plan.groups) > n_shown:
+        table.add_row("", f"and {count(len(plan.groups) - n_shown, 'group')} more")
     return table
 
 
 def _tabulate_predictions(plan: PlanRecord) -> Table:
     coverage = describe_coverage(plan.predicted.plan.n_accuracies, plan.n_tasks)
-    table = _new_table("predicted on validation rows", "loss", "±", f"accuracy {coverage}".strip(), "±")
+    table = _new_table(f"predicted on {describe_validation(plan)}", "loss", "±", f"accuracy {coverage}".strip(), "±")
     ways = {
         "this plan": plan.predicted.plan,
         "one adapter for all": plan.predicted.shared,
@@ -100,7 +150,7 @@ def _write_prediction(predicted: Prediction) -> tuple[str, str, str, str]:
 
 def _tabulate_accuracy(plan: PlanRecord, results: ResultsRecord) -> Table:
     table = _new_table("test accuracy", "rows", "majority", *results.methods)
-    for task in plan.task_names[:_MAX_TASKS]:
+    for task in plan.task_names:
         scores = [method.per_task.get(task, TaskScore()) for method in results.methods.values()]
         table.add_row(
             Text(task),
@@ -108,14 +158,25 @@ def _tabulate_accuracy(plan: PlanRecord, results: ResultsRecord) -> Table:
             format_percent(next((score.majority for score in scores if score.majority is not None), None)),
             *_write_best([score.accuracy for score in scores]),
         )
-    if plan.n_tasks > _MAX_TASKS:
-        table.add_row(f"and {count(plan.n_tasks - _MAX_TASKS, 'task')} more")
     return table
 
 
 def _explain_dashes(results: ResultsRecord) -> Iterator[Text]:
     if any(score.kind == "sequence" for method in results.methods.values() for score in method.per_task.values()):
         yield Text(f"{NOTHING}: free text has no classes; its accuracy is the share of exact matches", style="dim")
+
+
+def _tell_extremes(plan: PlanRecord, results: ResultsRecord) -> Iterator[str]:
+    """Name the tasks that gained most and least against one adapter for all."""
+    found = [
+        (item.difference, name)
+        for name in plan.task_names
+        if (item := results.find_difference("ensemble", "shared", "accuracy", name)) and item.difference is not None
+    ]
+    if len(found) > 1 and len(plan.groups) > 1:
+        (low, worst), (high, best) = min(found), max(found)
+        most, least = (f"{name} {format_signed(100 * value, 1)}" for value, name in ((high, best), (low, worst)))
+        yield f"points in accuracy, against one adapter for all: most {most}, least {least}"
 
 
 def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:
@@ -146,18 +207,18 @@ def _list_costs(costs: CostsRecord | None) -> Iterator[str]:
     stages = [stage for stage in costs.stages if stage.wall_seconds is not None] if costs else []
     if not stages:
         return
-    longest = sorted(stages, key=lambda stage: -(stage.wall_seconds or 0))[:4]
+    longest = sorted(stages, key=lambda stage: -(stage.wall_seconds or 0))[:2]
     total = sum(stage.wall_seconds or 0 for stage in stages)
     parts = ", ".join(f"{stage.stage} {format_seconds(stage.wall_seconds)}" for stage in longest)
     peaks = [stage.peak_memory_bytes for stage in stages if stage.peak_memory_bytes is not None]
-    peak = f"; at most {format_bytes(max(peaks))} of memory" if peaks else ""
+    peak = f"; {format_bytes(max(peaks))} of memory at most" if peaks else ""
     yield f"{format_seconds(total)} in all ({parts}){peak}"
 
 
 def _new_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or column == "tasks" else "right")
+        table.add_column(column, justify="left" if index == 0 else "right")
     return table
 
 

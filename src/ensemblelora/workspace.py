@@ -3,11 +3,14 @@
 A stage is described by a name and the values it depends on. Their fingerprint, with the package version, decides:
 if the run folder's marker has the same one and the files are intact, the stage's body is passed over.
 Where a stage does run, what later stages made of its old outcome goes first (trained adapters stay: they are judged
-by their own markers), so that what lies in a run folder always belongs together.
+by their own markers), so that what lies in a run folder always belongs together. What later stages cost counts again
+once each is found to be done for the present inputs. A finished run is set aside whole before its first stage with
+other inputs is done again (:mod:`ensemblelora.earlier`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -22,8 +25,10 @@ from ensemblelora import __version__, artifacts, progress
 from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts
 from ensemblelora.attempts import Attempt
 from ensemblelora.config import RunConfig, dump_config
-from ensemblelora.errors import OutputError
+from ensemblelora.earlier import MADE_WITH_FILE, list_changes, set_aside
+from ensemblelora.errors import OutputError, StoreError
 from ensemblelora.files import is_temporary
+from ensemblelora.scheduling import HERE, Scheduler
 
 __all__ = [
     "ORACLE_FILE",
@@ -34,10 +39,15 @@ __all__ = [
     "describe_environment",
     "open_run",
     "open_workspace",
+    "reopen_run",
 ]
 
 ORACLE_FILE = "oracle.json"
 """the ridge that the subset oracle uses, and what it was chosen from"""
+
+_COSTS_COPY = ".costs.json"
+
+_logger = logging.getLogger(__name__)
 
 # Every stage in its order, and the files in which others read its outcome.
 _OUTCOMES: Mapping[str, tuple[str, ...]] = {
@@ -49,7 +59,7 @@ _OUTCOMES: Mapping[str, tuple[str, ...]] = {
     "boost": (),
     "combine": (artifacts.ENSEMBLE_FILE,),
     "baselines": (),
-    "evaluate": (artifacts.RESULTS_FILE,),
+    "evaluate": (artifacts.RESULTS_FILE, artifacts.TEST_ROWS_FILE),
     "report": (artifacts.REPORT_HTML_FILE, artifacts.REPORT_MARKDOWN_FILE),
 }
 
@@ -80,6 +90,8 @@ class OpenRun:
     ledger: Ledger = field(default_factory=Ledger)
     outcomes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """stages whose files go before they or an earlier one is run again, in their order"""
+    _news: dict[str, Any] = field(default_factory=dict, init=False)
+    """what a finished run would be made of now, which is not written yet"""
 
     @property
     def path(self) -> Path:
@@ -105,10 +117,29 @@ class OpenRun:
             yield from self._carry_out(run)
         else:
             progress.note(f"{name}: done before")
+            self._change_ledger(self.ledger.confirming(name))
             yield run
         self._note(name).unlink(missing_ok=True)
         if name == self.until:
             raise _LastStageReached
+
+    def write_record(self, name: str, value: object) -> None:
+        """Write what the run is made of, a text or values, under a file's name.
+
+        A finished run keeps its records until one of its stages is done again: they are what it was made with.
+        """
+        self._news[name] = value
+        if not (self.path / artifacts.ENSEMBLE_FILE).exists():
+            self.settle()
+
+    def settle(self) -> None:
+        """Write the records that wait: what the run holds now is made with them."""
+        for name, value in self._news.items():
+            write = artifacts.write_text if isinstance(value, str) else artifacts.write_json
+            write(self.path / name, value)
+        if made_with := self._news.get(artifacts.CONFIG_FILE):
+            artifacts.write_text(self.path / MADE_WITH_FILE, str(made_with))
+        self._news.clear()
 
     def adapter_digest(self, name: str) -> str:
         """Identity of a trained adapter: the checksum of its weights."""
@@ -119,10 +150,8 @@ class OpenRun:
         self._write_ledger(replace(self.ledger, methods=dict(costs)))
 
     def drop_costs(self, stage: str) -> None:
-        """Take a stage out of the ledger that the present plan does without."""
-        kept = tuple(record for record in self.ledger.stages if record.stage != stage)
-        if len(kept) < len(self.ledger.stages):
-            self._write_ledger(replace(self.ledger, stages=kept))
+        """Take a stage out of the ledger that the present plan does without; of a finished run with its next stage."""
+        self._change_ledger(self.ledger.doubting([stage]))
 
     def flops_of(self, *stages: str) -> int:
         """FLOPs of the named stages so far."""
@@ -140,6 +169,9 @@ class OpenRun:
 
     def _carry_out(self, run: StageRun) -> Iterator[StageRun]:
         attempt = Attempt(self._note(run.name), run.fingerprint, run.meter)
+        if self._news:
+            self._keep_finished(run)
+            self.settle()
         self._clear_outcomes(run.name)
         try:
             with progress.stage(run.name), attempt.measured():
@@ -148,20 +180,54 @@ class OpenRun:
             self._write_ledger(self.ledger.with_stage(attempt.spent))
         self.folder.mark_done(run.name, run.fingerprint, files=run.files)
 
+    def _keep_finished(self, run: StageRun) -> None:
+        """Set a finished run aside if this stage, with other inputs than it had, would take something from it."""
+        lost = [stage for stage, _ in self._list_outcomes(run.name) if stage != "report"]
+        changes = list_changes(self.path, self._news) if lost else []
+        if lost and (changes or self.folder.has_other_inputs(run.name, run.fingerprint)):
+            place = set_aside(self.path)
+            if environment := self._news.get(artifacts.ENVIRONMENT_FILE):
+                self._news[artifacts.ENVIRONMENT_FILE] = {**environment, "created": _now()}
+            _logger.warning(
+                "%s was finished with other inputs (%s): it is done again from stage %s on. The finished run is kept, "
+                "to be used as any: ensemblelora predict %s ... (another --out keeps both apart from the start)",
+                self.path,
+                "; ".join(changes) or "which, its records don't tell",
+                run.name,
+                place,
+            )
+
     def _clear_outcomes(self, name: str) -> None:
-        """Drop what this stage and later ones left of other inputs."""
-        stages = list(self.outcomes)
+        """Drop what this stage and later ones left of other inputs, and count none of their costs for now."""
         self.folder.forget(name)
-        for later in stages[stages.index(name) :] if name in self.outcomes else ():
-            found = [path for file in self.outcomes[later] if (path := self.path / file).exists()]
-            if found:
-                self.folder.forget(later)
-            for path in found:
-                path.unlink()
+        for later, path in [*self._list_outcomes(name)]:
+            self.folder.forget(later)
+            path.unlink()
+        doubted = self._list_from(name)
+        ledger = self.ledger.doubting(doubted)
+        self._change_ledger(replace(ledger, methods={}) if "evaluate" in doubted else ledger)
+
+    def _list_outcomes(self, name: str) -> Iterator[tuple[str, Path]]:
+        """What a stage and those after it left, each with the stage's name."""
+        for stage in self._list_from(name):
+            yield from ((stage, path) for file in self.outcomes[stage] if (path := self.path / file).exists())
+
+    def _list_from(self, name: str) -> list[str]:
+        """A stage and those after it; none if their order is not known."""
+        stages = list(self.outcomes)
+        return stages[stages.index(name) :] if name in stages else []
+
+    def _change_ledger(self, ledger: Ledger) -> None:
+        """Take over a ledger, and write it; where a finished run still has its own, with its next stage."""
+        if ledger != self.ledger:
+            self.ledger = ledger
+            if not self._news:
+                self._write_ledger(ledger)
 
     def _write_ledger(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        artifacts.write_json(self.path / artifacts.COSTS_FILE, ledger.to_dict())
+        for name in (_COSTS_COPY, artifacts.COSTS_FILE):
+            artifacts.write_json(self.path / name, ledger.to_dict())
 
     def _note(self, name: str) -> Path:
         return self.path / artifacts.STAGES_FOLDER / f"{name}.begun.json"
@@ -174,7 +240,32 @@ class Workspace(OpenRun):
     config: RunConfig
     start_fingerprint: str
     """identity of model, adapter settings and seed: of the point theta0"""
+    scheduler: Scheduler = HERE
+    """carries out independent jobs"""
+    begun: dict[str, Iterator[Any]] = field(default_factory=dict)
+    """jobs that a later stage will wait for, by what they leave"""
     outcomes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _OUTCOMES)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether independent jobs run in other processes."""
+        return self.scheduler.n_workers > 0
+
+    def tell_unread(self) -> None:
+        """Say what has changed since a finished run was made, if no stage has read it: the run is as it was."""
+        if changes := list_changes(self.path, self._news) if self._news else []:
+            _logger.warning(
+                "%s is finished, and was made otherwise (%s). No stage that was asked for depends on that: what is "
+                "there is the finished run, as it was%s",
+                self.path,
+                "; ".join(changes),
+                "" if self.reaches("report") else "; the stages after these: ensemblelora run, with the same request",
+            )
+
+    def reaches(self, stage: str) -> bool:
+        """Whether a stage is among those to run."""
+        stages = list(self.outcomes)
+        return self.until not in stages or stages.index(stage) <= stages.index(self.until)
 
 
 def check_place(path: Path) -> None:
@@ -210,31 +301,75 @@ def open_run(path: Path, config: str) -> Iterator[OpenRun]:
 
     Raises:
         OutputError: If the folder can't be written, is no run folder, or is in use.
+        StoreError: If the ledger of costs is damaged, and its copy, too.
     """
-    folder = artifacts.RunFolder.create(path)
-    with folder.lock():
-        artifacts.write_text(folder.path / artifacts.CONFIG_FILE, config)
-        costs = folder.path / artifacts.COSTS_FILE
-        ledger = Ledger.from_dict(artifacts.read_json(costs)) if costs.exists() else Ledger()
-        yield OpenRun(folder=folder, ledger=ledger)
+    with _hold(artifacts.RunFolder.create(path)) as run:
+        artifacts.write_text(run.path / artifacts.CONFIG_FILE, config)
+        yield run
 
 
 @contextmanager
-def open_workspace(config: RunConfig, *, until: str, start_fingerprint: str) -> Iterator[Workspace]:
+def reopen_run(path: Path) -> Iterator[OpenRun]:
+    """Take up a run that is there, with the settings that it has, and hold its lock.
+
+    Raises:
+        OutputError: If the folder is no run folder, can't be written, or is in use.
+        StoreError: As of :func:`open_run`.
+    """
+    with _hold(artifacts.RunFolder.open(path)) as run:
+        yield run
+
+
+@contextmanager
+def open_workspace(
+    config: RunConfig, *, until: str, start_fingerprint: str, scheduler: Scheduler = HERE
+) -> Iterator[Workspace]:
     """Make or take up the run folder, hold its lock, and leave after the stage ``until``.
 
     Args:
-        config: The run; written to the folder.
+        config: The run; written to the folder, of a finished run when one of its stages is done again.
         until: The last stage to run.
         start_fingerprint: Identity of model, adapter settings and seed.
+        scheduler: Carries out independent jobs.
 
     Raises:
         OutputError: If the folder can't be written, is no run folder, or is in use.
     """
-    with open_run(Path(config.out), dump_config(config)) as run, suppress(_LastStageReached):
-        yield Workspace(
-            config=config, folder=run.folder, until=until, start_fingerprint=start_fingerprint, ledger=run.ledger
+    with _hold(artifacts.RunFolder.create(Path(config.out))) as run:
+        work = Workspace(
+            config=config,
+            folder=run.folder,
+            until=until,
+            start_fingerprint=start_fingerprint,
+            scheduler=scheduler,
+            ledger=run.ledger,
         )
+        work.write_record(artifacts.CONFIG_FILE, dump_config(config))
+        with suppress(_LastStageReached):
+            yield work
+        work.tell_unread()
+
+
+@contextmanager
+def _hold(folder: artifacts.RunFolder) -> Iterator[OpenRun]:
+    with folder.lock():
+        yield OpenRun(folder=folder, ledger=_read_ledger(folder.path))
+
+
+def _read_ledger(folder: Path) -> Ledger:
+    """What a run has cost so far; by the copy where the file is damaged, since no stage can tell what it once took."""
+    path, copy = folder / artifacts.COSTS_FILE, folder / _COSTS_COPY
+    if not path.exists():
+        return Ledger()
+    try:
+        return Ledger.from_dict(artifacts.read_json(path))
+    except StoreError as error:
+        if not copy.exists():
+            raise
+        ledger = Ledger.from_dict(artifacts.read_json(copy))
+        _logger.warning("%s; it is written anew from its copy", str(error).partition(";")[0])
+        artifacts.write_json(path, ledger.to_dict())
+        return ledger
 
 
 def describe_environment(
@@ -257,5 +392,9 @@ def describe_environment(
         "device": device,
         "model": dict(model),
         "max_tokens_per_batch": max_tokens,
-        "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": before.get("created") or _now(),
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,7 @@ class StageRecord:
         flops: Floating-point operations, by formula.
         n_tokens: Tokens the model read, without padding; each pass counts.
         n_padded_tokens: Positions the model computed, padding included.
-        peak_memory_bytes: Highest resident memory of the process during the stage.
+        peak_memory_bytes: Highest resident memory of a process during the stage.
         peak_accelerator_bytes: Highest memory torch held on the accelerator; none where there is none.
         dequantization_flops: Operations that unpack a 4-bit base, one a weight and pass; not in ``flops``.
         added_memory_bytes: Of the peak, what was not resident when the stage began.
@@ -88,10 +88,18 @@ class MethodCosts:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The costs of a run so far: stages in the order they first ran, and methods by name."""
+    """The costs of a run so far.
+
+    Attributes:
+        stages: Of the run as it is now, in the order they first ran.
+        methods: By name.
+        unconfirmed: Of stages that have not been looked at again since something before them was done anew. What they
+            left may still be used, and is counted then.
+    """
 
     stages: tuple[StageRecord, ...] = ()
     methods: Mapping[str, MethodCosts] = dataclasses.field(default_factory=dict)
+    unconfirmed: tuple[StageRecord, ...] = ()
 
     def with_stage(self, record: StageRecord, *, is_continued: bool = False) -> Ledger:
         """Return the ledger with a stage's cost entered.
@@ -103,7 +111,23 @@ class Ledger:
         known = {old.stage: old for old in self.stages}
         old = known.get(record.stage)
         known[record.stage] = old.joined(record) if old is not None and is_continued else record
-        return dataclasses.replace(self, stages=tuple(known.values()))
+        waiting = tuple(one for one in self.unconfirmed if one.stage != record.stage)
+        return dataclasses.replace(self, stages=tuple(known.values()), unconfirmed=waiting)
+
+    def doubting(self, names: Collection[str]) -> Ledger:
+        """Return the ledger with these stages' costs uncounted until each is confirmed or done again."""
+        doubted = tuple(record for record in self.stages if record.stage in names)
+        again = {record.stage for record in doubted}
+        return dataclasses.replace(
+            self,
+            stages=tuple(record for record in self.stages if record.stage not in again),
+            unconfirmed=(*(record for record in self.unconfirmed if record.stage not in again), *doubted),
+        )
+
+    def confirming(self, name: str) -> Ledger:
+        """Return the ledger with a stage's cost counted again, since what the stage left is of the present inputs."""
+        found = [record for record in self.unconfirmed if record.stage == name]
+        return self.with_stage(found[0]) if found else self
 
     def with_method(self, name: str, costs: MethodCosts) -> Ledger:
         """Return the ledger with one method's costs entered or replaced."""
@@ -119,10 +143,13 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for ``costs.json``."""
-        return {
+        values: dict[str, Any] = {
             "stages": [dataclasses.asdict(record) for record in self.stages],
             "methods": {name: dataclasses.asdict(costs) for name, costs in self.methods.items()},
         }
+        if self.unconfirmed:
+            values["unconfirmed"] = [dataclasses.asdict(record) for record in self.unconfirmed]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Ledger:
@@ -132,11 +159,14 @@ class Ledger:
             StoreError: If a value is missing or unknown.
         """
         try:
-            stages = tuple(StageRecord(**record) for record in values["stages"])
+            stages, unconfirmed = (
+                tuple(StageRecord(**record) for record in records)
+                for records in (values["stages"], values.get("unconfirmed", ()))
+            )
             methods = {name: MethodCosts(**costs) for name, costs in values["methods"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"costs.json: not a ledger of this version ({error}); delete it and run again") from None
-        return cls(stages, methods)
+        return cls(stages, methods, unconfirmed)
 
 
 class Meter:
@@ -176,13 +206,14 @@ class Meter:
         self._is_over.set()
         self._sampler.join()
         self._sample()
-        self._record = dataclasses.replace(
-            self._record,
+        own = StageRecord(
+            self._record.stage,
             wall_seconds=time.perf_counter() - self._started,
             peak_memory_bytes=self._peak,
             added_memory_bytes=self._peak - self._resident,
             peak_accelerator_bytes=_read_accelerator_peak(),
         )
+        self._record = self._record.joined(own)
 
     @property
     def record(self) -> StageRecord:
@@ -205,6 +236,15 @@ class Meter:
         """Count operations that unpack weights, apart from what is computed with them."""
         total = self._record.dequantization_flops + flops
         self._record = dataclasses.replace(self._record, dequantization_flops=total)
+
+    def add_record(self, record: StageRecord) -> None:
+        """Count what another process did for this stage: its work and its peaks; its time passed beside this one's."""
+        elsewhere = dataclasses.replace(record, wall_seconds=0.0)
+        self._record = self._record.joined(elsewhere)
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count time in which this stage's work was done before it began."""
+        self._record = dataclasses.replace(self._record, wall_seconds=self._record.wall_seconds + seconds)
 
     def _sample(self) -> None:
         self._peak = max(self._peak, self._process.memory_info().rss)

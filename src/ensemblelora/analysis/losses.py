@@ -7,6 +7,7 @@ validated run kept are used instead of new ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ Losses = Mapping[str, Mapping[str, Sequence[float]]]
 
 PARTS: tuple[Part, ...] = ("validation", "test")
 """whose rows are scored"""
+
+_logger = logging.getLogger(__name__)
 
 _DIGITS = 6
 _AVERAGE = "average"
@@ -201,6 +204,9 @@ def find_kept(
     for run in read_all_runs(place / TRUTH_FILE):
         folder = place / "adapters" / run.identity[:16]
         if run.identity in wanted and folder.is_dir():
+            if fault := artifacts.find_seal_fault(folder, may_lack_seal=True):
+                _logger.warning("%s; it is trained again", fault)
+                continue
             subset, order = wanted[run.identity]
             request.charge_stage(run.identity, flops=run.flops, seconds=run.seconds)
             found[subset, order] = _score_kept(request, pool, run, subset, folder)

@@ -2,7 +2,7 @@
 
 In: a pool, subsets of tasks. Out: differences from theta0. A training's tensors are kept after 1, 2, 4, 8, ... steps
 and after the last one, in ``paths/`` of the pool's folder. That is where it ended; the checkpoint of least validation
-loss, which the pool keeps, may be theta0 itself.
+loss, which the pool keeps, may be theta0 itself. Where the end alone is wanted, it is an adapter in ``ends/``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ensemblelora import artifacts
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, adapter_state
+from ensemblelora.adapters import THETA0, adapter_state, add_adapter, remove_adapter, save_adapter
 from ensemblelora.analysis.approximation import State
 from ensemblelora.boosting.direction import expand_weights, sum_gradients
 from ensemblelora.comparison.pool import Pool, Trained
@@ -30,10 +30,11 @@ from ensemblelora.estimation import Oracle
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.store import FeatureBlock
 
-__all__ = ["TrainedPath", "expand_oracle", "load_steps", "solve_duals", "train_path"]
+__all__ = ["TrainedPath", "expand_oracle", "load_steps", "solve_duals", "train_path", "train_to_end"]
 
 _COPY = 900
 """of trainings that are watched: another order of rows than that of any adapter trained for its own sake"""
+_COPY_TO_END = 901
 _RIDGE = 1e-6
 """of the dual variables, over the features' mean square: keeps directions that no row has out of them"""
 
@@ -64,10 +65,7 @@ def train_path(pool: Pool, tasks: Sequence[int]) -> TrainedPath:
         StoreError: If the adapter is there and steps of it are not.
     """
     chosen = tuple(sorted(tasks))
-    identity = artifacts.fingerprint(
-        pool.start_fingerprint, chosen, pool.rows.learning_fingerprint(chosen), pool.config.training, pool.config.seed
-    )
-    folder = pool.folder / "paths" / identity[:16]
+    folder = pool.folder / "paths" / _identify(pool, chosen)
 
     def watch(step: int, n_steps: int, read: Callable[[], dict[str, Tensor]]) -> None:
         if step in _list_steps(n_steps):
@@ -80,6 +78,40 @@ def train_path(pool: Pool, tasks: Sequence[int]) -> TrainedPath:
         adapter = pool.folder / "adapters" / trained.name
         raise StoreError(f"{folder}: steps {', '.join(map(str, missing))} are missing; delete {adapter} and run again")
     return TrainedPath(trained, steps, folder)
+
+
+def train_to_end(pool: Pool, tasks: Sequence[int]) -> tuple[str, Path]:
+    """Fine-tune an adapter on some tasks and keep what it was after its last step, or find it.
+
+    Args:
+        pool: The seed's.
+        tasks: Indices.
+
+    Returns:
+        A name unlike any of the pool's adapters, and the folder in which the adapter lies.
+
+    Raises:
+        StoreError: If the training is there and its end is not.
+    """
+    chosen = tuple(sorted(tasks))
+    name = f"end-{_identify(pool, chosen)}"
+    folder = pool.folder / "ends" / name
+    tensors = folder.with_suffix(".npz")
+
+    def watch(step: int, n_steps: int, read: Callable[[], dict[str, Tensor]]) -> None:
+        if step == n_steps:
+            artifacts.save_arrays(tensors, {key: t.numpy() for key, t in read().items()})
+
+    trained = pool.train(chosen, copy=_COPY_TO_END, watch=watch)
+    fault = artifacts.find_seal_fault(folder)
+    if fault and not tensors.exists():
+        adapter = pool.folder / "adapters" / trained.name
+        raise StoreError(f"{folder}: where the training ended is lost ({fault}); delete {adapter} and run again")
+    if fault:
+        state = {key: torch.from_numpy(array) for key, array in artifacts.load_arrays(tensors).items()}
+        _write_adapter(pool, name, state, folder)
+        tensors.unlink()
+    return name, folder
 
 
 def load_steps(pool: Pool, path: TrainedPath) -> dict[int, State]:
@@ -159,6 +191,23 @@ def _find_rows(split: EncodedSplit, block: FeatureBlock) -> EncodedSplit:
     if not places.keys() >= set(block.ids):
         raise StoreError(f"features of task {split.task!r} are of rows that it does not have; take the features again")
     return take_examples(split, [places[name] for name in block.ids])
+
+
+def _identify(pool: Pool, tasks: Sequence[int]) -> str:
+    """What a training depends on, shortened."""
+    rows = pool.rows.learning_fingerprint(tasks)
+    return artifacts.fingerprint(pool.start_fingerprint, tasks, rows, pool.config.training, pool.config.seed)[:16]
+
+
+def _write_adapter(pool: Pool, name: str, state: dict[str, Tensor], folder: Path) -> None:
+    """Write an adapter of some tensors; the model is left as it was."""
+    try:
+        add_adapter(pool.probe, name, state)
+        with artifacts.atomic_folder(folder) as scratch:
+            save_adapter(pool.probe, name, scratch)
+            artifacts.seal_folder(scratch)
+    finally:
+        remove_adapter(pool.probe, name)
 
 
 def _list_steps(n_steps: int) -> tuple[int, ...]:

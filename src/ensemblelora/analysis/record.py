@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from ensemblelora import __version__, artifacts, progress
@@ -27,8 +26,9 @@ from ensemblelora.config_stage import Stage
 from ensemblelora.errors import ConfigError, OutputError, StoreError, UsageError
 from ensemblelora.files import describe_error
 from ensemblelora.startpoint import is_warm
+from ensemblelora.yamltext import YamlError, parse_yaml
 
-__all__ = ["RESULT_FILE", "carry_out", "find_analysis", "make_request", "read_options", "read_result"]
+__all__ = ["RESULT_FILE", "carry_out", "find_analysis", "find_result", "make_request", "read_options", "read_result"]
 
 RESULT_FILE = "result.json"
 
@@ -62,8 +62,8 @@ def read_options(analysis: Analysis, given: Sequence[str]) -> Stage:
         if not separator or not key:
             raise ConfigError(f"--with {one!r}: expected KEY=VALUE, such as n_subsets=2")
         try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values[key] = parse_yaml(text)
+        except YamlError:
             raise ConfigError(f"--with {one!r}: the value is not valid YAML") from None
     known = list(analysis.options.model_fields)
     if unknown := [key for key in values if key not in known]:
@@ -140,21 +140,30 @@ def read_result(home: Path | str, name: str) -> dict[str, Any]:
     """Read what an analysis found.
 
     Args:
-        home: Shared by analyses of one config, or one analysis' own folder.
+        home: Shared by analyses of one config, or one analysis' own folder; or the record of a benchmark, a file that
+            has it as its ``outcome``.
         name: The analysis'.
 
     Raises:
         UsageError: If there is no such result.
         StoreError: If the file is damaged or of another analysis.
     """
-    home = Path(home)
-    path = home / RESULT_FILE if home.name == name and (home / RESULT_FILE).exists() else home / name / RESULT_FILE
-    if not path.is_file():
+    path = find_result(home, name)
+    if path is None:
         raise UsageError(f"{home}: no result of analysis {name}; make one with: ensemblelora analyze {name} CONFIG")
     content = artifacts.read_json(path)
+    if path == Path(home) and isinstance(content, Mapping):
+        content = content.get("outcome")
     if not isinstance(content, Mapping) or content.get("analysis") != name:
         raise StoreError(f"{path}: no result of analysis {name}; delete it and analyze again")
     return dict(content)
+
+
+def find_result(home: Path | str, name: str) -> Path | None:
+    """Find the file in which an analysis' result lies; none where there is none. A file stands for itself."""
+    home = Path(home)
+    places = [home / name / RESULT_FILE, *([home / RESULT_FILE] if home.name == name else []), home]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _check_home(home: Path) -> None:

@@ -97,14 +97,14 @@ class AnalysisRequest(Generic[Options]):
         self.folder, self._pools = Path(home) / name, Path(home) / _POOLS_FOLDER
         self._journal = Journal(self.folder / JOURNAL_FILE)
         self._bench: Bench | None = None
-        self._bench_identity = ""
+        self._bench_identity = self._kept_identity = ""
         self._charged: dict[str, dict[str, StageRecord]] = {"training": {}, "measuring": {}}
 
     def open_pool(self, seed: int | None = None, changes: Changes | None = None) -> Pool:
         """Give rows and model of a seed and a variant; pools given before can't be used any more.
 
-        Loads the model again where ``data``, ``model`` or ``adapter`` change. What the pool trains or scores with
-        enters the ledger.
+        Loads rows and model again where ``data`` or ``model`` change. What the pool trains or scores with enters the
+        ledger.
 
         Args:
             seed: One of any; none: the first.
@@ -117,9 +117,11 @@ class AnalysisRequest(Generic[Options]):
         loaded = {part: getattr(config, part) for part in ("data", "model", "adapter")}
         wanted = artifacts.fingerprint(loaded)
         if self._bench is None or wanted != self._bench_identity:
+            kept = artifacts.fingerprint(loaded["data"], loaded["model"])
+            like = self._bench if kept == self._kept_identity else None
             self.close()
-            self._bench = Bench(self.config.model_copy(update=loaded), self._pools / wanted[:12])
-            self._bench_identity = wanted
+            self._bench = Bench(self.config.model_copy(update=loaded), self._pools / wanted[:12], like=like)
+            self._bench_identity, self._kept_identity = wanted, kept
         found = self._bench.open_pool(self.config.seed if seed is None else seed, config.training.learning_rate)
         own = config.model_copy(update={"seed": found.config.seed, "out": found.config.out})
         plan = found.plan_folder
@@ -203,7 +205,7 @@ class AnalysisRequest(Generic[Options]):
         """Let go of the model, and free the disk that activations took."""
         if self._bench is not None:
             self._bench.close()
-            self._bench, self._bench_identity = None, ""
+            self._bench, self._bench_identity, self._kept_identity = None, "", ""
             gc.collect()
 
 

@@ -2,8 +2,9 @@
 
 In: a request. Out: plain values (:func:`~.sharpness_summary.summarise`). Every way to train is trained on every task
 and seed; losses of training and test rows, and of other tasks' test rows where asked, are those of the combined scores.
-Test rows are looked at and nothing is chosen by them. The members of an ensemble have seeds of their own, which differ
-in theta0 and in the order of rows.
+Test rows are looked at and nothing is chosen by them. What is measured is a training's end: the checkpoint of least
+validation loss comes before the gap opens, and is the base model itself where training only does harm. The members of
+an ensemble have seeds of their own, which differ in theta0 and in the order of rows.
 
 Cost: one fine-tuning a member, task and seed; at each of some training rows, some fifty times two backward passes.
 Source: paper, section 4, figures 6 and 9, appendix B.5.
@@ -26,6 +27,7 @@ from ensemblelora.adapters import THETA0, load_adapter, remove_adapter
 from ensemblelora.analysis.generalization import RowLosses, choose_rows
 from ensemblelora.analysis.jointloss import Coordinates
 from ensemblelora.analysis.outofdomain import LIMITS
+from ensemblelora.analysis.paths import train_to_end
 from ensemblelora.analysis.request import AnalysisRequest, Work
 from ensemblelora.analysis.sharpness import measure_sharpness
 from ensemblelora.analysis.sharpness_summary import Point, summarise
@@ -146,9 +148,17 @@ def _measure_variant(request: Request, variant: Variant, seed: int) -> list[Poin
     for j in range(variant.n_members):
         pool = request.open_pool(seed + _SEED_STEP * j, variant.changes)
         for task in choose_tasks(request.options, pool.rows)[0]:
-            name = pool.train((task,)).name
-            crews.setdefault(task, {})[name] = pool.folder / "adapters" / name
+            name, folder = _train(request.options, pool, task)
+            crews.setdefault(task, {})[name] = folder
     return [_measure_point(request, pool, variant, seed, task, crew) for task, crew in crews.items()]
+
+
+def _train(options: SharpnessOptions, pool: Pool, task: int) -> tuple[str, Path]:
+    """One member on one task: its name, and where it lies."""
+    if options.checkpoint == "last":
+        return train_to_end(pool, (task,))
+    name = pool.train((task,)).name
+    return name, pool.folder / "adapters" / name
 
 
 def _measure_point(request: Request, pool: Pool, variant: Variant, seed: int, task: int, crew: Crew) -> Point:

@@ -56,6 +56,9 @@ class SharpnessOptions(Stage):
     ensemble_scaling: Scaling = Field("proportional", description="Rule for the members' lora_alpha.")
     reductions: _Sizes = Field((144, 36, 9, 2), description="Of bottlenecks; the model's width over theirs.")
     width_quantization: Literal["none", "nf4"] = Field("nf4", description="Base of the bottlenecks. Paper: QAdapter.")
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="Of a training; best: that of least validation loss, which hides much of the gap."
+    )
     n_examples: int = Field(16, ge=1, description="Training rows at which the Hessian is looked at.")
     n_probes: int = Field(50, ge=50, description="Random vectors of each trace; as many are always used.")
     n_eigenvalues: int = Field(1, ge=0, description="Rows, those of the largest traces, whose eigenvalue is found.")

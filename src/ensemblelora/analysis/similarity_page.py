@@ -32,9 +32,13 @@ def headline_similarity(result: Mapping[str, Any]) -> str:
     told = []
     for base in dict.fromkeys(record["base"] for record in result["by_size"]):
         own = [record for record in result["by_size"] if (record["base"], record["kind"]) == (base, "together")]
+        if not own:
+            continue
         first, last = own[0], own[-1]
         values = " to ".join(format_number(record["overlap"]["value"], 2) for record in (first, last))
         told.append(f"{base}: {values} from {first['size']} to {last['size']} tasks")
+    if not told:
+        return "No adapter for several tasks can be compared: none moved from where it began."
     return f"Overlap of adapters trained together with their tasks' own, {'; '.join(told)}."
 
 

@@ -55,6 +55,10 @@ class TransferOptions(Stage):
         (), description=f"Some of {', '.join(BASE_METHODS)}; none: the config's own adapter."
     )
     pairs: int | None = Field(None, ge=0, description="Pairs of tasks, drawn by seed; none: all. Paper: all 45.")
+    shortest: bool = Field(False, description="Take the pairs of the shortest texts in place of drawing them.")
+    pair_seeds: int | None = Field(
+        None, ge=1, description="Seeds of pairs and methods; none: all. Single tasks and all tasks have all seeds."
+    )
     methods: tuple[str, ...] = Field(
         ("mtl-ft", "ours"), description="Methods of `compare` whose rates over all tasks are told besides."
     )
@@ -70,13 +74,16 @@ class TransferOptions(Stage):
 Request = AnalysisRequest[TransferOptions]
 
 
-def choose_pairs(n_tasks: int, n_pairs: int | None, *, seed: int) -> tuple[Subset, ...]:
-    """Choose pairs of tasks: all, or as many as asked for, every task about equally often.
+def choose_pairs(
+    n_tasks: int, n_pairs: int | None, *, seed: int, lengths: Sequence[int] | None = None
+) -> tuple[Subset, ...]:
+    """Choose pairs of tasks: all, or as many as asked for, every task about equally often; fewer are some of more.
 
     Args:
         n_tasks: There are.
         n_pairs: None: all.
         seed: Root of the choice.
+        lengths: Of each task's texts: the pairs of the shortest are chosen instead.
 
     Returns:
         Sorted pairs, in the order of all pairs.
@@ -84,6 +91,8 @@ def choose_pairs(n_tasks: int, n_pairs: int | None, *, seed: int) -> tuple[Subse
     every = list(combinations(range(n_tasks), 2))
     if n_pairs is None or n_pairs >= len(every):
         return tuple(every)
+    if lengths is not None:
+        return tuple(sorted(sorted(every, key=lambda pair: sum(lengths[i] for i in pair))[:n_pairs]))
     order = [every[k] for k in generator_for(seed, "analysis", "pairs").permutation(len(every))]
     chosen: list[Subset] = []
     while len(chosen) < n_pairs:
@@ -103,18 +112,15 @@ def run(request: Request) -> dict[str, Any]:
         changes = list_base_changes(config, base, reduction=options.reduction)
         pool = request.open_pool(changes=changes)
         names, rows = pool.rows.names, pool.rows
-        wanted = Wanted(
-            choose_pairs(len(names), options.pairs, seed=config.data.seed or 0),
-            options.averages,
-            () if base == FULL else options.methods,
-        )
+        pairs = _list_pairs(request, rows)
+        wanted = Wanted(pairs, options.averages, () if base == FULL else options.methods, options.pair_seeds)
         gathered = gather(request, base, changes, wanted)
         found["bases"][base] = _describe_base(request, gathered, wanted, rows)
         if base != FULL:
             found["memory"][base] = measure_memory(request, changes, options.n_adapters)
         if base != FULL and found["map"] is None and wanted.pairs:
             found["map"] = {"base": base} | _draw_map(request, changes, gathered, wanted.pairs)
-        found["tasks"] = list(names)
+        found |= {"tasks": list(names), "n_pairs": len(pairs), "n_all_pairs": len(names) * (len(names) - 1) // 2}
     return found | {"part": options.part, "confidence": config.evaluation.confidence}
 
 
@@ -122,28 +128,36 @@ def forecast(request: Request, rows: Rows) -> Mapping[str, Work]:
     """Say what every base method would take."""
     options, config = request.options, request.config
     own, n = name_base_method(config), len(rows.names)
-    pairs = choose_pairs(n, options.pairs, seed=config.data.seed or 0)
+    pairs = _list_pairs(request, rows)
     sizes = [split.n_examples for split in rows.train]
     scored = [v.n_examples + t.n_examples for v, t in zip(rows.validation, rows.test, strict=True)]
     epochs, n_seeds = config.training.num_train_epochs, len(request.seeds)
+    n_repeats = min(n_seeds, options.pair_seeds or n_seeds)  # of pairs and methods
     found = {}
     for base in choose_bases(options.base_methods or (own,), (*BASE_METHODS, own)):
         # What a method trains for itself: going on from the shared adapter, groups; copies are as many again.
         kinds = [kind for name in options.methods if base != FULL for kind in METHODS[name].work]
         more = sum(kind in ("continued", "groups", "copies") for kind in kinds)
-        passes = [sum(sizes[i] for i in subset) for subset in (*((i,) for i in range(n)), *pairs, tuple(range(n)))]
+        paired = sum(sizes[i] for pair in pairs for i in pair)
         averages = len(options.averages) if base != FULL else 0
         touched = sum(scored[i] for pair in pairs for i in pair)
         is_planned = base != FULL and (base == own or any(METHODS[name].is_planned for name in options.methods))
         found[base] = Work(
-            fine_tunings=n_seeds * (len(passes) + more * n),
-            trained_rows=n_seeds * epochs * (sum(passes) + more * sum(sizes)),
-            gradient_rows=n_seeds * sum(split.n_examples for split in rows.learning) * is_planned,
-            forward_rows=n_seeds * ((1 + averages) * touched + (2 + more) * sum(scored)),
+            fine_tunings=n_seeds * (n + 1) + n_repeats * (len(pairs) + more * n),
+            trained_rows=epochs * (n_seeds * 2 * sum(sizes) + n_repeats * (paired + more * sum(sizes))),
+            gradient_rows=n_repeats * sum(split.n_examples for split in rows.learning) * is_planned,
+            forward_rows=n_seeds * 2 * sum(scored) + n_repeats * ((1 + averages) * touched + more * sum(scored)),
             changes=list_base_changes(config, base, reduction=options.reduction),
             is_full=base == FULL,
         )
     return found
+
+
+def _list_pairs(request: Request, rows: Rows) -> tuple[Subset, ...]:
+    """Pairs of the tasks; how long their texts are is counted in training tokens."""
+    lengths = [len(split.tokens) for split in rows.train] if request.options.shortest else None
+    seed = request.config.data.seed or 0
+    return choose_pairs(len(rows.names), request.options.pairs, seed=seed, lengths=lengths)
 
 
 def _check_methods(names: Sequence[str]) -> None:

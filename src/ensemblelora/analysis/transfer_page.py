@@ -302,10 +302,24 @@ def _list_limits(result: Result) -> Section:
     items = ["Intervals are for these tasks and the rows drawn; which rows were learnt from is the same throughout."]
     if not any(found["all"]["has_seed_noise"] for found in result["bases"].values()):
         items.append("One seed: intervals know of rows alone, and too many cells are decided.")
+    chance = 1 - result["confidence"]
+    n_cells = sum(_count_cells(rate) for _, what, rate in list_rates(result) if what == "pairs")
+    if n_cells:
+        items.append(
+            f"Each cell is decided by itself: of {n_cells} cells of pairs, about {chance * n_cells:.0f} would be if "
+            "nothing helped or hurt at all."
+        )
+    if 0 < result["n_pairs"] < result["n_all_pairs"]:
+        which = "those of the shortest texts" if result["options"]["shortest"] else "drawn so that tasks occur alike"
+        items.append(f"{result['n_pairs']} of {result['n_all_pairs']} pairs, {which}: the rate of pairs is theirs.")
     items.append(
         f"The map is of validation rows, by which checkpoints were chosen too; rates are of {result['part']} rows."
     )
     return Section("limits", "What this can't say", [Bullets(tuple(items))])
+
+
+def _count_cells(rate: Result) -> int:
+    return int(rate["n_positive"] + rate["n_negative"] + rate["n_undecided"])
 
 
 def _arrange(tasks: Sequence[str], cells: Sequence[Result], key: str, sign: float) -> list[list[float | None]]:

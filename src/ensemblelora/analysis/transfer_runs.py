@@ -7,7 +7,7 @@ was made before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -54,11 +54,17 @@ class Wanted:
         pairs: Of tasks.
         averages: ``plain``, ``exact`` or both.
         methods: Names of a comparison's methods.
+        n_seeds: Under so many of the seeds; none: all. Single tasks and all tasks are of every seed.
     """
 
     pairs: tuple[Subset, ...]
     averages: tuple[str, ...]
     methods: tuple[str, ...]
+    n_seeds: int | None = None
+
+    def under(self, order: int) -> Wanted:
+        """What is wanted of one seed, by its place among them."""
+        return self if self.n_seeds is None or order < self.n_seeds else replace(self, pairs=(), methods=())
 
 
 @dataclass(eq=False)
@@ -93,9 +99,9 @@ def gather(request: AnalysisRequest[Any], base: str, changes: Changes, wanted: W
     """
     found, kept = Gathered(), dict[tuple[Subset, int], Losses]()
     for order, seed in enumerate(request.seeds):
-        pool = request.open_pool(seed, changes)
+        pool, own = request.open_pool(seed, changes), wanted.under(order)
         found.base_bytes = _count_base_bytes(pool)
-        subsets = list(dict.fromkeys((*((task,) for task in pool.everyone), *wanted.pairs, pool.everyone)))
+        subsets = list(dict.fromkeys((*((task,) for task in pool.everyone), *own.pairs, pool.everyone)))
         if base == FULL:
             _gather_full(request, pool, subsets, found)
             continue
@@ -104,8 +110,8 @@ def gather(request: AnalysisRequest[Any], base: str, changes: Changes, wanted: W
             found.n_kept = len(kept)
         known = {subset: losses for (subset, k), losses in kept.items() if k == order}
         trained = _gather_adapters(request, pool, subsets, known, found)
-        _gather_averages(request, pool, wanted, trained, found)
-        for name in wanted.methods:
+        _gather_averages(request, pool, own, trained, found)
+        for name in own.methods:
             candidate = METHODS[name].run(pool)
             if METHODS[name].is_planned:
                 request.prepare_oracle(pool)  # enters the plan in the ledger

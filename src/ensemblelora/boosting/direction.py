@@ -29,7 +29,7 @@ from ensemblelora.gradients.collect import find_active_layers
 from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.tap import layer_parts
-from ensemblelora.passes import score
+from ensemblelora.passes import blocks_run_again, score
 from ensemblelora.seeding import seed_for
 
 __all__ = ["expand_weights", "find_direction", "sum_gradients"]
@@ -103,7 +103,7 @@ def sum_gradients(
         meter: Told what every pass costs.
     """
     layers = trainable_layers(adapted, name)
-    with activate(adapted, name, trainable=True), torch.enable_grad():
+    with activate(adapted, name, trainable=True), blocks_run_again(adapted), torch.enable_grad():
         for split, mode, alpha in weighted:
             for batch in iterate_batches(split, max_tokens, adapted.base.pad_token_id, layout=adapted.layout):
                 z = score(adapted, batch, meter=meter).z
@@ -154,7 +154,7 @@ def _train_on_residual(setup: Setup, name: str, state: GroupState) -> dict[str, 
     adapted, config = setup.adapted, setup.config
     splits = state.splits("train")
     start = adapter_state(adapted, THETA0)
-    with activate(adapted, name, trainable=True), torch.enable_grad():
+    with activate(adapted, name, trainable=True), blocks_run_again(adapted), torch.enable_grad():
         parameters = [p for p in adapted.peft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         for step in _plan_steps(setup, name, state):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ensemblelora import artifacts, stages
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, attach
-from ensemblelora.comparison.pool import Pool
-from ensemblelora.comparison.record import TaskRows
+from ensemblelora.comparison.crew import ClusterCrew, hire
+from ensemblelora.comparison.pool import Pool, Wish
+from ensemblelora.comparison.record import STUDY_FILE, TaskRows
 from ensemblelora.config import RunConfig
 from ensemblelora.counting import count_forward, count_lower
 from ensemblelora.data.batching import collate, iterate_batches
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.identity import fingerprint_split
+from ensemblelora.data.task import TaskSet
 from ensemblelora.models import BaseModel, load_base
 from ensemblelora.passes import FILL_TOKENS, run_lower
 from ensemblelora.progress import note
+from ensemblelora.scheduling import HERE, Scheduler
+from ensemblelora.stages import Rows
 from ensemblelora.workspace import Workspace
 
 __all__ = ["Bench"]
@@ -44,14 +48,24 @@ class Bench:
         identity: Of rows, test rows included, and model.
     """
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
+    def __init__(
+        self, config: RunConfig, folder: Path, *, like: Bench | None = None, scheduler: Scheduler = HERE
+    ) -> None:
         """Load rows and model.
+
+        Args:
+            config: Its sections ``data``, ``model`` and ``adapter`` say what is loaded.
+            folder: For what is kept.
+            like: Of the same data and model, and another adapter: its rows and base are taken over, and it can't be
+                used any more.
+            scheduler: Carries out fine-tunings that need nothing of each other.
 
         Raises:
             UsageError: If config, data or model are wrong.
         """
-        self._config, self._folder = config, folder
-        self._tasks, self.rows, probe = stages.prepare(config)
+        self._config, self._folder, self._scheduler = config, folder, scheduler
+        self._crew: ClusterCrew | None = None
+        self._tasks, self.rows, probe = stages.prepare(config) if like is None else like._hand_over(config)
         self._head, self._n_labels = stages.choose_head(self._tasks), stages.count_labels(self._tasks)
         tests = [fingerprint_split(split) for split in self.rows.test]
         self.identity = artifacts.fingerprint(self.rows.learning_fingerprint(), tests, probe.base.fingerprint)
@@ -84,7 +98,26 @@ class Bench:
             _share_features(home, plan)
         start = stages.identify_start(config, self._probe)
         places = {"plan_folder": plan, "base_folder": self._folder / "base"}
-        return Pool(config, folder, self.rows, self._probe, start_fingerprint=start, **places)
+        self._hire(seed, start)
+        return Pool(config, folder, self.rows, self._probe, start_fingerprint=start, crew=self._crew, **places)
+
+    def train_ahead(self, seed: int, learning_rates: Sequence[float], work: Sequence[str]) -> None:
+        """Fine-tune on a cluster what is known beforehand to be needed at several learning rates, all side by side.
+
+        Args:
+            seed: Of the pools.
+            learning_rates: One pool each.
+            work: Kinds of work, as methods name them.
+        """
+        if not self._scheduler.n_workers or len(learning_rates) == 1:
+            return
+        pools = [self.open_pool(seed, rate) for rate in learning_rates]
+        everyone = pools[0].everyone
+        known = {"one": [Wish(everyone)], "tasks": [Wish((task,)) for task in everyone]}
+        wishes = [wish for kind in dict.fromkeys(work) for wish in known.get(kind, [])]
+        errands = [errand for pool in pools for errand in pool.list_errands(wishes)]
+        if self._crew is not None and len(errands) > 1:
+            self._crew.train(errands)
 
     def reload(self) -> None:
         """Load the model again, where a failure may have left it changed."""
@@ -131,9 +164,23 @@ class Bench:
         """Free the disk that activations took."""
         stages.drop_lower_layers(self._folder)
 
+    def _hand_over(self, config: RunConfig) -> tuple[TaskSet, Rows, AdaptedModel]:
+        """What :func:`~ensemblelora.stages.prepare` would load for another adapter."""
+        stages.check_request(config, self._tasks)
+        probe = attach(_detach(self._probe) or self._load(), config.adapter, seed=config.seed)
+        stages.check_fit(config, self.rows, probe)
+        return self._tasks, self.rows, probe
+
+    def _hire(self, seed: int, start_fingerprint: str) -> None:
+        """Let other processes, if there are any, train from this theta0."""
+        if self._crew is None or self._crew.start_fingerprint != start_fingerprint:
+            config = self._config.model_copy(update={"seed": seed})
+            given = (self._scheduler, config, self._folder, self.rows, self._probe, start_fingerprint)
+            self._crew = hire(*given, marker=STUDY_FILE)
+
     def _attach(self, base: BaseModel, seed: int) -> None:
         self._probe = self._keep_lower(attach(base, self._config.adapter, seed=seed))
-        self._seed = seed
+        self._seed, self._crew = seed, None
 
     def _keep_lower(self, probe: AdaptedModel) -> AdaptedModel:
         return stages.keep_lower_layers(self._config, self._folder, probe, self.rows, with_tests=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs
 from ensemblelora.comparison.grouped import train_groups
-from ensemblelora.comparison.pool import Pool, Trained
+from ensemblelora.comparison.pool import Pool, Trained, Wish
 from ensemblelora.config import TrainingConfig
 from ensemblelora.grouping import Partition, sort_groups
 
@@ -66,4 +66,4 @@ def train_best(
 
 
 def _train(pool: Pool, groups: Partition, settle: Callable[[Sequence[int]], TrainingConfig] | None) -> list[Trained]:
-    return [pool.train(group, settings=settle and settle(group)) for group in sort_groups(groups)]
+    return pool.train_each([Wish(group, settings=settle and settle(group)) for group in sort_groups(groups)])

@@ -22,7 +22,7 @@ from ensemblelora.boosting import Boosting, BoostRound, Setup, boost_once, start
 from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_candidate, make_ensemble
 from ensemblelora.comparison.matched import match_steps
 from ensemblelora.comparison.planned import Planned, charge_features, make_part_plan, make_plan
-from ensemblelora.comparison.pool import Pool, Trained
+from ensemblelora.comparison.pool import Pool, Trained, Wish
 from ensemblelora.ensemble import Member, needed_adapters, sum_groups
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.grouping import Partition, to_labels
@@ -82,7 +82,8 @@ def train_ours(
     """
     planned = make_plan(pool) if train_fraction is None else make_part_plan(pool, train_fraction)
     groups = planned.plan.groups if regroup is None else regroup(pool)
-    trained = [pool.train(group, settings=match_steps(pool, group) if matches_steps else None) for group in groups]
+    settings = [match_steps(pool, group) if matches_steps else None for group in groups]
+    trained = pool.train_each([Wish(group, settings=own) for group, own in zip(groups, settings, strict=True)])
     boosted = boost_members(pool, planned, groups, trained, n_rounds)
     shared = [pool.train(pool.everyone)] if with_shared else []
     added = [one for one in shared if one not in trained]  # where the plan is one group, it is there already

@@ -20,7 +20,7 @@ from ensemblelora.adapters import adapter_bytes, adapter_state, add_adapter, att
 from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_candidate, make_ensemble
 from ensemblelora.comparison.combined import boost_members
 from ensemblelora.comparison.planned import make_plan
-from ensemblelora.comparison.pool import Part, Pool, Runner, Trained
+from ensemblelora.comparison.pool import Part, Pool, Runner, Trained, Wish
 from ensemblelora.config import AdapterConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ConfigError
@@ -50,7 +50,7 @@ def train_copies(pool: Pool) -> Candidate:
     trainings of the shared adapter, and as many passes at inference.
     """
     starts = [None, *(_draw_start(pool, c) for c in range(1, count_ours(pool)))]
-    trained = [pool.train(pool.everyone, start=start, copy=c) for c, start in enumerate(starts)]
+    trained = pool.train_each([Wish(pool.everyone, start=start, copy=c) for c, start in enumerate(starts)])
     weights = np.full((pool.n_tasks, len(trained)), 1 / len(trained))
     ensemble = make_ensemble(pool, [one.name for one in trained], weights)
     return make_candidate(pool, ensemble, Costs.of(trained), n_members=len(trained))
@@ -89,7 +89,7 @@ def mix_copies(pool: Pool) -> Candidate:
     Reference:
         Wortsman and others, "Model soups" (2022), uniform soup.
     """
-    return _mix(pool, [pool.train(pool.everyone, copy=c) for c in range(count_ours(pool))], NOTHING)
+    return _mix(pool, pool.train_each([Wish(pool.everyone, copy=c) for c in range(count_ours(pool))]), NOTHING)
 
 
 def mix_groups(pool: Pool, *, is_exact: bool = False) -> Candidate:
@@ -101,7 +101,7 @@ def mix_groups(pool: Pool, *, is_exact: bool = False) -> Candidate:
             have their A in common); otherwise A and B each by itself.
     """
     planned = make_plan(pool)
-    trained = [pool.train(group) for group in planned.plan.groups]
+    trained = pool.train_each([Wish(group) for group in planned.plan.groups])
     return (_mix_exactly if is_exact else _mix)(pool, trained, planned.costs)
 
 
@@ -109,7 +109,7 @@ def count_ours(pool: Pool) -> int:
     """How many adapters ours has in all, boosters included; at least two, so that there is something to average."""
     planned = make_plan(pool)
     groups = planned.plan.groups
-    boosted = boost_members(pool, planned, groups, [pool.train(group) for group in groups])
+    boosted = boost_members(pool, planned, groups, pool.train_each([Wish(group) for group in groups]))
     return max(2, len(groups) + len(boosted.members))
 
 

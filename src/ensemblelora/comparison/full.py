@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from ensemblelora import __version__, artifacts
 from ensemblelora.accounting.meter import Meter
@@ -23,9 +21,9 @@ from ensemblelora.comparison.controls import score_elsewhere
 from ensemblelora.comparison.pool import Part, Pool, Runner, Trained
 from ensemblelora.config import TrainingConfig
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.errors import StoreError
 from ensemblelora.prediction import MemberScores, predict_members
 from ensemblelora.seeding import seed_for
+from ensemblelora.tensors import load_tensors, save_tensors
 from ensemblelora.training import TrainingJob
 from ensemblelora.training.full import base_weights, fine_tune_full, replaced_weights
 
@@ -55,7 +53,7 @@ def train_full(pool: Pool) -> Candidate:
         __version__, pool.rows.learning_fingerprint(), pool.probe.base.fingerprint, settings, pool.config.seed
     )
     folder = pool.folder / "full" / f"pool-full-{identity[:16]}"
-    if not folder.exists():
+    if artifacts.find_seal_fault(folder, may_lack_seal=True):
         _train(pool, settings, folder)
     trained = Trained.from_dict(artifacts.read_json(folder / "trained.json"))
 
@@ -80,17 +78,15 @@ def _train(pool: Pool, settings: TrainingConfig, folder: Path) -> None:
     n_bytes = sum(weight.numel() * weight.element_size() for weight in weights.values())
     trained = Trained.of(folder.name, pool.everyone, found, meter.record, n_bytes)
     with artifacts.atomic_folder(folder) as scratch:
-        save_file({path: weight.contiguous() for path, weight in weights.items()}, scratch / _WEIGHTS_FILE)
+        save_tensors(scratch / _WEIGHTS_FILE, {path: weight.contiguous() for path, weight in weights.items()})
         artifacts.write_json(scratch / "trained.json", asdict(trained))
+        artifacts.seal_folder(scratch)
 
 
 @contextmanager
 def _run_full(pool: Pool, folder: Path) -> Iterator[Runner]:
     """Score rows with the fine-tuned weights in the base's place."""
-    try:
-        weights = load_file(folder / _WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{folder / _WEIGHTS_FILE}: can't be read ({error}); delete its folder") from error
+    weights = load_tensors(folder / _WEIGHTS_FILE)
     with replaced_weights(pool.probe, weights) as bare:
 
         def run(names: list[str], split: EncodedSplit) -> np.ndarray:

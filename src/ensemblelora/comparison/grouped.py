@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ensemblelora.adapters import THETA0
 from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_candidate, make_ensemble
 from ensemblelora.comparison.planned import make_plan
-from ensemblelora.comparison.pool import Pool
+from ensemblelora.comparison.pool import Pool, Wish
 from ensemblelora.config import TrainingConfig
 from ensemblelora.errors import ConfigError
 from ensemblelora.grouping import Partition, sort_groups
@@ -105,7 +105,7 @@ def train_groups(
         settle: Gives a group's settings; none: the config's.
     """
     groups = sort_groups(groups)
-    trained = [pool.train(group, settings=settle and settle(group)) for group in groups]
+    trained = pool.train_each([Wish(group, settings=settle and settle(group)) for group in groups])
     ensemble = make_ensemble(pool, [one.name for one in trained], own_weights(groups), groups=groups)
     costs = Costs.of(trained).plus(select)
     return make_candidate(pool, ensemble, costs, groups=groups, n_steps=[one.n_steps for one in trained])

@@ -27,7 +27,7 @@ from ensemblelora.comparison.likeness import compare_adapters, compare_formats, 
 from ensemblelora.comparison.lookahead import level_gains, measure_lookahead
 from ensemblelora.comparison.matched import match_steps
 from ensemblelora.comparison.planned import charge_features, make_plan
-from ensemblelora.comparison.pool import Pool
+from ensemblelora.comparison.pool import Pool, Wish
 from ensemblelora.errors import ConfigError
 from ensemblelora.grouping import Partition, cluster
 from ensemblelora.planning.demand import read_constraints
@@ -140,7 +140,7 @@ def group_by_adapters(pool: Pool) -> Candidate:
     Costs a fine-tuning a task, before the groups' own; one adapter per task, which is there already, is kept where
     neither groups nor one adapter for all have a lower validation loss.
     """
-    singles = [pool.train((task,)) for task in pool.everyone]
+    singles = pool.train_each([Wish((task,)) for task in pool.everyone])
     states = []
     for single in singles:
         pool.load([single.name])

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, AdaptedModel, activate
-from ensemblelora.counting import count_forward, count_lower
-from ensemblelora.data.batching import collate, plan_batches
+from ensemblelora.adapters import AdaptedModel
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.embedding import embed_contexts
 from ensemblelora.errors import DataError
 from ensemblelora.grouping import Partition, sort_groups
-from ensemblelora.scoring import model_inputs
 from ensemblelora.seeding import generator_for
 
 __all__ = ["CATEGORIES", "compare_adapters", "compare_formats", "compare_texts", "find_categories"]
@@ -88,7 +85,8 @@ def compare_texts(
     means = []
     for split in splits:
         chosen = generator_for(seed, "texts", split.task).permutation(split.n_examples)[:n_rows]
-        means.append(_embed(adapted, split, chosen, max_tokens, meter).mean(axis=0))
+        embedded = embed_contexts(adapted, split, chosen, max_tokens=max_tokens, meter=meter)
+        means.append(embedded.mean(axis=0))
     embeddings = np.stack(means)
     return _to_cosines(embeddings @ embeddings.T)
 
@@ -160,29 +158,6 @@ def _stack_change(state: Mapping[str, Tensor], start: Mapping[str, Tensor], modu
     if not start[module + _B].any():
         return a, b
     return torch.cat([a, start[module + _A].double()]), torch.cat([b, -start[module + _B].double()], dim=1)
-
-
-def _embed(
-    adapted: AdaptedModel, split: EncodedSplit, chosen: npt.NDArray[np.int64], max_tokens: int, meter: Meter | None
-) -> FloatArray:
-    """Mean last hidden states over the context of some examples, ``(n, h)``, in any order."""
-    lengths = split.measure("answer")[0][chosen]
-    contexts = split.answer_starts[split.answer_rows()]
-    body: nn.Module = adapted.network.base_model  # type: ignore[assignment]  # a property that torch's types don't know
-    options: dict[str, Any] = {"use_cache": False} if adapted.base.head == "lm" else {}
-    found = []
-    with activate(adapted, THETA0), torch.inference_mode():
-        for indices in plan_batches(lengths, np.ones_like(lengths), max_tokens):
-            examples = chosen[indices]
-            batch = collate([(split, int(e)) for e in examples], adapted.base.pad_token_id, layout="answer")
-            hidden = body(**model_inputs(adapted.network, batch), **options).last_hidden_state.float()
-            columns = torch.arange(hidden.shape[1], device=hidden.device)
-            ends = torch.from_numpy(contexts[examples]).to(hidden.device).clamp(min=1)
-            is_read = (columns < ends[:, None]).unsqueeze(2)  # (rows, width, 1)
-            found.append(((hidden * is_read).sum(dim=1) / is_read.sum(dim=1)).cpu().numpy())
-            count_lower(meter, adapted.costs, batch)
-            count_forward(meter, adapted.costs, batch)
-    return np.concatenate(found).astype(np.float64)
 
 
 def _describe_format(split: EncodedSplit) -> tuple[str, int | None, tuple[tuple[int, ...], ...] | None]:

@@ -26,11 +26,19 @@ from ensemblelora.comparison.sections import (
     write_primary,
     write_scores,
 )
-from ensemblelora.comparison.statistics import Statistics, compute_statistics
+from ensemblelora.comparison.statistics import LEVEL, Statistics, compute_statistics
 from ensemblelora.errors import UsageError
 from ensemblelora.report.build import render_html, render_markdown
-from ensemblelora.report.document import Document, Tile, Tiles
-from ensemblelora.report.wording import count, format_flops, format_number, format_percent, format_ratio, format_seconds
+from ensemblelora.report.document import Document, Step, Steps, Tile, Tiles
+from ensemblelora.report.wording import (
+    count,
+    format_flops,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_seconds,
+    join_names,
+)
 
 __all__ = ["COMPARISON_FILES", "Page", "compose_comparison", "describe_study", "write_headline", "write_page"]
 
@@ -92,7 +100,7 @@ def compose_comparison(study: StudyRecord, found: Statistics) -> Document:
         count(len(about["seeds"]), "seed"),
         *(fact for fact in (about["version"] and f"ensemblelora {about['version']}", about["created"]) if fact),
     )
-    opening = (Tiles(_write_tiles(study, found)),)
+    opening = (_write_steps(study, found), Tiles(_write_tiles(study, found)))
     name = f"{study.folder.name}: ensemblelora comparison"
     return Document(name, facts, write_headline(found), opening, [section for section in sections if section])
 
@@ -134,9 +142,27 @@ def write_headline(found: Statistics) -> str:
             p_value = "" if result.p_holm is None else f", corrected p {format_p_value(result.p_holm)}"
             mean = _write_mean(found, OURS, metric)
             others = f"the best of {len(rivals)} rivals, {rivals[0].title}" if len(rivals) > 1 else rivals[0].title
-            return f"Ours: mean test {what} {mean}; {change} against {others}{p_value}."
+            return f"Ours: mean test {what} {mean}; {change} in {what} against {others}{p_value}."
     best = _write_mean(found, ranked[0].name, metric)
     return f"Of {count(len(ranked), 'method')}, {ranked[0].title} has the best mean test {what}: {best}."
+
+
+def _write_steps(study: StudyRecord, found: Statistics) -> Steps:
+    """Tell a comparison in three sentences: what was named beforehand, and what of it came out."""
+    named = len({(result.a, result.b) for result in found.primary if not result.is_late})
+    asked = f"{count(len(study.head.methods), 'method')} on {count(len(found.tasks), 'task')}, the same rows for all, "
+    asked += f"{count(len(study.head.seeds), 'seed')}."
+    shown = [result for result in found.primary if result.p_holm is not None and result.p_holm < LEVEL]
+    told = [f"{r.a} against {r.b} ({'accuracy' if r.metric == 'accuracy' else 'loss'})" for r in shown]
+    some = f": {join_names(told, 4)}" if told else ""
+    came = f"{len(shown)} of {count(len(found.primary), 'line')} are told apart after correction{some}."
+    return Steps(
+        (
+            Step("Asked", asked),
+            Step("Named beforehand", f"{count(named, 'pair')} of methods, in accuracy and loss."),
+            Step("Came out", came),
+        )
+    )
 
 
 def _write_mean(found: Statistics, name: str, metric: str) -> str:

@@ -9,10 +9,12 @@ Memory: the base, and as many adapters as are asked about at once. Test rows are
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ensemblelora import __version__, artifacts, training
-from ensemblelora.accounting.meter import Meter, StageRecord
+from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import (
     THETA0,
     AdaptedModel,
@@ -34,6 +36,7 @@ from ensemblelora.adapters import (
     save_adapter,
 )
 from ensemblelora.attempts import Attempt
+from ensemblelora.comparison.trained import Crew, Errand, Trained, Wish
 from ensemblelora.config import RunConfig, TrainingConfig
 from ensemblelora.counting import count_forward, count_lower
 from ensemblelora.data.batching import iterate_batches
@@ -44,7 +47,7 @@ from ensemblelora.prediction import MemberScores, arrange_scores, predict_member
 from ensemblelora.seeding import seed_for
 from ensemblelora.stages import Rows
 
-__all__ = ["Part", "Pool", "Runner", "Trained", "Watch"]
+__all__ = ["Part", "Pool", "Runner", "Trained", "Watch", "Wish"]
 
 Part = Literal["train", "validation", "test"]
 Runner = Callable[[list[str], EncodedSplit], NDArray[np.float32]]
@@ -53,49 +56,10 @@ Runner = Callable[[list[str], EncodedSplit], NDArray[np.float32]]
 Watch = Callable[[int, int, Callable[[], dict[str, Tensor]]], None]
 """told after every optimiser step how many were done, of how many, and what gives the adapter's tensors as they are"""
 
+_logger = logging.getLogger(__name__)
+
 _MOST_LOADED = 16
 """adapters kept in the model between questions"""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One fine-tuning, whose adapter the pool holds under its name."""
-
-    name: str
-    tasks: tuple[int, ...]
-    flops: int
-    """of this fine-tuning alone, without those that it started from; validation of checkpoints included, and what was
-    done before it was broken off"""
-    seconds: float
-    peak_memory_bytes: int
-    n_steps: int
-    validation_nll: float
-    """mean over its tasks, or over those that chose the checkpoint, of the one kept"""
-    n_bytes: int
-    added_memory_bytes: int = 0
-    """of the peak, what was not resident when it began"""
-
-    @classmethod
-    def of(
-        cls, name: str, tasks: tuple[int, ...], run: training.TrainedAdapter, spent: StageRecord, n_bytes: int
-    ) -> Trained:
-        """Say of a fine-tuning how it went and what it cost."""
-        return cls(
-            name=name,
-            tasks=tasks,
-            flops=spent.flops,
-            seconds=spent.wall_seconds,
-            peak_memory_bytes=spent.peak_memory_bytes,
-            added_memory_bytes=spent.added_memory_bytes,
-            n_steps=run.n_steps,
-            validation_nll=run.best_validation_nll,
-            n_bytes=n_bytes,
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Trained:
-        """Take back what ``dataclasses.asdict`` gave and JSON kept."""
-        return cls(**{**values, "tasks": tuple(values["tasks"])})
 
 
 class Pool:
@@ -109,6 +73,7 @@ class Pool:
         start_fingerprint: Identity of theta0.
         plan_folder: Where features and plan are; pools whose plans are the same share it.
         base_folder: Where theta0's scores are: every adapter starts as the base model, whatever the seed and rate.
+        crew: Who fine-tunes several adapters side by side; none: one after the other, here.
     """
 
     def __init__(
@@ -121,11 +86,13 @@ class Pool:
         start_fingerprint: str,
         plan_folder: Path | None = None,
         base_folder: Path | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self.config, self.folder, self.rows, self.probe = config, folder, rows, probe
         self.start_fingerprint = start_fingerprint
         self.plan_folder = folder / "plan" if plan_folder is None else plan_folder
         self.base_folder = folder if base_folder is None else base_folder
+        self.crew = crew
         self._are_tests_open = False
 
     @property
@@ -164,24 +131,42 @@ class Pool:
         Raises:
             TrainingError: If it diverges, or did so before.
         """
-        chosen, settings = tuple(sorted(tasks)), settings or self.config.training
-        rows = self.rows.learning_fingerprint(chosen)
-        identity = artifacts.fingerprint(
-            *(__version__, rows, chosen, self.start_fingerprint, settings, copy, start and start.name, weights),
-            *(() if judges is None else (tuple(judges), self.rows.learning_fingerprint(judges))),
-        )
-        name = f"pool-{identity[:16]}"
-        record = self.folder / "adapters" / name / "trained.json"
-        if not record.exists():
+        wish = Wish(tuple(tasks), start, copy, settings, weights, None if judges is None else tuple(judges))
+        wish = wish.settled(self.config.training)
+        name = self._name(wish)
+        folder = self.folder / "adapters" / name
+        if self._is_missing(folder):
             with self._remembering(name):
-                self._train(name, chosen, start, copy, settings, weights, chosen if judges is None else judges, watch)
-        return Trained.from_dict(artifacts.read_json(record))
+                self._train(name, wish, watch)
+        return Trained.from_dict(artifacts.read_json(folder / "trained.json"))
+
+    def train_each(self, wishes: Sequence[Wish]) -> list[Trained]:
+        """Fine-tune adapters that need nothing of each other, or find those that were: as :meth:`train` one by one.
+
+        Raises:
+            TrainingError: If one diverges, or did so before.
+            ClusterError: If a worker is lost again and again.
+        """
+        errands = self.list_errands(wishes)
+        if self.crew is not None and len(errands) > 1:
+            self.crew.train(errands)
+        return [self.train(wish.tasks, **wish.options) for wish in wishes]
+
+    def list_errands(self, wishes: Sequence[Wish]) -> list[Errand]:
+        """What of some wishes a crew is to do, each once; nothing without one. What diverged is left out."""
+        settled = {self._name(wish): wish for wish in (w.settled(self.config.training) for w in wishes if self.crew)}
+        return [
+            Errand(self.folder, name, wish)
+            for name, wish in settled.items()
+            if not self._note_of(name).exists() and self._is_missing(self.folder / "adapters" / name)
+        ]
 
     def keep(self, trained: Trained) -> Trained:
         """Write an adapter that is in the model under its name, made by other means than :meth:`train`."""
         with artifacts.atomic_folder(self.folder / "adapters" / trained.name) as scratch:
             save_adapter(self.probe, trained.name, scratch)
             artifacts.write_json(scratch / "trained.json", asdict(trained))
+            artifacts.seal_folder(scratch)
         return trained
 
     def load(self, names: Sequence[str]) -> None:
@@ -253,11 +238,16 @@ class Pool:
             kind: The step's name, which begins the file's.
             inputs: Everything the result depends on, beside the pool's own folder.
             compute: Gives plain values.
+
+        Raises:
+            StoreError: If what was kept is damaged.
         """
         path = self.folder / "kept" / f"{kind}-{artifacts.fingerprint(__version__, inputs)[:16]}.json"
         if not path.exists():
-            artifacts.write_json(path, compute())
-        return artifacts.read_json(path)
+            artifacts.write_json(path, {"result": compute()})
+        kept = artifacts.read_json(path)
+        # Earlier versions kept the result alone.
+        return kept["result"] if isinstance(kept, dict) and kept.keys() == {"result"} else kept
 
     def split(self, task: int, part: Part) -> EncodedSplit:
         """One task's rows."""
@@ -281,7 +271,7 @@ class Pool:
     @contextmanager
     def _remembering(self, name: str) -> Iterator[None]:
         """Let a training that diverges fail again at once when another method asks for it; its note says why."""
-        note = self.folder / "failed" / f"{name}.json"
+        note = self._note_of(name)
         if note.exists():
             raise TrainingError(f"{artifacts.read_json(note)['reason']} (so it was before; {note} remembers it)")
         try:
@@ -291,6 +281,27 @@ class Pool:
             artifacts.write_json(note, {"reason": str(error)})
             raise
 
+    def _name(self, wish: Wish) -> str:
+        """An adapter's name: everything that it depends on."""
+        chosen, judges = wish.tasks, wish.judges
+        identity = artifacts.fingerprint(
+            *(__version__, self.rows.learning_fingerprint(chosen), chosen, self.start_fingerprint, wish.settings),
+            *(wish.copy, wish.start and wish.start.name, wish.weights),
+            *(() if judges is None else (judges, self.rows.learning_fingerprint(judges))),
+        )
+        return f"pool-{identity[:16]}"
+
+    def _note_of(self, name: str) -> Path:
+        return self.folder / "failed" / f"{name}.json"
+
+    def _is_missing(self, folder: Path) -> bool:
+        """Whether an adapter has to be trained: it never was, or its files are no longer what they were."""
+        fault = artifacts.find_seal_fault(folder, may_lack_seal=True)
+        if fault and folder.exists():
+            _logger.warning("adapter %s is trained again: %s", folder.name, fault)
+            remove_adapter(self.probe, folder.name)
+        return fault is not None
+
     def _place_of(self, name: str, task: int, part: Part) -> Path:
         home = self.base_folder if name == THETA0 else self.folder
         return home / "scores" / name / f"{part}-{task}.npz"
@@ -299,34 +310,29 @@ class Pool:
         self.load(names)
         return predict_members(self.probe, split, names, max_tokens=self.config.evaluation.max_tokens_per_batch).values
 
-    def _train(
-        self,
-        name: str,
-        tasks: tuple[int, ...],
-        start: Trained | None,
-        copy: int,
-        settings: TrainingConfig,
-        weights: Sequence[NDArray[np.float64]] | None,
-        judges: Sequence[int],
-        watch: Watch | None,
-    ) -> None:
+    def _train(self, name: str, wish: Wish, watch: Watch | None) -> None:
+        tasks, start, settings = wish.tasks, wish.start, wish.settings or self.config.training
         if start is not None:
             self.load([start.name])
         state = None if start is None else adapter_state(self.probe, start.name)
+        judges = tasks if wish.judges is None else wish.judges
         train, validation = [self.split(i, "train") for i in tasks], [self.split(i, "validation") for i in judges]
-        attempt = Attempt(self.folder / "checkpoints" / f"{name}.begun.json", name, Meter("train"))
+        checkpoints = self.folder / "checkpoints" / name
+        attempt = Attempt(checkpoints.with_name(f"{name}.begun.json"), name, Meter("train"))
         with attempt.measured():
             (trained,) = training.fine_tune_together(
                 self.probe,
-                [training.TrainingJob(name, train, validation, start=state, weights=weights)],
+                [training.TrainingJob(name, train, validation, start=state, weights=wish.weights)],
                 settings,
-                seed=seed_for(self.config.seed, "pool", str(copy), *map(str, tasks)),
-                checkpoints=self.folder / "checkpoints" / name,
+                seed=seed_for(self.config.seed, "pool", str(wish.copy), *map(str, tasks)),
+                checkpoints=checkpoints,
                 meter=attempt.meter,
+                keeps_last=True,
                 callbacks=[] if watch is None else [_StepTeller(self.probe, name, watch)],
             )
         self.keep(Trained.of(name, tasks, trained, attempt.spent, adapter_bytes(self.probe, name)))
         attempt.forget()
+        shutil.rmtree(checkpoints, ignore_errors=True)
         remove_adapter(self.probe, name)
 
 

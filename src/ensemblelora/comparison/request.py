@@ -5,17 +5,17 @@ In: a config, names, numbers and a place. Out: :class:`Request`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ensemblelora import artifacts
 from ensemblelora.comparison.methods import METHODS, Method
 from ensemblelora.comparison.pooled import RANDOM, RANDOM_OURS, list_pooled
 from ensemblelora.comparison.record import OURS, STUDY_FILE
 from ensemblelora.config import RunConfig, dump_config, load_config
+from ensemblelora.earlier import list_settings
 from ensemblelora.errors import OutputError, UsageError
 from ensemblelora.files import describe_error, is_temporary
 from ensemblelora.startpoint import is_warm
@@ -173,18 +173,10 @@ def _check_config(request: Request) -> None:
     if not path.exists():
         return
     # Read as a config: keys that it does not name yet have their defaults.
-    before, now = (_flatten(one.model_dump(mode="json")) for one in (load_config(path), request.config))
+    before, now = (dict(list_settings(one.model_dump(mode="json"))) for one in (load_config(path), request.config))
     keys = sorted({*before, *now} - {"out"})
     changed = [key for key in keys if before.get(key) != now.get(key)]
     if changed:
         more = [f"{len(changed) - _MOST_NAMED_KEYS} more"] if len(changed) > _MOST_NAMED_KEYS else []
         told = ", ".join([*changed[:_MOST_NAMED_KEYS], *more])
         raise UsageError(f"{request.folder}: holds a comparison of another config ({told}); choose another folder")
-
-
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's values by their keys' whole names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return flat

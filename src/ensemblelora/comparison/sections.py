@@ -238,12 +238,14 @@ def _score_table(metric: _Metric, found: Statistics) -> Table:
     rows = _add_differences(metric, found, ranked, rows)
     extra = [f"Against {found.reference}", "Over these trainings"] if found.reference else []
     arrow = "Higher is better" if metric.is_higher_better else "Lower is better"
-    note = f"{arrow}; the best of a column in bold. Against one adapter for all: not corrected for the number of lines."
+    note = f"{arrow}; a star marks the best of a column."
+    if extra:
+        note += " Against one adapter for all: not corrected for the number of lines."
     return Table(
         metric.title,
         (Column("Method", is_number=False), *map(Column, heads), *map(Column, extra)),
         tuple(Row(tuple(row)) for row in rows),
-        note if extra else f"{arrow}; the best of a column in bold.",
+        note,
     )
 
 

@@ -11,7 +11,7 @@ from ensemblelora.comparison.candidate import NOTHING, Candidate, Costs, make_ca
 from ensemblelora.comparison.combined import Weighting, weigh_members
 from ensemblelora.comparison.matched import match_steps
 from ensemblelora.comparison.planned import make_plan, make_warm_plan
-from ensemblelora.comparison.pool import Pool, Trained
+from ensemblelora.comparison.pool import Pool, Trained, Wish
 from ensemblelora.ensemble import Member
 from ensemblelora.grouping import Partition, to_labels
 from ensemblelora.startpoint import halve_epochs
@@ -36,7 +36,8 @@ def train_continued(pool: Pool, *, weights: Weighting = "own", matches_steps: bo
     shared = pool.train(pool.everyone)
     singles = tuple((task,) for task in pool.everyone)
     settings = [match_steps(pool, group) if matches_steps else None for group in singles]
-    trained = [pool.train(group, start=shared, settings=own) for group, own in zip(singles, settings, strict=True)]
+    wishes = [Wish(group, start=shared, settings=own) for group, own in zip(singles, settings, strict=True)]
+    trained = pool.train_each(wishes)
     return _put_together(pool, singles, trained, [shared], weights, NOTHING)
 
 
@@ -48,7 +49,7 @@ def train_warm(pool: Pool) -> Candidate:
     first, second = halve_epochs(pool.config.training)
     planned = make_plan(pool)
     warm = pool.train(pool.everyone, settings=first)
-    trained = [pool.train(group, start=warm, settings=second) for group in planned.plan.groups]
+    trained = pool.train_each([Wish(group, start=warm, settings=second) for group in planned.plan.groups])
     return _put_together(pool, planned.plan.groups, trained, [warm], "own", planned.costs)
 
 
@@ -65,7 +66,7 @@ def train_warm_plan(pool: Pool, *, weights: Weighting | None = None) -> Candidat
     first, second = halve_epochs(pool.config.training)
     warm = pool.train(pool.everyone, settings=first)
     planned = make_warm_plan(pool, warm, second)
-    trained = [pool.train(group, start=warm, settings=second) for group in planned.plan.groups]
+    trained = pool.train_each([Wish(group, start=warm, settings=second) for group in planned.plan.groups])
     return _put_together(pool, planned.plan.groups, trained, [warm], weights, planned.costs)
 
 

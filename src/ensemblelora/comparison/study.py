@@ -45,6 +45,7 @@ from ensemblelora.config import RunConfig
 from ensemblelora.errors import EnsembleLoraError, TrainingError, UsageError, first_line
 from ensemblelora.evaluation.metrics import compute_chance_p_value, compute_row_correct
 from ensemblelora.prediction import MemberScores, member_nll
+from ensemblelora.scheduling import Cluster, Scheduler, open_scheduler
 
 __all__ = ["Study", "compare"]
 
@@ -69,6 +70,7 @@ def compare(
     out: Path | str,
     *,
     primary: Sequence[tuple[str, str]] | None = None,
+    cluster: Cluster | None = None,
 ) -> Study:
     """Carry out a comparison, or go on with one.
 
@@ -82,6 +84,7 @@ def compare(
         learning_rates: Tried for every trained method on the first seed; empty: the config's own.
         out: The comparison's folder.
         primary: Pairs of methods whose comparison is the study's purpose; none: ours against every rival.
+        cluster: Where fine-tunings run side by side that need nothing of each other; none: in this process.
 
     Raises:
         UsageError: If a name or number is wrong, or the folder holds a comparison of another config, rows or model.
@@ -92,15 +95,16 @@ def compare(
     with hold_folder(request), progress.stage("compare"):
         known = read_head(request.folder) if (request.folder / STUDY_FILE).exists() else None
         if known is None or _list_missing(request, known.identity):
-            failures = _measure_missing(request, known)
+            with open_scheduler(cluster) as scheduler:
+                failures = _measure_missing(request, known, scheduler)
         else:
             write_head(request.folder, _join_heads(request, known, known, failures))
     return Study(read_study(request.folder), failures)
 
 
-def _measure_missing(request: Request, known: StudyHead | None) -> dict[str, str]:
+def _measure_missing(request: Request, known: StudyHead | None, scheduler: Scheduler) -> dict[str, str]:
     """Load rows and model, carry out what has no record yet, and return why some of it could not be."""
-    bench = Bench(request.config, request.folder)
+    bench = Bench(request.config, request.folder, scheduler=scheduler)
     identity = artifacts.fingerprint(__version__, request.config.model_copy(update={"out": ""}), bench.identity)
     if known is not None and known.identity != identity:
         raise UsageError(
@@ -190,6 +194,7 @@ def _measure_one(request: Request, head: StudyHead, bench: Bench, method: Method
     first = _read(request, head.identity, method.name, request.seeds[0])
     if first is not None and first.learning_rate is not None:
         rates = (first.learning_rate,)
+    bench.train_ahead(seed, rates, method.work)
     trials, candidate, pool = _choose_rate(method, rates, lambda rate: bench.open_pool(seed, rate))
     chosen = min(trials, key=lambda trial: trial.validation_nll)
     nll, correct = _test(candidate, pool)

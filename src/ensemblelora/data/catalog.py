@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from ensemblelora.data.folder import describe_source, is_data_file, task_from_file, tasks_from_folder
+from ensemblelora.data.folder import describe_source, is_data_file, task_from_file, tasks_from_folder, tasks_from_url
+from ensemblelora.data.harness_keys import drop_report_keys, quote_functions
 from ensemblelora.data.reading import BUILDERS
+from ensemblelora.data.remote import is_url
 from ensemblelora.data.task import TaskCard
-from ensemblelora.errors import DataError
+from ensemblelora.errors import DataError, join_faults, quote
+from ensemblelora.yamltext import YamlError, parse_yaml
 
 __all__ = ["find_cards", "load_card", "parse_card", "resolve_cards"]
 
@@ -31,7 +33,8 @@ def resolve_cards(entries: Sequence[str]) -> list[TaskCard]:
 
     Args:
         entries: ``DataConfig.tasks``. A folder gives its cards; where there is none, or one stands beside the data file
-            of the same name, it gives a task for each data file that no card reads, too.
+            of the same name, it gives a task for each data file that no card reads, too. Data files, and folders of
+            them, may be URLs.
 
     Raises:
         DataError: Names every entry that is nothing of the kind, every faulty card, and every name that occurs twice.
@@ -43,6 +46,8 @@ def resolve_cards(entries: Sequence[str]) -> list[TaskCard]:
             cards.extend(_resolve_entry(entry))
         except DataError as error:
             faults.append(str(error))
+        except OSError as error:  # a name that no file can have
+            faults.append(f"task {quote(entry)}: can't be looked for ({error.strerror})")
     twice = [name for name, n in Counter(card.task for card in cards).items() if n > 1]
     faults += [f"task {name!r}: the name occurs twice; rename a card or file" for name in twice]
     if faults:
@@ -75,14 +80,16 @@ def parse_card(values: dict[str, Any], *, source: str = "card") -> TaskCard:
     try:
         return TaskCard.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(_describe_fault(fault) for fault in error.errors())
-        raise DataError(f"card {source}: {faults}") from None
+        faults = [_describe_fault(fault) for fault in error.errors()]
+        raise DataError(f"card {source}: {join_faults(faults)}") from None
 
 
 def _resolve_entry(entry: str) -> list[TaskCard]:
     shipped = find_cards()
     if entry in shipped:
         return [load_card(shipped[entry])]
+    if is_url(entry):
+        return tasks_from_url(entry)
     path = Path(entry).expanduser()
     if path.is_dir():
         return _resolve_folder(path)
@@ -121,15 +128,14 @@ def _describe_use(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read_card(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = parse_yaml(quote_functions(path.read_text(encoding="utf-8")))
+    except YamlError as error:
+        raise DataError(f"card {path}: not plain YAML ({error}); a card is data and can't call functions") from None
+    except (OSError, ValueError) as error:
         raise DataError(f"card {path}: can't be read ({error})") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"card {path}: not plain YAML ({reason}); a card is data and can't call functions") from None
     if not isinstance(values, dict):
         raise DataError(f"card {path}: expected keys and values, got {type(values).__name__}")
-    values = _anchor_paths(values, path.resolve().parent)
+    values = _anchor_paths(drop_report_keys(values, str(path)), path.resolve().parent)
     included = values.pop("include", None)
     if included is None:
         return values
@@ -159,7 +165,7 @@ def _anchor_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _anchor_path(file: Any, folder: Path) -> Any:
-    if not isinstance(file, str) or file.startswith(("${", "/", "~")):
+    if not isinstance(file, str) or file.startswith(("${", "/", "~")) or is_url(file):
         return file
     return str((folder / file).resolve())
 
@@ -172,4 +178,4 @@ def _describe_fault(fault: Any) -> str:
         beside = "; give it, or put the data file beside the card under the card's name" * (where == "dataset_path")
         return f"{where}: missing{beside}"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: got {fault['input']!r}: {message}" if where else message
+    return f"{where}: got {quote(fault['input'])}: {message}" if where else message

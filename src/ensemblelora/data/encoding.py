@@ -20,7 +20,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ensemblelora.data.packing import Row, describe_examples, pack_rows
 from ensemblelora.data.task import Example, Kind, Task
+from ensemblelora.data.truncation import measure_cuts
 from ensemblelora.errors import DataError
 
 __all__ = ["EncodedSplit", "Layout", "Tokenizer", "choose_kind", "encode_split"]
@@ -71,6 +73,7 @@ class EncodedSplit:
         groups: int64 (n_examples,). Equal for examples of equal group; numbered within this split.
         ids: The examples' ids.
         n_truncated: How many examples lost tokens of their context.
+        fitting_length: The least ``max_length`` that leaves 99 % of the examples whole; 0 where none lost tokens.
     """
 
     task: str
@@ -87,6 +90,7 @@ class EncodedSplit:
     groups: NDArray[np.int64]
     ids: tuple[str, ...]
     n_truncated: int
+    fitting_length: int = 0
 
     @property
     def n_examples(self) -> int:
@@ -157,13 +161,6 @@ class EncodedSplit:
             return np.zeros(0, np.int64)
         every = np.add.reduceat(self.input_lengths, self.example_rows[:-1])
         return np.asarray(every - (self.row_counts - 1) * self.shared_lengths)
-
-
-class _Row(NamedTuple):
-    tokens: NDArray[np.int32]
-    answer_start: int
-    divisor: float
-    is_truncated: bool
 
 
 class _Pair(NamedTuple):
@@ -241,38 +238,38 @@ def encode_split(task: Task, split: str, tokenizer: Tokenizer, *, max_length: in
     kind = choose_kind(task, tokenizer)
     examples = task.splits[split]
     if kind == "classification":
-        rows = _encode_texts(examples, tokenizer, max_length)
+        rows = pack_rows(_encode_texts(examples, tokenizer, max_length))
         label_tokens: list[int] = []
     else:
         label_tokens = [label[0] for label in _encode_labels(task, tokenizer)] if kind == "verbalizer" else []
-        rows = _encode_rows(task, split, kind, label_tokens, tokenizer, max_length)
-    n_choices = [len(example.choices) for example in examples]
-    rows_each = np.array(n_choices if kind == "options" else [1] * len(examples), np.int64)
-    codes: dict[str, int] = {}
+        rows = pack_rows(_encode_rows(task, split, kind, label_tokens, tokenizer, max_length))
+    known = describe_examples(examples)
+    rows_each = known.n_choices.astype(np.int64) if kind == "options" else np.ones(len(examples), np.int64)
+    n_truncated, fitting_length = measure_cuts(rows.n_cut, rows.n_read, rows_each)
     return EncodedSplit(
         task=task.name,
         split=split,
         kind=kind,
-        tokens=np.concatenate([row.tokens for row in rows]) if rows else np.zeros(0, np.int32),
-        row_starts=np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64),
-        answer_starts=np.array([row.answer_start for row in rows], np.int32),
-        example_rows=np.cumsum([0, *rows_each], dtype=np.int64),
-        labels=np.array([example.label for example in examples], np.int64),
-        n_choices=np.array(n_choices, np.int16),
+        tokens=rows.tokens,
+        row_starts=rows.starts,
+        answer_starts=rows.answer_starts,
+        example_rows=np.concatenate([np.zeros(1, np.int64), np.cumsum(rows_each)]),
+        labels=known.labels,
+        n_choices=known.n_choices,
         label_tokens=np.array(label_tokens, np.int32),
-        divisors=np.array([row.divisor for row in rows], np.float32),
-        groups=np.array([codes.setdefault(example.group, len(codes)) for example in examples], np.int64),
-        ids=tuple(example.id for example in examples),
-        n_truncated=_count_truncated(rows, rows_each),
+        divisors=rows.divisors,
+        groups=known.groups,
+        ids=known.ids,
+        n_truncated=n_truncated,
+        fitting_length=fitting_length,
     )
 
 
 def _encode_rows(
     task: Task, split: str, kind: Kind, label_tokens: list[int], tokenizer: Tokenizer, max_length: int
-) -> list[_Row]:
+) -> Iterator[Row]:
     examples = task.splits[split]
     lead = _leading_tokens(tokenizer)
-    rows: list[_Row] = []
     faults: list[tuple[str, str]] = []
     for example, pair in zip(examples, _encode_pairs(examples, tokenizer), strict=True):
         fault = _find_fault(pair, kind, label_tokens)
@@ -283,7 +280,7 @@ def _encode_rows(
             context = whole[: len(pair.context)]
             start = lead or ([] if context else _first_token(tokenizer))
             if kind == "verbalizer":
-                rows.append(_fit_row(start, context, [], 1.0, max_length))
+                yield _fit_row(start, context, [], 1.0, max_length)
                 break  # one row: the choices are compared at its last position
             ending = _end_of_answer(task, tokenizer)
             if len(answer) + len(ending) + max(len(start), 1) > max_length + 1:
@@ -296,12 +293,11 @@ def _encode_rows(
                 )
                 break
             divisor = _choose_divisor(task, kind, choice, len(answer) + len(ending))
-            rows.append(_fit_row(start, context, answer + ending, divisor, max_length))
+            yield _fit_row(start, context, answer + ending, divisor, max_length)
     if faults:
         (where, what), n_more = faults[0], len(faults) - 1
         more = f" (and {n_more} more rows like it)" if n_more else ""
         raise DataError(f"task {task.name!r}, {split} row {where}: {what}{more}")
-    return rows
 
 
 def _find_fault(pair: _Pair, kind: Kind, label_tokens: list[int]) -> str | None:
@@ -314,12 +310,11 @@ def _find_fault(pair: _Pair, kind: Kind, label_tokens: list[int]) -> str | None:
     return None
 
 
-def _fit_row(start: list[int], context: list[int], answer: list[int], divisor: float, max_length: int) -> _Row:
+def _fit_row(start: list[int], context: list[int], answer: list[int], divisor: float, max_length: int) -> Row:
     # The model never reads an answer's last token, so a row with an answer may hold one token more.
     room = max_length + bool(answer) - len(start) - len(answer)
     kept = context[max(len(context) - room, 0) :]
-    tokens = np.array([*start, *kept, *answer], np.int32)
-    return _Row(tokens, len(start) + len(kept), divisor, len(kept) < len(context))
+    return Row([*start, *kept, *answer], len(start) + len(kept), divisor, len(context) - len(kept))
 
 
 def _choose_divisor(task: Task, kind: Kind, choice: str, n_tokens: int) -> float:
@@ -350,9 +345,8 @@ def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator
             yield _Pair(next(tokens), [next(tokens) for _ in example.choices])
 
 
-def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[_Row]:
+def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Iterator[Row]:
     """Rows for a classification head: the tokenizer's own special tokens around the end of the context."""
-    rows: list[_Row] = []
     remaining = iter(examples)
     while chunk := list(islice(remaining, _TEXTS_PER_CALL)):
         encoded = tokenizer([example.context for example in chunk], return_special_tokens_mask=True)
@@ -361,9 +355,8 @@ def _encode_texts(examples: Sequence[Example], tokenizer: Tokenizer, max_length:
             first, last = (int(body[0]), int(body[-1]) + 1) if len(body) else (len(ids), len(ids))
             start, end = list(ids[:first]) or ([] if len(body) else _first_token(tokenizer)), list(ids[last:])
             kept = list(ids[max(first, last - max(max_length - len(start) - len(end), 0)) : last])
-            tokens = np.array([*start, *kept, *end], np.int32)
-            rows.append(_Row(tokens, len(tokens), 1.0, len(kept) < last - first))
-    return rows
+            tokens = [*start, *kept, *end]
+            yield Row(tokens, len(tokens), 1.0, last - first - len(kept))
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -391,10 +384,3 @@ def _encode_labels(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
 
 def _first_example(task: Task) -> Example:
     return next(example for split in task.splits.values() for example in split)
-
-
-def _count_truncated(rows: Sequence[_Row], rows_each: NDArray[np.int64]) -> int:
-    if not rows:
-        return 0
-    starts = np.cumsum([0, *rows_each[:-1]])
-    return int(np.logical_or.reduceat([row.is_truncated for row in rows], starts).sum())

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from ensemblelora.data.choices import ChoiceColumns, describe_target, find_choice_columns
-from ensemblelora.data.reading import read_file
+from ensemblelora.data.reading import list_folder, read_file
+from ensemblelora.data.remote import Source, name_of, show_place, show_url
 from ensemblelora.data.task import TaskCard
 from ensemblelora.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["describe_source", "is_data_file", "task_from_file", "tasks_from_folder"]
+__all__ = ["describe_source", "is_data_file", "task_from_file", "tasks_from_folder", "tasks_from_url"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,12 @@ _ANSWERS = ("answer", "output", "response")
 _QUESTIONS = {"question": "Question", "instruction": "Instruction", "text": ""}
 _CONTEXTS = ("input", "context")
 _MAX_CLASSES = 100
+_FEW_ROWS = 20
+"""of fewer, a label of its own for every other row says nothing"""
+_PIECE = 4096  # rows in memory at a time
 
 
-def is_data_file(path: Path) -> bool:
+def is_data_file(path: PurePath) -> bool:
     """Whether a path's name is that of a data file."""
     return path.suffix.lower() in _FORMATS and not path.name.startswith(".")
 
@@ -55,6 +59,32 @@ def tasks_from_folder(folder: Path, *, besides: Collection[Path] = (), may_be_em
     files = [path for path in every if path.resolve() not in besides]
     if not files and not may_be_empty:
         raise DataError(f"folder {folder}: no task in it; expected .csv, .tsv, .jsonl, .json, .parquet or card files")
+    return _make_cards(files)
+
+
+def tasks_from_url(url: str) -> list[TaskCard]:
+    """Make a card for a data file elsewhere, or for each of a folder.
+
+    Raises:
+        DataError: If there is no data file, a card lies there, or names every file that can't be a task, with the
+            reason.
+        MissingExtraError: If the package that opens the URL isn't installed.
+    """
+    if is_data_file(name_of(url)):
+        return [task_from_file(url)]
+    every = list_folder(url)
+    if cards := [one for one in every if name_of(one).suffix in (".yaml", ".yml")]:
+        raise DataError(
+            f"folder {show_url(url)}: holds the card {name_of(cards[0]).name}; cards are read from folders of this "
+            "machine only: copy it here, and name the file in its dataset_kwargs.data_files"
+        )
+    files = [one for one in every if is_data_file(name_of(one))]
+    if not files:
+        raise DataError(f"folder {show_url(url)}: no task in it; expected .csv, .tsv, .jsonl, .json or .parquet files")
+    return _make_cards(files)
+
+
+def _make_cards(files: Sequence[Source]) -> list[TaskCard]:
     cards: list[TaskCard] = []
     faults: list[str] = []
     for path in files:
@@ -67,57 +97,60 @@ def tasks_from_folder(folder: Path, *, besides: Collection[Path] = (), may_be_em
     return cards
 
 
-def describe_source(path: Path) -> dict[str, Any]:
+def describe_source(source: Source) -> dict[str, Any]:
     """Return the keys of a card that say where a data file's rows are: all in one split, to be cut."""
+    name = name_of(source)
     return {
-        "task": path.stem,
-        "dataset_path": _FORMATS[path.suffix.lower()],
-        "dataset_kwargs": {"data_files": {"train": str(path.resolve())}},
+        "task": name.stem,
+        "dataset_path": _FORMATS[name.suffix.lower()],
+        "dataset_kwargs": {"data_files": {"train": source if isinstance(source, str) else str(source.resolve())}},
         "training_split": "train",
     }
 
 
-def task_from_file(path: Path) -> TaskCard:
+def task_from_file(source: Source) -> TaskCard:
     """Make a card for one data file; its splits are cut from its rows.
 
     Raises:
         DataError: If the file can't be read, lacks the columns, has labels or choices that can't be understood, or has
             a bad name.
     """
-    rows = read_file(path)
+    rows, path = read_file(source), show_place(source)
     columns = rows.column_names
     question = next((name for name in _QUESTIONS if name in columns), None)
     answer = next((name for name in _ANSWERS if name in columns), None)
     choices, keyed = find_choice_columns(columns), answer or ("label" if "label" in columns else None)
+    if question and getattr(rows.features[question], "dtype", None) is None:
+        raise DataError(f"data file {path}: column {question!r} holds lists or records; give one text a row")
     if choices and question and keyed:
         keys = _describe_choices(rows, question, keyed, choices, path)
     elif not choices and "text" in columns and "label" in columns:
-        keys = _describe_labelled(list(rows["label"]), path)
+        keys = _describe_labelled(rows, path)
     elif not choices and question and answer:
         _warn_of_lists(rows, path)
         keys = _describe_generation(columns, question, answer)
     else:
-        raise DataError(_explain_columns(path, columns))
+        raise DataError(_explain_columns(path, name_of(source).stem, columns))
     try:
-        return TaskCard.model_validate({**describe_source(path), **keys})
+        return TaskCard.model_validate({**describe_source(source), **keys})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise DataError(f"data file {path}: its name can't be the task's: {reason}; rename the file") from None
 
 
-def _explain_columns(path: Path, columns: Sequence[str]) -> str:
+def _explain_columns(path: str, stem: str, columns: Sequence[str]) -> str:
     """Say which columns are understood, and how to name others: by a card of three lines."""
     first, last = columns[0], columns[-1]
     return (
         f"data file {path}: expected columns text and label; question, choices and answer; or question and answer; got "
-        f"{', '.join(columns)}. Rename them, or put a card {path.stem}.yaml beside the file that says what they mean, "
+        f"{', '.join(columns)}. Rename them, or put a card {stem}.yaml beside the file that says what they mean, "
         f"such as doc_to_text: {first} / doc_to_choice: [its classes in order] / doc_to_target: {last} (one line each; "
         "see README, 'With your own files')"
     )
 
 
-def _describe_labelled(values: Sequence[Any], path: Path) -> dict[str, Any]:
-    names, target = _name_classes(values, path)
+def _describe_labelled(rows: Dataset, path: str) -> dict[str, Any]:
+    names, target = _name_classes(rows, path)
     return {
         # A list of the labels in the prompt misled a 135M model (AUC 0.44 against 0.70 on film reviews, untrained).
         "doc_to_text": "{{text}}\nLabel:",
@@ -129,9 +162,24 @@ def _describe_labelled(values: Sequence[Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _name_classes(values: Sequence[Any], path: Path) -> tuple[tuple[str, ...], str]:
+def _explain_values(path: str, n_rows: int) -> str:
+    """Say of how many rows it is, why these are no classes, and what to do."""
+    if n_rows < _FEW_ROWS:
+        return (
+            f"{n_rows} rows, too few rows to tell classes (two rows a class on average) from free text; give more "
+            f"rows, name the column answer if it is free text, or put a card {Path(path).stem}.yaml beside the file "
+            "that names the classes: doc_to_text: text / doc_to_choice: [the classes in order] / doc_to_target: label "
+            "(one line each; see README, 'With your own files')"
+        )
+    return (
+        f"{n_rows} rows, too many to be classes (at most {_MAX_CLASSES}, and two rows a class on average); for free "
+        "text, name the column answer"
+    )
+
+
+def _name_classes(rows: Dataset, path: str) -> tuple[tuple[str, ...], str]:
     """The classes' names, and the template that turns a row's label into one of them."""
-    kinds = {type(value) for value in values}
+    kinds, values = _list_values(rows, "label")
     what = f"data file {path}: column 'label'"
     if list in kinds or dict in kinds:
         raise DataError(f"{what} holds lists: multi-label tasks are not supported, only one label a row")
@@ -142,7 +190,7 @@ def _name_classes(values: Sequence[Any], path: Path) -> tuple[tuple[str, ...], s
             "values into names or whole numbers"
         )
     if type(None) in kinds or "" in values:
-        row = next(i for i, value in enumerate(values) if value is None or value == "")
+        row = min(values[value] for value in (None, "") if value in values)
         raise DataError(f"{what} is empty in row {row} (counted from 0)")
     if len(kinds) > 1:
         raise DataError(f"{what} mixes {' and '.join(sorted(kind.__name__ for kind in kinds))}; use one kind of label")
@@ -151,11 +199,8 @@ def _name_classes(values: Sequence[Any], path: Path) -> tuple[tuple[str, ...], s
         raise DataError(f"{what} holds only one class, {distinct[0]!r}; a task needs two or more")
     # With a label of its own for nearly every row there is nothing to learn, and scoring every row by every label would
     # take as many passes as there are rows.
-    if len(distinct) > min(_MAX_CLASSES, len(values) / 2):
-        raise DataError(
-            f"{what} holds {len(distinct)} different values in {len(values)} rows, too many to be classes (at most "
-            f"{_MAX_CLASSES}, and two rows a class on average); for free text, name the column answer"
-        )
+    if len(distinct) > min(_MAX_CLASSES, len(rows) / 2):
+        raise DataError(f"{what} holds {len(distinct)} different values in {_explain_values(path, len(rows))}")
     if kinds == {bool}:
         return ("false", "true"), "label"
     if kinds == {int}:
@@ -163,7 +208,20 @@ def _name_classes(values: Sequence[Any], path: Path) -> tuple[tuple[str, ...], s
     return tuple(distinct), "label"
 
 
-def _describe_choices(rows: Dataset, question: str, answer: str, choices: ChoiceColumns, path: Path) -> dict[str, Any]:
+def _list_values(rows: Dataset, name: str) -> tuple[set[type], dict[Any, int]]:
+    """What kinds of values a column has; and each distinct one that is no list, with the first row that has it."""
+    kinds: set[type] = set()
+    values: dict[Any, int] = {}
+    column = rows.select_columns([name])
+    for first in range(0, len(rows), _PIECE):
+        for row, value in enumerate(column[first : first + _PIECE][name], first):
+            kinds.add(type(value))
+            if not isinstance(value, (list, dict)):
+                values.setdefault(value, row)
+    return kinds, values
+
+
+def _describe_choices(rows: Dataset, question: str, answer: str, choices: ChoiceColumns, path: str) -> dict[str, Any]:
     return {
         **_describe_question(rows.column_names, question),
         "doc_to_choice": choices.template,
@@ -190,7 +248,7 @@ def _describe_question(columns: Sequence[str], question: str) -> dict[str, Any]:
     }
 
 
-def _warn_of_lists(rows: Dataset, path: Path) -> None:
+def _warn_of_lists(rows: Dataset, path: str) -> None:
     """Say which columns look like choices under another name, since free text leaves them out."""
     lists = [name for name, value in rows[0].items() if isinstance(value, list)]
     if lists:

@@ -1,7 +1,7 @@
 """From a config to tasks: cards resolved, rows chosen, splits cut, examples rendered, overlaps found.
 
-Rows are chosen before they are rendered, so keeping a hundred rows of a million renders a hundred. Every fault of every
-task is gathered and reported at once.
+Rows are chosen before they are rendered, so keeping a hundred rows of a million renders a hundred; of many that are
+kept, a piece at a time is in memory. Every fault of every task is gathered and reported at once.
 
 In: a :class:`~ensemblelora.config.DataConfig` and the run's seed. Out: a
 :class:`~ensemblelora.data.task.TaskSet`. Invariants: splits of a task are disjoint; a missing split is cut from the
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from math import ceil
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ensemblelora import progress
 from ensemblelora.config import DataConfig
+from ensemblelora.data.candidates import choose_rows, size_pools
 from ensemblelora.data.catalog import find_cards, load_card, parse_card, resolve_cards
+from ensemblelora.data.examples import hold
 from ensemblelora.data.folder import tasks_from_folder
 from ensemblelora.data.overlap import describe_overlap, find_overlaps
-from ensemblelora.data.reading import list_missing_variables, read_split
+from ensemblelora.data.reading import Draw, list_missing_variables, pin_commit, read_split
 from ensemblelora.data.rendering import Renderer, Row, compile_card, explode_row
-from ensemblelora.data.splitting import cut_by_group, draw_pool, subsample
 from ensemblelora.data.task import SPLITS, Example, Task, TaskCard, TaskSet
 from ensemblelora.errors import ConfigError, DataError
 from ensemblelora.seeding import seed_for
@@ -37,6 +37,7 @@ __all__ = [
     "load_task",
     "load_tasks",
     "parse_card",
+    "place_of",
     "render_inputs",
     "resolve_cards",
     "tasks_from_folder",
@@ -44,26 +45,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_POOL_FACTOR, _POOL_EXTRA = 4, 1000
-"""Rows looked at for each row needed, and besides: room for strata and groups that come in lumps."""
 
-
-class _Candidate(NamedTuple):
-    id: str
-    row: Row
-    stratum: Hashable
-    group: str
-
-
-def load_tasks(config: DataConfig, *, seed: int) -> TaskSet:
+def load_tasks(config: DataConfig, *, seed: int, commits: Mapping[tuple[str, str], str] | None = None) -> TaskSet:
     """Load every task a config names.
 
     Args:
         config: Which tasks, how many rows, what to do about overlaps.
         seed: The run's seed, for a config without a seed of its own; each task derives its own from it.
+        commits: The hub's commit that a run was begun with, by task and dataset; none: what the hub has now.
 
     Returns:
-        Tasks in the config's order, with what their splits share.
+        Tasks in the config's order, with what their splits share; cards of a hub's datasets name the commit.
 
     Raises:
         ConfigError: If the fractions to cut leave nothing to train on.
@@ -79,7 +71,8 @@ def load_tasks(config: DataConfig, *, seed: int) -> TaskSet:
     _check_variables(cards)
     for card in progress.track(cards, description="loading tasks"):
         try:
-            tasks.append(load_task(card, config, seed=seed if config.seed is None else config.seed))
+            pinned = _stay_with(card, (commits or {}).get((card.task, card.dataset_path)))
+            tasks.append(load_task(pinned, config, seed=seed if config.seed is None else config.seed))
         except DataError as error:
             faults.append(str(error))
     if faults:
@@ -100,9 +93,12 @@ def load_task(card: TaskCard, config: DataConfig, *, seed: int) -> Task:
         DataError: Every fault of the task, each with its name, joined by ``"; "``.
     """
     named = dict(zip(SPLITS, (card.training_split, card.validation_split, card.test_split), strict=True))
-    tables = _read_tables(card, [source for source in named.values() if source is not None])
+    own_seed = seed_for(seed, "data", card.task)
+    draws = _plan_draws(card, size_pools(card, named, config), seed=own_seed)
+    tables = _read_tables(card, draws)
+    card = pin_commit(card, tables[card.training_split])
     renderers = _compile_renderers(card, tables)
-    chosen = _choose_rows(card, named, tables, renderers, config, seed=seed_for(seed, "data", card.task))
+    chosen = choose_rows(card, named, tables, renderers, config, seed=own_seed)
     splits: dict[str, Sequence[Example]] = {}
     faults: list[str] = []
     row_faults: list[str] = []
@@ -147,6 +143,20 @@ def render_inputs(card: TaskCard, rows: Sequence[Row]) -> list[Example]:
     return [Example(e.id, e.context, (), 0, e.group) for e in examples]
 
 
+def place_of(example: Example) -> int:
+    """Which of the rows given to :func:`render_inputs` an example came from."""
+    return int(example.id.removeprefix("row:").partition(".")[0])
+
+
+def _stay_with(card: TaskCard, commit: str | None) -> TaskCard:
+    """A card at the commit that a run was begun with, unless it names a revision itself."""
+    own = card.dataset_kwargs.get("revision", commit)
+    if own != commit and commit is not None:
+        told = (card.task, own, card.dataset_path, commit)
+        logger.warning("task %r: now revision %s of dataset %s, before %s; what other rows change is done again", *told)
+    return card if own is None else card.model_copy(update={"dataset_kwargs": {**card.dataset_kwargs, "revision": own}})
+
+
 def _check_variables(cards: Sequence[TaskCard]) -> None:
     """Name each environment variable that is missing once, however many tasks read from it."""
     users: dict[str, list[str]] = {}
@@ -162,12 +172,28 @@ def _check_variables(cards: Sequence[TaskCard]) -> None:
         raise DataError("; ".join(faults))
 
 
-def _read_tables(card: TaskCard, sources: Sequence[str]) -> dict[str, Dataset]:
+def _plan_draws(card: TaskCard, sizes: Mapping[str, int | None], *, seed: int) -> dict[str, Draw | None]:
+    """What to take of each of a card's splits; none: all of it."""
+    if not card.streaming:
+        return dict.fromkeys(sizes)
+    draws: dict[str, Draw | None] = {}
+    for source, size in sizes.items():
+        if size is None:
+            raise DataError(
+                f"task {card.task!r}: split {source!r} is streamed, so it must be said how many rows to take; set "
+                "data.max_train_examples, data.max_validation_examples and data.max_test_examples"
+            )
+        draws[source] = Draw(size, seed_for(seed, source))
+    return draws
+
+
+def _read_tables(card: TaskCard, draws: Mapping[str, Draw | None]) -> dict[str, Dataset]:
     tables: dict[str, Dataset] = {}
     faults: list[str] = []
-    for source in sources:
+    for source, draw in draws.items():
         try:
-            tables[source] = read_split(card, source)
+            tables[source] = read_split(card, source, draw)
+            card = pin_commit(card, tables[source])  # all splits are of one commit
         except DataError as error:
             faults.append(str(error))
             continue
@@ -189,80 +215,18 @@ def _compile_renderers(card: TaskCard, tables: Mapping[str, Dataset]) -> dict[st
     return renderers
 
 
-def _choose_rows(
-    card: TaskCard,
-    named: Mapping[str, str | None],
-    tables: Mapping[str, Dataset],
-    renderers: Mapping[str, Renderer],
-    config: DataConfig,
-    *,
-    seed: int,
-) -> dict[str, list[_Candidate]]:
-    """Candidates of each of our splits: cut where the card names no source, and limited."""
-    limits = {split: getattr(config, f"max_{split}_examples") for split in SPLITS}
-    fractions = _share_training_rows(named, config)
-    chosen: dict[str, list[_Candidate]] = {}
-    for split, source in named.items():
-        if source is None:
-            continue
-        parts = fractions if split == "train" else {split: 1.0}
-        size, n_dealt = _size_pool(parts, limits), card.part[1] if card.part else 1
-        pool = draw_pool(len(tables[source]), size and size * n_dealt, seed=seed_for(seed, source))
-        candidates = list(_look_at(card, source, tables[source], pool, renderers[source]))
-        strata = [candidate.stratum for candidate in candidates]
-        groups = [candidate.group for candidate in candidates]
-        cut = (
-            cut_by_group(strata, groups, list(parts.values()), seed=seed)
-            if len(parts) > 1
-            else [range(len(candidates))]
-        )
-        for part, positions in zip(parts, cut, strict=True):
-            kept = subsample([strata[p] for p in positions], limits[part], seed=seed_for(seed, part))
-            chosen[part] = [candidates[positions[k]] for k in kept]
-    return chosen
-
-
-def _share_training_rows(named: Mapping[str, str | None], config: DataConfig) -> dict[str, float]:
-    wanted = {"validation": config.validation_fraction, "test": config.test_fraction}
-    missing = {split: fraction for split, fraction in wanted.items() if named[split] is None}
-    return {"train": 1 - sum(missing.values()), **missing}
-
-
-def _size_pool(parts: Mapping[str, float], limits: Mapping[str, int | None]) -> int | None:
-    """How many source rows to look at; None where a part takes all."""
-    needs = [limits[part] for part in parts]
-    if None in needs:
-        return None
-    needed = max(limit / share for limit, share in zip(needs, parts.values(), strict=True) if limit is not None)
-    return ceil(_POOL_FACTOR * needed) + _POOL_EXTRA
-
-
-def _look_at(
-    card: TaskCard, source: str, table: Dataset, pool: Sequence[int], renderer: Renderer
-) -> Iterator[_Candidate]:
-    """Yield what decides a row's place: its label and group. Contexts and choices are not rendered."""
-    for number, row in zip(pool, table.select(pool), strict=True):
-        try:
-            for k, inner in enumerate(explode_row(row, card.explode)):
-                name = f"{source}:{number}" if card.explode is None else f"{source}:{number}.{k}"
-                stratum = "" if card.doc_to_choice is None else str(renderer.target(inner))
-                group = renderer.group(inner) or name
-                if card.part is None or seed_for(0, "part", group) % card.part[1] == card.part[0]:
-                    yield _Candidate(name, inner, stratum, group)
-        except DataError as error:
-            raise DataError(f"task {card.task!r}: row {source}:{number}: {error}") from None
-
-
-def _render(candidates: Sequence[_Candidate], renderer: Renderer) -> tuple[list[Example], list[str]]:
+def _render(chosen: Iterable[tuple[str, Row]], renderer: Renderer) -> tuple[Sequence[Example], list[str]]:
     """Return the examples, and what is wrong with each row that gives none."""
-    examples: list[Example] = []
     faults: list[str] = []
-    for candidate in candidates:
-        try:
-            examples.append(renderer.example(candidate.row, candidate.id))
-        except DataError as error:
-            faults.append(f"row {candidate.id}: {error}")
-    return examples, faults
+
+    def render() -> Iterator[Example]:
+        for name, row in chosen:
+            try:
+                yield renderer.example(row, name)
+            except DataError as error:
+                faults.append(f"row {name}: {error}")
+
+    return hold(render()), faults
 
 
 def _find_faults(card: TaskCard, split: str, examples: Sequence[Example]) -> list[str]:

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import numpy as np
+
 from ensemblelora.data.rendering import normalize_text
 from ensemblelora.data.task import SPLITS, Example, Overlap, Task
 
@@ -18,6 +20,7 @@ __all__ = ["describe_overlap", "find_overlaps"]
 
 _SHARED_TEXT_LENGTH = 40
 """Across tasks, a group key counts only when this long: a passage or sentence, not a word, a name or a number."""
+_KEY_BYTES = 16
 
 
 def find_overlaps(tasks: Sequence[Task]) -> tuple[Overlap, ...]:
@@ -33,6 +36,9 @@ def find_overlaps(tasks: Sequence[Task]) -> tuple[Overlap, ...]:
         again for its group.
     """
     order = {name: i for i, name in enumerate(SPLITS)}
+    shared = _find_shared(tasks)
+    if not shared:
+        return ()
     holders: dict[bytes, dict[tuple[int, str], str]] = defaultdict(dict)
     found: dict[tuple[str, int, str, int, str], list[tuple[str, str]]] = defaultdict(list)
     for split in SPLITS:
@@ -40,6 +46,8 @@ def find_overlaps(tasks: Sequence[Task]) -> tuple[Overlap, ...]:
             for example in task.splits[split]:
                 seen: set[tuple[int, str]] = set()
                 for kind, key in _keys(task, example):
+                    if key not in shared:
+                        continue
                     for (j, earlier), first_id in holders[key].items():
                         if order[earlier] < order[split] and (j, earlier) not in seen:
                             seen.add((j, earlier))
@@ -62,6 +70,22 @@ def describe_overlap(overlap: Overlap) -> str:
     )
 
 
+def _find_shared(tasks: Sequence[Task]) -> frozenset[bytes]:
+    """Keys that occur in splits of different names; of the others there may be millions, which take bytes alone."""
+    seen, shared = np.zeros(0, f"S{_KEY_BYTES}"), set[bytes]()
+    for split in SPLITS:
+        keys = bytearray()
+        for task in tasks:
+            for example in task.splits[split]:
+                for _, key in _keys(task, example):
+                    keys += key
+        own = np.unique(np.frombuffer(keys, seen.dtype) if keys else seen[:0])
+        again = np.intersect1d(seen, own, assume_unique=True)
+        shared.update(key.ljust(_KEY_BYTES, b"\0") for key in again.tolist())  # numpy drops zeros at the end
+        seen = np.union1d(seen, own)
+    return frozenset(shared)
+
+
 def _keys(task: Task, example: Example) -> Iterable[tuple[str, bytes]]:
     choices = sorted(normalize_text(choice) for choice in example.choices)
     yield "content", _hash("content", normalize_text(example.context), *choices)
@@ -72,7 +96,7 @@ def _keys(task: Task, example: Example) -> Iterable[tuple[str, bytes]]:
 
 
 def _hash(*texts: str) -> bytes:
-    return hashlib.blake2b("\x1f".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b("\x1f".join(texts).encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
 
 
 def _as_kind(kind: str) -> Literal["content", "group"]:

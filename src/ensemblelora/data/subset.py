@@ -14,7 +14,7 @@ __all__ = ["list_rows", "take_examples"]
 
 
 def take_examples(split: EncodedSplit, examples: Sequence[int] | NDArray[np.int64]) -> EncodedSplit:
-    """Return a split of the given examples, in that order; codes of groups and ``n_truncated`` stay the whole split's.
+    """Return a split of the given examples, in that order; codes of groups and what was cut stay the whole split's.
 
     Args:
         split: Where they are taken from.

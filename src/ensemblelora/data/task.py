@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 
 
 class TaskCard(BaseModel):
-    """One task, in lm-evaluation-harness's keys; the last six are ours.
+    """One task, in lm-evaluation-harness's keys; the last seven are ours.
 
     ``doc_to_text``, ``doc_to_target``, ``doc_to_choice`` and ``group`` are each a column's name or a Jinja template.
     """
@@ -51,6 +51,9 @@ class TaskCard(BaseModel):
     group: str | None = Field(None, description="Rows that agree here stay in one split. None: each row by itself.")
     explode: str | None = Field(None, description="Dotted path of nested lists; every innermost element is an example.")
     head: Literal["lm", "sequence_classification"] = "lm"
+    streaming: bool = Field(
+        False, description="Read no more than the beginning of files and hub datasets; rows are drawn from there."
+    )
     part: tuple[NonNegativeInt, PositiveInt] | None = Field(
         None, description="[k, n]: of the rows, dealt by group into n parts, only those of part k, counted from 0."
     )

@@ -6,6 +6,7 @@ every task. Input: :class:`~ensemblelora.store.FeatureBlock` per task and split.
 
 from __future__ import annotations
 
+from ensemblelora.estimation.averaging import AbstractClients, RowClients, simulate_averaging
 from ensemblelora.estimation.oracle import (
     Oracle,
     PenaltyTrial,
@@ -29,9 +30,11 @@ from ensemblelora.estimation.solver import Fit, compute_penalties, fit_subsets
 from ensemblelora.estimation.steps import TrainingBudget, simulate_training
 
 __all__ = [
+    "AbstractClients",
     "Fit",
     "Oracle",
     "PenaltyTrial",
+    "RowClients",
     "RowOutcomes",
     "SubsetScores",
     "TaskFeatures",
@@ -48,5 +51,6 @@ __all__ = [
     "predict_rows",
     "read_features",
     "score_subsets",
+    "simulate_averaging",
     "simulate_training",
 ]

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from ensemblelora.config import EstimationConfig
 from ensemblelora.errors import DataError
+from ensemblelora.estimation.memory import FitMemory, HandedFits, KnownFit
 from ensemblelora.estimation.scoring import RowOutcomes, SubsetScores, predict_outcomes, score_outcomes
-from ensemblelora.estimation.solver import Subset, SubsetProblem, check_subsets, prepare_problem, solve_subsets
+from ensemblelora.estimation.solver import Subset, check_subsets, prepare_problem, solve_subsets
 from ensemblelora.estimation.steps import TrainingBudget, simulate_training
 from ensemblelora.store import FeatureBlock
 
@@ -89,21 +90,6 @@ class PenaltyTrial:
 
 
 @dataclass(frozen=True, eq=False)
-class _KnownFit:
-    weights: FloatArray  # (d,)
-    converged: bool
-    iterations: int
-
-
-class _Memory:
-    """The fits of one replicate, and its rows in the solver's form once anything was asked."""
-
-    def __init__(self) -> None:
-        self.fits: dict[Subset, _KnownFit] = {}
-        self.problem: SubsetProblem | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class _Stack:
     weights: FloatArray  # (k, d)
     converged: npt.NDArray[np.bool_]  # (k,)
@@ -129,7 +115,7 @@ class Oracle:
     budget: TrainingBudget | None = None
     judges: Subset | None = None
     # Not part of the value: equal questions give equal answers with or without it.
-    _memories: tuple[_Memory, ...] = field(default=(), repr=False)
+    _memories: tuple[FitMemory, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse replicates of different rows, and start one memory of fits per replicate."""
@@ -141,7 +127,7 @@ class Oracle:
         if self.config.method == "steps" and self.budget is None:
             raise DataError("estimation.method steps: needs the training budget that it simulates")
         if not self._memories:
-            object.__setattr__(self, "_memories", tuple(_Memory() for _ in self.replicates))
+            object.__setattr__(self, "_memories", tuple(FitMemory() for _ in self.replicates))
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -167,7 +153,7 @@ class Oracle:
     def row_iterations(self) -> int:
         """Training rows times iterations, summed over all fits so far: what a fit's cost is counted in.
 
-        A row counts once for each of its outputs. The fit of all tasks, where the others start, is one of them.
+        A row counts once for each of its outputs. All rows at the base model, where fits start, are among them.
         Simulated steps take as many rows as the training would; fits, those that have features.
         """
         total = 0
@@ -176,7 +162,7 @@ class Oracle:
             if self.config.method == "steps":
                 sizes = [n * block.n_outputs for n, block in zip(replicate.counts, replicate.train, strict=True)]
             total += sum(fit.iterations * sum(sizes[i] for i in subset) for subset, fit in memory.fits.items())
-            total += memory.problem.start_iterations * sum(sizes) if memory.problem is not None else 0
+            total += memory.start_iterations * sum(sizes)
         return total
 
     def validation_groups(self, task: int) -> npt.NDArray[np.int64]:
@@ -191,6 +177,21 @@ class Oracle:
     def solve(self, subsets: Sequence[Subset]) -> None:
         """Fit the subsets not known yet side by side, so that questions about single tasks find them solved."""
         self._fit(subsets)
+
+    def list_unsolved(self, subsets: Sequence[Subset]) -> list[Subset]:
+        """Return those of some subsets that are not fitted yet, each once."""
+        wanted = dict.fromkeys(_normalise(subset) for subset in subsets)
+        return [subset for subset in wanted if subset and any(subset not in memory.fits for memory in self._memories)]
+
+    def hand_over(self, subsets: Sequence[Subset]) -> tuple[HandedFits, ...]:
+        """Solve subsets, and return their fits for another oracle of the same features, one entry a projection seed."""
+        self.solve(subsets)
+        return tuple(memory.hand_over([_normalise(subset) for subset in subsets]) for memory in self._memories)
+
+    def take_over(self, handed: Sequence[HandedFits]) -> None:
+        """Take up the fits that an oracle of the same features, penalty and budget has handed over."""
+        for memory, fits in zip(self._memories, handed, strict=True):
+            memory.take_over(fits)
 
     def score(self, subsets: Sequence[Subset]) -> SubsetScores:
         """Predict the performance of every subset on every task.
@@ -242,15 +243,15 @@ class Oracle:
             missing = [subset for subset in dict.fromkeys(wanted) if subset and subset not in memory.fits]
             if missing:
                 self._remember(replicate, memory, missing)
-            base = _KnownFit(np.zeros(replicate.train[0].proj_dim), True, 0)
+            base = KnownFit(np.zeros(replicate.train[0].proj_dim), True, 0)
             stacks.append(_stack([memory.fits[subset] if subset else base for subset in wanted], base.weights.size))
         return stacks
 
-    def _remember(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> None:
+    def _remember(self, replicate: TaskFeatures, memory: FitMemory, subsets: Sequence[Subset]) -> None:
         fit = self._fit_ridge if self.config.method == "ridge" else self._fit_steps
         memory.fits.update(zip(subsets, fit(replicate, memory, subsets), strict=True))
 
-    def _fit_ridge(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> list[_KnownFit]:
+    def _fit_ridge(self, replicate: TaskFeatures, memory: FitMemory, subsets: Sequence[Subset]) -> list[KnownFit]:
         if memory.problem is None:
             memory.problem = prepare_problem(
                 replicate.train,
@@ -262,14 +263,14 @@ class Oracle:
             )
         fit = solve_subsets(memory.problem, subsets)
         solved = zip(fit.weights, fit.converged, fit.iterations, strict=True)
-        return [_KnownFit(weights, bool(done), int(count)) for weights, done, count in solved]
+        return [KnownFit(weights, bool(done), int(count)) for weights, done, count in solved]
 
-    def _fit_steps(self, replicate: TaskFeatures, memory: _Memory, subsets: Sequence[Subset]) -> list[_KnownFit]:
+    def _fit_steps(self, replicate: TaskFeatures, memory: FitMemory, subsets: Sequence[Subset]) -> list[KnownFit]:
         budget, checked = cast("TrainingBudget", self.budget), check_subsets(subsets, self.n_tasks)
         found = simulate_training(
             replicate.train, replicate.validation, checked, budget, n_train=replicate.counts, judges=self.judges
         )
-        return [_KnownFit(weights, True, budget.num_train_epochs) for weights in found]
+        return [KnownFit(weights, True, budget.num_train_epochs) for weights in found]
 
 
 def build_oracle(
@@ -378,7 +379,7 @@ def _choose_trial_subsets(subsets: Sequence[Subset], n_tasks: int) -> list[Subse
     return list(dict.fromkeys([*subsets[::step], *singles, *full]))
 
 
-def _stack(fits: Sequence[_KnownFit], dimension: int) -> _Stack:
+def _stack(fits: Sequence[KnownFit], dimension: int) -> _Stack:
     weights = np.array([fit.weights for fit in fits]).reshape(len(fits), dimension)
     return _Stack(weights, np.array([fit.converged for fit in fits], dtype=bool))
 

@@ -182,7 +182,7 @@ def compute_wilson_interval(share: float, n: int, confidence: float) -> tuple[fl
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle, width = share + z**2 / (2 * n), z * sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     low, high = ((middle + side * width) / (1 + z**2 / n) for side in (-1, 1))
-    return max(low, 0.0), min(high, 1.0)
+    return max(min(low, share), 0.0), min(max(high, share), 1.0)  # rounding would leave the share out
 
 
 def compute_macro_f1(predicted: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], n_classes: int) -> FloatArray:

@@ -34,7 +34,17 @@ from ensemblelora.estimation.loss import LinearRows, compute_logits, compute_pro
 from ensemblelora.seeding import generator_for
 from ensemblelora.store import FeatureBlock
 
-__all__ = ["TrainingBudget", "simulate_training"]
+__all__ = [
+    "Optimizer",
+    "TrainingBudget",
+    "TrainingRows",
+    "count_steps",
+    "deal_rows",
+    "find_rates",
+    "mean_gradients",
+    "simulate_training",
+    "split_blocks",
+]
 
 FloatArray = npt.NDArray[np.float64]
 Subset = tuple[int, ...]
@@ -104,15 +114,15 @@ def simulate_training(
     Returns:
         Weights in the units of the features, shape ``(k, d)``.
     """
-    rows, held = _Rows(train, n_train), [LinearRows.from_block(block) for block in validation]
+    rows, held = TrainingRows(train, n_train), [LinearRows.from_block(block) for block in validation]
     sizes = [_batch_size(rows, subset, budget) for subset in subsets]
     found = np.zeros((len(subsets), train[0].proj_dim))
-    for which in _split(sizes, rows.bytes_per_row, block_bytes):
+    for which in split_blocks(sizes, rows.bytes_per_row, block_bytes):
         found[which] = _simulate(rows, held, [subsets[s] for s in which], budget, judges)
     return found
 
 
-class _Rows:
+class TrainingRows:
     """All tasks' training rows, numbered one after the other, with classes and outputs padded to the largest."""
 
     def __init__(self, blocks: Sequence[FeatureBlock], n_train: Sequence[int] | None = None) -> None:
@@ -137,10 +147,11 @@ class _Rows:
 
     @property
     def bytes_per_row(self) -> int:
+        """Memory of a row's gradients."""
         return 4 * self.n_outputs * self.blocks[0].proj_dim
 
     def deal(self, task: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-        """One epoch's rows of a task: each one that is there, as often as it takes to make up all rows."""
+        """Return one epoch's rows of a task: each one that is there, as often as it takes to make up all rows."""
         first, n = int(self.starts[task]), int(self.starts[task + 1] - self.starts[task])
         n_times, n_more = divmod(int(self.counts[task]), n)
         dealt = np.tile(np.arange(first, first + n), n_times)
@@ -164,27 +175,27 @@ class _Rows:
 
 
 def _simulate(
-    rows: _Rows,
+    rows: TrainingRows,
     held: Sequence[LinearRows],
     subsets: Sequence[Subset],
     budget: TrainingBudget,
     judges: Subset | None,
 ) -> FloatArray:
-    per_epoch = np.array([_steps_per_epoch(subset, budget) for subset in subsets])
+    per_epoch = np.array([count_steps(subset, budget) for subset in subsets])
     n_steps = per_epoch * budget.num_train_epochs
     n_stops = budget.num_train_epochs * budget.evaluations_per_epoch
     stops = [plan_evaluations(int(n), n_stops) for n in n_steps]
     generators = [generator_for(budget.seed, "simulated training", *map(str, subset)) for subset in subsets]
-    optimizer = _Optimizer(np.zeros((len(subsets), rows.blocks[0].proj_dim)), budget, n_steps)
+    optimizer = Optimizer(np.zeros((len(subsets), rows.blocks[0].proj_dim)), budget)
     best = np.zeros_like(optimizer.weights)
     least = _validation_losses(held, [subset if judges is None else judges for subset in subsets], best)  # the start's
     for epoch in range(budget.num_train_epochs):
-        batches = [_deal(rows, *given) for given in zip(subsets, per_epoch, generators, strict=True)]
+        batches = [deal_rows(rows, *given) for given in zip(subsets, per_epoch, generators, strict=True)]
         for j in range(int(per_epoch.max())):
             active = np.flatnonzero(per_epoch > j)
-            gradients = _mean_gradients(rows, [batches[s][j] for s in active], optimizer.weights[active])
+            gradients = mean_gradients(rows, [batches[s][j] for s in active], optimizer.weights[active])
             done = epoch * per_epoch[active] + j  # steps before this one, (a,)
-            optimizer.step(active, gradients, done)
+            optimizer.step(active, gradients, done, find_rates(done, n_steps[active], budget))
             due = np.array([s for s, n in zip(active, done, strict=True) if n + 1 in stops[s]], dtype=np.intp)
             judged = [subsets[s] if judges is None else judges for s in due]
             losses = _validation_losses(held, judged, optimizer.weights[due])
@@ -194,15 +205,17 @@ def _simulate(
     return best
 
 
-class _Optimizer:
-    """AdamW in projected coordinates, many subsets side by side: one second moment each."""
+class Optimizer:
+    """AdamW in projected coordinates, many subsets side by side: one second moment each; changes ``weights``."""
 
-    def __init__(self, weights: FloatArray, budget: TrainingBudget, n_steps: npt.NDArray[np.int64]) -> None:
-        self.weights, self._budget, self._n_steps = weights, budget, n_steps
+    def __init__(self, weights: FloatArray, budget: TrainingBudget) -> None:
+        self.weights, self._budget = weights, budget
         self._momentum, self._moment = np.zeros_like(weights), np.zeros(len(weights))
 
-    def step(self, which: npt.NDArray[np.intp], gradients: FloatArray, done: npt.NDArray[np.int64]) -> None:
-        """Move the subsets ``which`` (a,) by one step, after ``done`` others (a,)."""
+    def step(
+        self, which: npt.NDArray[np.intp], gradients: FloatArray, done: npt.NDArray[np.int64], rates: FloatArray
+    ) -> None:
+        """Move the subsets ``which`` (a,) by one step at their rates (a,), after ``done`` others (a,)."""
         budget = self._budget
         norms = np.linalg.norm(gradients, axis=1)
         cut = np.minimum(1.0, budget.max_grad_norm / np.maximum(norms, _EPSILON))
@@ -211,12 +224,11 @@ class _Optimizer:
         self._moment[which] += (1 - _BETA_2) * (square - self._moment[which])
         mean = self._momentum[which] / (1 - _BETA_1 ** (done + 1))[:, None]
         root = np.sqrt(self._moment[which] / (1 - _BETA_2 ** (done + 1))) + _EPSILON
-        rates = _rate_at(done, self._n_steps[which], budget)[:, None]
-        self.weights[which] -= rates * (mean / root[:, None] + budget.weight_decay * self.weights[which])
+        self.weights[which] -= rates[:, None] * (mean / root[:, None] + budget.weight_decay * self.weights[which])
 
 
-def _mean_gradients(rows: _Rows, batches: Sequence[npt.NDArray[np.int64]], weights: FloatArray) -> FloatArray:
-    """Gradient of the mean loss of each subset's batch at its weights, ``(a, d)``; those of one size in one product."""
+def mean_gradients(rows: TrainingRows, batches: Sequence[npt.NDArray[np.int64]], weights: FloatArray) -> FloatArray:
+    """Return gradients of batches' mean losses, each at its own weights, ``(a, d)``; equal sizes in one product."""
     sizes, width = np.array([len(batch) for batch in batches]), weights.shape[1]
     order = np.argsort(sizes, kind="stable")
     index, owned = np.concatenate([batches[s] for s in order]), np.repeat(sizes[order], sizes[order])
@@ -249,14 +261,16 @@ def _validation_losses(held: Sequence[LinearRows], subsets: Sequence[Subset], we
     return losses / np.array([len(subset) for subset in subsets], dtype=np.float64)
 
 
-def _deal(rows: _Rows, subset: Subset, n_steps: int, generator: np.random.Generator) -> list[npt.NDArray[np.int64]]:
+def deal_rows(
+    rows: TrainingRows, subset: Subset, n_steps: int, generator: np.random.Generator
+) -> list[npt.NDArray[np.int64]]:
     """Deal one epoch's rows of a subset to its steps, in random order."""
     own = np.concatenate([rows.deal(i, generator) for i in subset])
     return np.array_split(generator.permutation(own), n_steps)
 
 
-def _rate_at(step: npt.NDArray[np.int64], n_steps: npt.NDArray[np.int64], budget: TrainingBudget) -> FloatArray:
-    """The learning rate of a step, counted from 0, as transformers has it, times the reach."""
+def find_rates(step: npt.NDArray[np.int64], n_steps: npt.NDArray[np.int64], budget: TrainingBudget) -> FloatArray:
+    """Return the learning rate of steps counted from 0, of so many, as transformers has it, times the reach."""
     # A constant rate has no warm-up there.
     n_warmup = np.round(budget.warmup_ratio * n_steps) * (budget.lr_scheduler_type != "constant")
     rising = step / np.maximum(1, n_warmup)
@@ -266,15 +280,16 @@ def _rate_at(step: npt.NDArray[np.int64], n_steps: npt.NDArray[np.int64], budget
     return np.asarray(peak * np.where(step < n_warmup, rising, falling[budget.lr_scheduler_type]))
 
 
-def _steps_per_epoch(subset: Subset, budget: TrainingBudget) -> int:
+def count_steps(subset: Subset, budget: TrainingBudget) -> int:
+    """Return the optimiser steps of one epoch on a subset."""
     return max(1, round(sum(budget.steps_per_epoch[i] for i in subset)))
 
 
-def _batch_size(rows: _Rows, subset: Subset, budget: TrainingBudget) -> int:
-    return -(-int(rows.counts[list(subset)].sum()) // _steps_per_epoch(subset, budget))
+def _batch_size(rows: TrainingRows, subset: Subset, budget: TrainingBudget) -> int:
+    return -(-int(rows.counts[list(subset)].sum()) // count_steps(subset, budget))
 
 
-def _split(sizes: Sequence[int], bytes_per_row: int, block_bytes: int) -> Iterator[list[int]]:
+def split_blocks(sizes: Sequence[int], bytes_per_row: int, block_bytes: int) -> Iterator[list[int]]:
     """Cut the subsets into blocks whose batches fit the memory together."""
     block: list[int] = []
     n_rows = 0

@@ -25,9 +25,10 @@ from ensemblelora.evaluation.metrics import (
     score_predictions,
     score_sequences,
 )
+from ensemblelora.evaluation.rows import TaskRows
 from ensemblelora.prediction import MemberScores
 
-__all__ = ["compare_methods", "score_method"]
+__all__ = ["collect_rows", "compare_methods", "score_method"]
 
 Array = npt.NDArray[np.float64]
 
@@ -98,6 +99,24 @@ def compare_methods(
         for difference in _differences(a, b, rows, splits, config, seed)
     ]
     return {"methods": methods, "differences": differences}
+
+
+def collect_rows(
+    scores: Mapping[str, Sequence[Array]],
+    layouts: Sequence[MemberScores],
+    splits: Sequence[EncodedSplit],
+    exact: Mapping[str, Mapping[int, npt.NDArray[np.bool_]]],
+) -> dict[str, TaskRows]:
+    """Say what each method gave on each row; the arguments are those of :func:`compare_methods`."""
+    return {
+        split.task: TaskRows(
+            split.ids,
+            split.labels,
+            split.groups,
+            {name: _row_values(own[i], layout, split, exact.get(name, {}).get(i)) for name, own in scores.items()},
+        )
+        for i, (layout, split) in enumerate(zip(layouts, splits, strict=True))
+    }
 
 
 def _differences(

@@ -2,7 +2,8 @@
 
 In: class logits, labels and group codes of one task's rows, plain numpy. Out: frozen records of floats.
 
-Intervals are percentile bootstraps over groups, not rows: rows of one passage or one twin pair are drawn together.
+Intervals are percentile bootstraps over groups, not rows: rows of one passage or one twin pair are drawn together. Of
+an accuracy it is Wilson's, one observation a group: where all of a few rows are right, every draw would say the same.
 Every metric here is a function of sums over rows, so one table of group sums gives all metrics of all draws by a
 matrix product. Cost: n_bootstrap x n_groups random numbers.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora.errors import DataError, TrainingError
+from ensemblelora.estimation import compute_wilson_interval
 from ensemblelora.seeding import generator_for
 
 __all__ = [
@@ -52,7 +54,7 @@ class TaskScores:
         nll_low: Lower end of its interval.
         nll_high: Upper end of its interval.
         accuracy: Share of right answers; for sequences, of exact matches.
-        accuracy_low: Lower end of its interval.
+        accuracy_low: Lower end of Wilson's interval, with one observation per group.
         accuracy_high: Upper end of its interval.
         macro_f1: Mean F1 over the classes that occur as label or prediction.
         macro_f1_low: Lower end of its interval.
@@ -294,17 +296,13 @@ def compute_chance_p_value(correct: npt.ArrayLike, labels: npt.ArrayLike, groups
     steps, observed = steps[steps > 0], int(np.rint(sums.sum()))
     if len(steps) > _MAX_EXACT_GROUPS:
         correction = int(np.gcd.reduce(steps))  # half the distance between neighbouring sums
-        return _normal_tail((observed - correction) / float(np.sqrt((steps**2).sum())))
+        return 0.5 * math.erfc((observed - correction) / math.sqrt(2 * float((steps**2).sum())))
     total = int(steps.sum())
     mass = np.zeros(2 * total + 1)  # probability of each sum in -total..total
     mass[total] = 1.0
     for step in steps:
         mass = 0.5 * (np.roll(mass, step) + np.roll(mass, -step))
     return float(min(mass[total + observed :].sum(), 1.0))
-
-
-def _normal_tail(z: float) -> float:
-    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 def _check_predictions(logits: npt.ArrayLike, labels: npt.ArrayLike, n_choices: npt.ArrayLike) -> tuple[Array, Codes]:
@@ -393,6 +391,8 @@ def _with_intervals(table: Array, n_bootstrap: int, confidence: float, seed: int
     names = ("nll", "accuracy", "macro_f1")
     columns = np.full((3, len(names)), np.nan)
     columns[:, : len(point)] = point, *ends
+    if len(table) > 1 and np.isfinite(point[1]):
+        columns[1:, 1] = compute_wilson_interval(float(point[1]), len(table), confidence)
     return {
         f"{name}{end}": float(columns[row, k])
         for k, name in enumerate(names)

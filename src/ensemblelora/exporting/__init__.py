@@ -8,11 +8,13 @@ so the difference is measured, and a fold that hurts is refused before anything 
 In 16 bits a row's scores depend a little on its batch, so that a loss over few rows is good to about 0.01 nats.
 
 ``request`` checks what is asked for, ``fold`` makes one adapter and measures it, ``write`` leaves the files, with the
-README that ``notes`` words.
+README that ``notes`` words. ``card`` adds what model hubs read, ``layout`` says whether servers of many adapters can
+load a folder, and ``push`` uploads one.
 """
 
 from ensemblelora.exporting.fold import TaskChange
+from ensemblelora.exporting.layout import list_layout_faults
 from ensemblelora.exporting.request import TOLERANCE, Format
 from ensemblelora.exporting.write import Export, export_run
 
-__all__ = ["TOLERANCE", "Export", "Format", "TaskChange", "export_run"]
+__all__ = ["TOLERANCE", "Export", "Format", "TaskChange", "export_run", "list_layout_faults"]

@@ -22,6 +22,7 @@ from ensemblelora.ensemble import Ensemble, needed_adapters, predict_ensemble
 from ensemblelora.errors import TrainingError
 from ensemblelora.folding import State, Truncated, list_averaged, rank_of, stack_adapters, truncate
 from ensemblelora.models import forked_generators
+from ensemblelora.placement import standing_in
 from ensemblelora.prediction import MemberScores, member_nll, predict_members
 
 __all__ = ["Fold", "Judge", "TaskChange", "add_fold", "fold_members", "mean_rise", "weigh_adapters"]
@@ -131,7 +132,12 @@ def add_fold(adapted: AdaptedModel, name: str, state: State) -> None:
     settings = copy.deepcopy(cast("LoraConfig", adapted.peft.peft_config[THETA0]))
     settings.r = settings.lora_alpha = rank_of(state)
     settings.modules_to_save = None  # PEFT adds the head's names itself, each time
-    with activate(adapted, THETA0), forked_generators(adapted.device), warnings.catch_warnings():
+    with (
+        activate(adapted, THETA0),
+        forked_generators(adapted.device),
+        standing_in(adapted.network),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # what PEFT has to say of these settings it said of theta0
         adapted.peft.add_adapter(name, settings)
     adapted.peft.eval()

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from ensemblelora import artifacts
 from ensemblelora.config import RunConfig, load_config
+from ensemblelora.earlier import describe_missing
 from ensemblelora.ensemble import Ensemble, load_ensemble
 from ensemblelora.errors import OutputError, StoreError, UsageError
 
@@ -34,6 +35,8 @@ class Request:
     task: str | None
     rank: int | None
     tolerance: float
+    license: str | None = None
+    """of the adapters, for their cards"""
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -62,7 +65,8 @@ def read_request(
     run = artifacts.RunFolder.open(folder)
     record = run.path / artifacts.ENSEMBLE_FILE
     if not record.exists():
-        raise UsageError(f"{run.path}: no {record.name} yet; make it with: ensemblelora combine {run.path}")
+        raise UsageError(describe_missing(run.path, record.name))
+    run.check(record.name)
     config = load_config(run.path / artifacts.CONFIG_FILE)
     if device is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})

@@ -18,11 +18,13 @@ from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import DataError, UsageError
+from ensemblelora.exporting.card import Origin, describe_member, read_origin, write_header, write_origin
 from ensemblelora.exporting.fold import Fold, Judge, TaskChange, add_fold, fold_members, mean_rise, weigh_adapters
 from ensemblelora.exporting.notes import ROUNDING, BaseNote, describe_fold, describe_members, describe_merged
 from ensemblelora.exporting.request import PEFT_FILES, TOLERANCE, Format, Request, holding, read_request
 from ensemblelora.members import load_members
 from ensemblelora.models import BaseModel, Head, prepare_base
+from ensemblelora.placement import refuse_waiting
 from ensemblelora.quantization import dequantize_layers, find_packed_layers
 from ensemblelora.startpoint import is_warm
 
@@ -71,6 +73,7 @@ def export_run(
     rank: int | None = None,
     tolerance: float = TOLERANCE,
     device: str | None = None,
+    license: str | None = None,
 ) -> Export:
     """Write a finished run's ensemble as files that other software loads.
 
@@ -83,6 +86,7 @@ def export_run(
             the exact stack's.
         tolerance: Largest rise of the mean validation loss, in nats.
         device: Where to measure; none: as the run's config says.
+        license: What the adapters are published under, as hubs abbreviate it; none: the cards say it is not settled.
 
     Raises:
         UsageError: If the arguments contradict each other or the run, the base model is not the run's, or the
@@ -92,12 +96,13 @@ def export_run(
         StoreError: If a file of the run is damaged.
     """
     request = read_request(folder, out, format=format, task=task, rank=rank, tolerance=tolerance, device=device)
+    request = replace(request, license=license)
     with holding(request), progress.stage("export"):
         return _export_members(request) if format == "peft" else _export_fold(request)
 
 
 def _export_members(request: Request) -> Export:
-    ensemble, base = request.ensemble, _describe_base(request)
+    ensemble, base, origin = request.ensemble, _describe_base(request), _read_origin(request)
     boosted = any(member.kind == "booster" for member in ensemble.members)
     # Boosters are measured from the start: a classifier head that is not in the base's files begins at random, and
     # after a warm-up every start is something that the base doesn't compute.
@@ -107,6 +112,7 @@ def _export_members(request: Request) -> Export:
             (scratch / member.name).mkdir()
             for name in PEFT_FILES:
                 shutil.copyfile(request.run.adapter(member.name) / name, scratch / member.name / name)
+            artifacts.write_text(scratch / member.name / _NOTE_FILE, describe_member(base, origin, member.name))
         if start is not None:
             save_adapter(_load_model(request, base), start, scratch / start)
         shutil.copyfile(request.run.path / artifacts.ENSEMBLE_FILE, scratch / artifacts.ENSEMBLE_FILE)
@@ -162,6 +168,7 @@ def _write_merged(request: Request, base: BaseNote, adapted: AdaptedModel, judge
 def _make_mergeable(request: Request, adapted: AdaptedModel, fold: Fold) -> AdaptedModel:
     """Unpack a base that is in 4 bits: what is merged into it would be lost in rounding."""
     base = adapted.base
+    refuse_waiting(base.model, "--format merged")
     if not find_packed_layers(base.model):
         return adapted
     network = adapted.peft.unload()
@@ -178,7 +185,8 @@ def _load_model(request: Request, base: BaseNote) -> AdaptedModel:
 
 def _load_rows(request: Request) -> TaskSet:
     """Load the run's tasks; they must have as many validation rows as they had."""
-    tasks = load_tasks(request.config.data, seed=request.config.seed)
+    commits = artifacts.pinned_commits(request.run.path)
+    tasks = load_tasks(request.config.data, seed=request.config.seed, commits=commits)
     now = {task.name: len(task.splits["validation"]) for task in tasks.tasks}
     before = {entry["card"]["task"]: entry["n_examples"]["validation"] for entry in _read_tasks(request)}
     if list(now.items()) != list(before.items()):
@@ -205,6 +213,10 @@ def _encode_rows(request: Request, tasks: TaskSet, base: BaseModel) -> dict[int,
 
 def _read_tasks(request: Request) -> list[dict[str, Any]]:
     return list(artifacts.read_json(request.run.path / artifacts.TASKS_FILE)["tasks"])
+
+
+def _read_origin(request: Request) -> Origin:
+    return read_origin(request.run.path, request.ensemble, request.config.adapter.method, request.license)
 
 
 def _describe_base(request: Request) -> BaseNote:
@@ -280,7 +292,9 @@ def _close(
     changes: tuple[TaskChange, ...] = (),
 ) -> Export:
     """Add README and record to the files of an export."""
-    artifacts.write_text(scratch / _NOTE_FILE, note)
+    origin = _read_origin(request)
+    header = write_header(base, origin, is_merged=request.format == "merged")
+    artifacts.write_text(scratch / _NOTE_FILE, header + note + write_origin(base, origin, request.indices))
     named = {path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file()}
     record = Export(request.out, request.format, tuple(sorted(named | {_RECORD_FILE})), request.task)
     if fold is not None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, attach
+from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, attach, count_trained
 from ensemblelora.artifacts import fingerprint
 from ensemblelora.config_federation import FederationConfig
 from ensemblelora.models import load_base
@@ -32,11 +32,13 @@ class Template:
         start: theta0, ``(p,)``.
         shapes: By name, in the order in which tensors lie in a vector.
         identity: Changes with the base model, its precision, the adapter's settings and the seed.
+        n_coordinates: How many of its numbers have a gradient at theta0.
     """
 
     start: Vector
     shapes: Mapping[str, tuple[int, ...]]
     identity: str
+    n_coordinates: int
 
     @property
     def size(self) -> int:
@@ -76,4 +78,6 @@ def make_template(config: FederationConfig, adapted: AdaptedModel) -> Template:
     names = sorted(state)
     start = np.concatenate([state[name].float().numpy().reshape(-1) for name in names])
     identity = fingerprint(adapted.base.fingerprint, config.adapter, config.seed)
-    return Template(start, {name: tuple(state[name].shape) for name in names}, identity)
+    costs, shapes = adapted.costs, {name: tuple(state[name].shape) for name in names}
+    n_coordinates = count_trained(adapted) if costs is None else costs.adapter.n_output_parameters
+    return Template(start, shapes, identity, n_coordinates)

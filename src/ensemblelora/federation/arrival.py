@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from ensemblelora import artifacts
 from ensemblelora.accounting.meter import Meter
@@ -30,6 +29,7 @@ from ensemblelora.federation.local import score_sums
 from ensemblelora.federation.protocol import Part, Term
 from ensemblelora.federation.stages import WEIGHTS_FILE
 from ensemblelora.federation.worker import Worker, open_worker
+from ensemblelora.tensors import load_tensors
 
 __all__ = ["Assignment", "GroupFit", "assign_client"]
 
@@ -91,6 +91,7 @@ def assign_client(run: Path, file: Path, *, device: str | None = None, is_measur
     Raises:
         UsageError: If the folder holds no finished federation, or the model is another than the federation's.
         DataError: If the file can't be read or is too short.
+        StoreError: If a file of the run is damaged.
     """
     path = artifacts.RunFolder.open(run).path
     if not (path / SERVED_FILE).exists():
@@ -152,6 +153,9 @@ def _measure(path: Path, worker: Worker, members: list[dict[str, Any]]) -> dict[
     if (folder / "global").is_dir():
         names.append("global")
         sums["global"] = [(len(names), 1.0)]
-    vectors = np.stack([worker.template.pack(load_file(folder / name / _WEIGHTS)) for name in names])
+    for name in names:
+        if fault := artifacts.find_seal_fault(folder / name, may_lack_seal=True):
+            raise StoreError(f"{fault}; it is made anew by: ensemblelora federate {path / artifacts.CONFIG_FILE}")
+    vectors = np.stack([worker.template.pack(load_tensors(folder / name / _WEIGHTS)) for name in names])
     found = score_sums(worker, 0, "test", vectors, list(sums.values()), meter=Meter("assign")).losses()
     return {name: float(loss) for name, loss in zip(sums, found, strict=True)}

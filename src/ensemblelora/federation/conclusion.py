@@ -18,6 +18,7 @@ from ensemblelora.federation.judging import Made, Served
 from ensemblelora.federation.privacy import state_guarantee
 from ensemblelora.federation.protocol import PARTS
 from ensemblelora.federation.results import (
+    LOSSES_FILE,
     MethodCost,
     Outcome,
     add_traffic,
@@ -32,8 +33,6 @@ from ensemblelora.federation.stages import Federation
 __all__ = ["LOSSES_FILE", "conclude"]
 
 FloatArray = npt.NDArray[np.float64]
-LOSSES_FILE = "losses.npz"
-"""test loss of every client by method, NaN where there is none"""
 
 
 def conclude(
@@ -56,7 +55,7 @@ def conclude(
     adapters = (1 + sum(len(one.vectors) for one in made.trained.values())) * fed.template.start.nbytes
     peak = max((record.peak_memory_bytes for record in fed.work.ledger.stages), default=0)
     clients = fed.exchange.clients
-    traffic = _forget_others(
+    traffic = _without_others(
         fed, [*made.trained, *tuned, *(f"boost-{m}" for m, one in made.boosters.items() if one.rounds)]
     )
     return Outcome(
@@ -77,17 +76,10 @@ def conclude(
     )
 
 
-def _forget_others(fed: Federation, trainings: Sequence[str]) -> Traffic:
-    """Take stages out of ledger and traffic that the present config does without."""
-    known = {"features", "plan", "validate", "evaluate", *trainings}
-    for record in fed.work.ledger.stages:
-        if record.stage not in known:
-            fed.work.drop_costs(record.stage)
-    traffic = fed.exchange.traffic
-    for name in set(traffic.stages) - known:
-        del traffic.stages[name]
-    traffic.save()
-    return traffic
+def _without_others(fed: Federation, trainings: Sequence[str]) -> Traffic:
+    """What was sent for the present config; what a larger one sent stays on disk, for when it is asked for again."""
+    known = {"features", "validate", "evaluate", *trainings}
+    return Traffic({name: record for name, record in fed.exchange.traffic.stages.items() if name in known})
 
 
 def _count_costs(

@@ -49,8 +49,12 @@ _QUIET = {
 }
 
 
-def run_federation(config: FederationConfig) -> Outcome:
+def run_federation(config: FederationConfig, *, keeps_cache: bool = False) -> Outcome:
     """Carry out a federation on its engine, or go on where it was broken off.
+
+    Args:
+        config: Everything about it.
+        keeps_cache: Whether what was computed below the adapted blocks stays, for a larger federation in this folder.
 
     Raises:
         UsageError: If config, data, model, place or engine are wrong.
@@ -61,7 +65,8 @@ def run_federation(config: FederationConfig) -> Outcome:
     check_place(Path(config.out))
     engines = {"process": _run_here, "simulation": _simulate, "deployment": _deploy}
     outcome = engines[config.engine.kind](config)
-    shutil.rmtree(Path(config.out) / _CACHE_FOLDER, ignore_errors=True)
+    if not keeps_cache:
+        shutil.rmtree(Path(config.out) / _CACHE_FOLDER, ignore_errors=True)
     return outcome
 
 

@@ -1,7 +1,7 @@
 """The stages of a federation that judge: which partition serves, and how all methods do on test rows.
 
 In: plan, trained adapters, boosters. Out: what serves, and losses by client. Which partition serves is settled by
-clients' validation rows; their test rows are scored afterwards, once.
+clients' validation rows; their test rows are scored afterwards, once for each method.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def choose_served(fed: Federation, made: Made) -> tuple[Served, dict[str, float]
         keep = fed.scratch("validate.npz")
         if stage.is_needed:
             fed.begin(stage, identity)
-        scored = _score(fed, methods, "validate", keep, identity, stage.meter)
+        scored = _score(fed, methods, "validate", keep, stage.meter)
         if stage.is_needed:
             stage.files.append(keep)
     losses = scored.losses["validation"]
@@ -122,7 +122,7 @@ def score_tests(fed: Federation, made: Made, served: Served) -> Scored:
         keep = fed.scratch("evaluate.npz")
         if stage.is_needed:
             fed.begin(stage, identity)
-        scored = _score(fed, methods, "evaluate", keep, identity, stage.meter, weigh)
+        scored = _score(fed, methods, "evaluate", keep, stage.meter, weigh)
         if stage.is_needed:
             stage.files.append(keep)
     return scored
@@ -189,7 +189,6 @@ def _score(
     methods: Sequence[Method],
     stage: str,
     keep: Path,
-    identity: str,
     meter: Meter,
     weigh: Callable[[int], Sequence[Sum]] | None = None,
 ) -> Scored:
@@ -199,7 +198,7 @@ def _score(
         size=fed.template.size,
         stage=stage,
         keep=keep,
-        identity=identity,
+        identity=fed.identity,
         meter=meter,
         weigh=weigh,
     )

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from ensemblelora import artifacts, errors
 from ensemblelora.adapters import THETA0, AdaptedModel, save_adapter
 from ensemblelora.federation.adapters import Template, Vector
 from ensemblelora.federation.rounds import Trained
+from ensemblelora.tensors import save_tensors
 
 __all__ = ["keep_fault", "load_trained", "raise_fault", "save_start", "save_trained", "write_adapter"]
 
@@ -41,7 +40,8 @@ def write_adapter(folder: Path, vector: Vector, template: Template, start: Path)
     settings = (start / _SETTINGS_FILE).read_text(encoding="utf-8")
     with artifacts.atomic_folder(folder) as scratch:
         artifacts.write_text(scratch / _SETTINGS_FILE, settings)
-        save_file(template.unpack(vector), scratch / _WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(scratch / _WEIGHTS_FILE, template.unpack(vector), metadata={"format": "pt"})
+        artifacts.seal_folder(scratch)
 
 
 def save_trained(path: Path, trained: Trained) -> None:

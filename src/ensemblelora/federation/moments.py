@@ -27,7 +27,15 @@ from scipy.special import expit
 
 from ensemblelora.errors import SolverError
 
-__all__ = ["MomentOracle", "Moments", "choose_moment_penalty", "count_moments", "list_row_moments", "read_moments"]
+__all__ = [
+    "MomentClients",
+    "MomentOracle",
+    "Moments",
+    "choose_moment_penalty",
+    "count_moments",
+    "list_row_moments",
+    "read_moments",
+]
 
 FloatArray = npt.NDArray[np.float64]
 Subset = tuple[int, ...]
@@ -120,7 +128,11 @@ class MomentOracle:
 
     def predict(self, subsets: Sequence[Subset]) -> FloatArray:
         """Return the predicted mean validation loss of each subset's own clients, ``(k, n)`` in nats; NaN of others."""
-        weights, n = self.fit(subsets), len(self.validation.counts)
+        return self.predict_own(subsets, self.fit(subsets))
+
+    def predict_own(self, subsets: Sequence[Subset], weights: FloatArray) -> FloatArray:
+        """Return the same at weights found otherwise, ``(k, d)``."""
+        n = len(self.validation.counts)
         found = np.full((len(subsets), n), np.nan)
         holders: list[list[int]] = [[] for _ in range(n)]
         for s, subset in enumerate(subsets):
@@ -154,6 +166,33 @@ class MomentOracle:
             raise SolverError(
                 f"moments: the curvature of {len(subsets)} subsets determines no step; raise groups.l2_penalty"
             ) from None
+
+
+class MomentClients:
+    """Clients of whom the moments are known, for simulated rounds: each step takes the mean over all of their rows.
+
+    Single batches can't be told apart in sums; the gradient is that of the second-order model.
+    """
+
+    bytes_per_batch = 0  # moments are read where they lie
+
+    def __init__(self, train: Moments) -> None:
+        """Take the moments of training rows."""
+        self._train = train
+        self.proj_dim, self.counts = train.gradients.shape[1], train.counts
+
+    def deal(self, client: int, n_steps: int, generator: np.random.Generator) -> list[npt.NDArray[np.int64]]:
+        """Return the client's own index for each step."""
+        return [np.array([client])] * n_steps
+
+    def mean_gradients(self, batches: Sequence[npt.NDArray[np.int64]], weights: FloatArray) -> FloatArray:
+        """Return ``(a + H w) / n`` of each step's client at its own weights."""
+        members = np.concatenate(batches)
+        found = self._train.gradients[members]
+        for client in np.unique(members):
+            own = members == client
+            found[own] += weights[own] @ self._train.curvatures[client]
+        return np.asarray(found / self.counts[members, None])
 
 
 def choose_moment_penalty(

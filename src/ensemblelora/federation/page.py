@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ensemblelora import artifacts
 from ensemblelora.federation.page_details import write_again, write_costs, write_plan, write_privacy, write_traffic
+from ensemblelora.federation.page_pictures import write_clients, write_pareto, write_served, write_steps
 from ensemblelora.federation.record import FederationRecord, read_record, title_of
 from ensemblelora.federation.results import MethodOutcome, Outcome, name_partition
 from ensemblelora.report.build import render_html, render_markdown
@@ -66,15 +67,19 @@ def compose_page(record: FederationRecord) -> Document:
     )
     sections = [
         _write_results(record),
+        write_clients(record),
+        write_pareto(record),
         _write_sizes(record),
+        write_served(record),
         write_plan(record),
         write_costs(record),
         write_traffic(record),
         write_privacy(record),
         write_again(record),
     ]
-    opening = (Tiles(_write_tiles(record)),)
-    return Document(f"{record.folder.name}: ensemblelora federation", facts, write_headline(outcome), opening, sections)
+    opening = (write_steps(record), Tiles(_write_tiles(record)))
+    kept = [section for section in sections if section is not None]
+    return Document(f"{record.folder.name}: ensemblelora federation", facts, write_headline(outcome), opening, kept)
 
 
 def write_headline(outcome: Outcome) -> str:
@@ -99,7 +104,7 @@ def _write_tiles(record: FederationRecord) -> tuple[Tile, ...]:
     ours, shared = outcome.methods["ours"], outcome.methods.get("global")
     tiles = [
         Tile("Clients", str(outcome.n_registered), f"{outcome.n_rows['train']:,} training rows"),
-        Tile("Serves", outcome.served, "chosen by validation rows"),
+        Tile("Serves", title_of(outcome.served), "chosen by validation rows"),
     ]
     if shared and shared.cost and ours.cost and shared.cost.flops:
         ratio = f"{format_ratio(ours.cost.flops / shared.cost.flops)}\u00d7"

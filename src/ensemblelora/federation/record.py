@@ -50,12 +50,15 @@ def read_record(folder: Path) -> FederationRecord:
         StoreError: If a file is missing or damaged.
     """
     path = artifacts.RunFolder.open(folder).path
+    outcome = read_outcome(artifacts.read_json(path / artifacts.RESULTS_FILE))
+    costs = artifacts.read_json(path / artifacts.COSTS_FILE)
+    present = {"plan", *outcome.traffic}  # the ledger has stages of a larger federation in this folder, too
     return FederationRecord(
         folder=path,
         config=load_as(FederationConfig, path / artifacts.CONFIG_FILE),
         plan=read_plan(artifacts.read_json(path / artifacts.PLAN_FILE)),
-        outcome=read_outcome(artifacts.read_json(path / artifacts.RESULTS_FILE)),
-        costs=artifacts.read_json(path / artifacts.COSTS_FILE),
+        outcome=outcome,
+        costs={**costs, "stages": [stage for stage in costs["stages"] if stage["stage"] in present]},
         environment=artifacts.read_json(path / artifacts.ENVIRONMENT_FILE),
     )
 

@@ -20,6 +20,7 @@ from ensemblelora.evaluation.metrics import compare_paired
 from ensemblelora.federation.exchange import StageTraffic, Traffic
 
 __all__ = [
+    "LOSSES_FILE",
     "MethodCost",
     "MethodOutcome",
     "Outcome",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 FloatArray = npt.NDArray[np.float64]
+LOSSES_FILE = "losses.npz"
+"""test loss of every client by method, NaN where there is none"""
 
 
 @dataclass(frozen=True)

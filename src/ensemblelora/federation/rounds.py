@@ -12,7 +12,6 @@ tests/test_federation_rounds.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from ensemblelora.config_federation import FederationConfig
 from ensemblelora.errors import TrainingError
 from ensemblelora.federation.adapters import Template, Vector
 from ensemblelora.federation.aggregation import aggregate
+from ensemblelora.federation.dealing import deal_clients
 from ensemblelora.federation.exchange import Exchange
 from ensemblelora.federation.protocol import Refusal, Reply, Term, check_reply, read_count, read_number
 from ensemblelora.progress import note, track
-from ensemblelora.seeding import generator_for
 
-__all__ = ["Base", "Plan", "Trained", "deal_clients", "train_groups"]
+__all__ = ["Base", "Plan", "Trained", "train_groups"]
 
 Groups = Sequence[Sequence[int]]
 _LARGEST = 1e6  # of an adapter's numbers: beyond it, nothing was learnt and the others' share would be lost
@@ -108,33 +107,6 @@ class _State:
                 for name in _KEPT:
                     setattr(self, name, arrays[name])
                 self.done = int(arrays["done"])
-
-
-def deal_clients(
-    groups: Groups, *, participation: float, n_epochs: int, seed: int, name: str
-) -> list[list[npt.NDArray[np.int64]]]:
-    """Say who takes part in each round: for every group, clients of each round.
-
-    Args:
-        groups: Clients of each.
-        participation: Share of a group in one round; at least one client.
-        n_epochs: How often each client takes part.
-        seed: The federation's.
-        name: Of the training.
-
-    Returns:
-        ``[group][round]``, ascending indices; groups may have different numbers of rounds.
-    """
-    dealt = []
-    for g, group in enumerate(groups):
-        generator = generator_for(seed, "rounds", name, g)
-        n_parts = math.ceil(len(group) / max(1, round(participation * len(group))))
-        rounds = []
-        for _ in range(n_epochs):
-            order = generator.permutation(np.asarray(sorted(group), np.int64))
-            rounds += [np.sort(part) for part in np.array_split(order, n_parts)]
-        dealt.append(rounds)
-    return dealt
 
 
 def train_groups(

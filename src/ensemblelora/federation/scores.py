@@ -1,8 +1,8 @@
 """Methods scored by clients on their own rows: the server sends adapters, and gets losses. No torch.
 
-In: methods, each a sum of adapters' outputs that may differ from client to client. Out: :class:`Losses`, a number for
-each method and client. Clients are asked a lot at a time, and every lot is kept, so that scoring goes on where it
-was.
+In: methods, each a sum of adapters' outputs that may differ from client to client. Out: :class:`Scored`, a number for
+each method and client. Clients are asked a lot at a time, and every loss is kept with what it is of, so that scoring
+goes on where it was, and a method that comes later costs its own sums alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Sum = Sequence[tuple[Vector | None, float]]
 """adapters, none being theta0, and what their outputs are multiplied with"""
 
 _LOT = 64
+_WEIGHED_PARTS = ("validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,32 +71,40 @@ def score_methods(
     meter: Meter,
     weigh: Callable[[int], Sequence[Sum]] | None = None,
 ) -> Scored:
-    """Let every client score the methods; equal sums of a client are computed once.
+    """Let every client score the methods; equal sums of a client are computed once, whenever they were asked for.
+
+    A client that did not answer is not asked for the same sums again.
 
     Args:
         exchange: Reaches the clients.
         methods: What to score.
         size: Numbers of an adapter, p.
         stage: Under which traffic is entered.
-        keep: File that broken-off scoring goes on from.
-        identity: Of everything the losses depend on.
+        keep: File of the losses that are known; broken-off scoring goes on from it.
+        identity: Of everything the losses depend on beside the adapters.
         meter: Told what clients spent.
         weigh: Sums that a client weighs by its validation rows, its own group's first; none: nothing is weighed.
     """
-    n_weighed = 0 if weigh is None else len(weigh(0))
-    columns = [(part, method.name) for method in methods for part in method.parts]
-    columns += [(part, "weighted") for part in ("validation", "test") if n_weighed]
-
-    def ask(client: int) -> tuple[Request, Callable[[Reply], FloatArray]]:
-        question = _Question(methods, client, [] if weigh is None else weigh(client))
-        return exchange.make("score", **question.parts(size)), lambda reply: question.read(reply, columns)
-
-    width = len(columns) + n_weighed
-    values = ask_in_lots(exchange, ask, width=width, stage=stage, keep=keep, identity=identity, meter=meter)
+    known, digests = _Known.open(keep, identity), _Digests()
+    questions = [
+        _Question(methods, client, [] if weigh is None else weigh(client), known.numbers, digests)
+        for client in range(len(exchange.clients))
+    ]
+    waiting = [client for client, question in enumerate(questions) if question.is_open]
+    for first in range(0, len(waiting), _LOT):
+        lot = waiting[first : first + _LOT]
+        requests = {client: exchange.make("score", **questions[client].parts(size)) for client in lot}
+        told = f"{stage} {first // _LOT + 1}/{-(-len(waiting) // _LOT)}"
+        found = exchange.ask(stage, requests, lambda c, reply: questions[c].read(reply), meter=meter, description=told)
+        for client in lot:
+            known.numbers |= found[client] if client in found else questions[client].give_up()
+        known.save()
     losses: dict[str, dict[str, FloatArray]] = {}
-    for k, (part, name) in enumerate(columns):
-        losses.setdefault(part, {})[name] = values[:, k]
-    return Scored(losses, values[:, len(columns) :] if n_weighed else None)
+    for part, name in questions[0].columns:
+        values = [known.numbers[question.columns[part, name]] for question in questions]
+        losses.setdefault(part, {})[name] = np.array(values)
+    weights = [[known.numbers[key] for key in question.weights] for question in questions]
+    return Scored(losses, None if weigh is None else np.array(weights))
 
 
 def tune_clients(
@@ -186,19 +195,86 @@ def _read_one(readers: Mapping[int, Callable[[Reply], FloatArray]], client: int,
     return readers[client](reply)
 
 
-class _Question:
-    """What one client is to score: its members, each sent once, and its sums, each computed once."""
+@dataclass(eq=False)
+class _Known:
+    """Numbers that clients sent, by what they are of: client, rows, and sum of adapters; NaN where none came."""
 
-    def __init__(self, methods: Sequence[Method], client: int, weighed: Sequence[Sum]) -> None:
+    path: Path
+    identity: str
+    numbers: dict[str, float]
+
+    @classmethod
+    def open(cls, path: Path, identity: str) -> _Known:
+        """Read a file; nothing is known where there is none, or one of another identity."""
+        arrays = artifacts.load_arrays(path) if path.exists() else {}
+        if str(arrays.get("identity", "")) != identity or not {"keys", "numbers"} <= set(arrays):
+            return cls(path, identity, {})
+        return cls(path, identity, dict(zip(arrays["keys"].tolist(), arrays["numbers"].tolist(), strict=True)))
+
+    def save(self) -> None:
+        """Write the file."""
+        keys, numbers = np.array([*self.numbers], dtype=np.str_), np.array([*self.numbers.values()], np.float64)
+        artifacts.save_arrays(self.path, {"keys": keys, "numbers": numbers, "identity": np.array(self.identity)})
+
+
+class _Digests:
+    """Short names of adapters' content; rows of one array are new objects each time, but lie in one place."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+
+    def of(self, terms: Sum) -> str:
+        """Name a sum."""
+        return artifacts.fingerprint([(self._of_vector(vector), float(share)) for vector, share in terms])[:16]
+
+    def _of_vector(self, vector: Vector | None) -> str:
+        if vector is None:
+            return ""
+        place = vector.ctypes.data
+        if place not in self._known:
+            self._known[place] = artifacts.fingerprint(vector)
+        return self._known[place]
+
+
+class _Question:
+    """What one client is to score: its members, each sent once, and its sums, those that are not known, each once.
+
+    Attributes:
+        columns: Under which key the loss of each part and method is known, ``weighted`` among them.
+        weights: The same of the weights.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        client: int,
+        weighed: Sequence[Sum],
+        known: Mapping[str, float],
+        digests: _Digests,
+    ) -> None:
         self._members: dict[int, Vector] = {}
         self._sums: dict[tuple[Term, ...], int] = {}
         self._asked: dict[str, list[int]] = {}
-        self._places = {
-            (part, method.name): self._enter(part, method.of(client)) for method in methods for part in method.parts
-        }
-        self._weighed = [self._enter("validation", terms) for terms in weighed]
-        for terms in weighed:
-            self._enter("test", terms)
+        self._wanted: dict[str, tuple[str, int]] = {}  # by key: part, and place in the reply
+        self._weighed: list[int] = []
+        self.columns: dict[tuple[str, str], str] = {}
+        for method in methods:
+            terms = method.of(client)
+            for part in method.parts:
+                self.columns[part, method.name] = key = f"{client} {part} {digests.of(terms)}"
+                if key not in known:
+                    self._wanted[key] = (part, self._enter(part, terms))
+        name = " ".join(digests.of(terms) for terms in weighed)
+        self.weights = [f"{client} weight {k} {name}" for k in range(len(weighed))]
+        for part in _WEIGHED_PARTS if weighed else ():
+            self.columns[part, "weighted"] = f"{client} {part} weighted {name}"
+        if any(key not in known for key in self.weights):
+            self._weighed = [self._enter_twice(terms) for terms in weighed]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is anything to ask."""
+        return bool(self._asked)
 
     def parts(self, size: int) -> dict[str, object]:
         """Arrays and values of the request."""
@@ -210,17 +286,22 @@ class _Question:
         }
         return {"arrays": {"members": members}, "values": values}
 
-    def read(self, reply: Reply, columns: Sequence[tuple[str, str]]) -> FloatArray:
-        """The losses in the order of the columns, and the weights."""
+    def read(self, reply: Reply) -> dict[str, float]:
+        """Take the numbers, by their keys, out of a reply."""
         extra = int(bool(self._weighed))
         shapes = {part: (len(own) + extra,) for part, own in self._asked.items()}
         weights = {"weights": (len(self._weighed),)} if extra else {}
         arrays = check_reply(reply, {**shapes, **weights}).arrays
-        found = [
-            arrays[part][-1 if name == "weighted" else self._asked[part].index(self._places[part, name])]
-            for part, name in columns
-        ]
-        return np.array([*found, *(arrays["weights"] if extra else ())], np.float64)
+        found = {key: float(arrays[part][self._asked[part].index(k)]) for key, (part, k) in self._wanted.items()}
+        if extra:
+            found |= {self.columns[part, "weighted"]: float(arrays[part][-1]) for part in _WEIGHED_PARTS}
+            found |= dict(zip(self.weights, arrays["weights"].tolist(), strict=True))
+        return found
+
+    def give_up(self) -> dict[str, float]:
+        """What is known of a client that did not answer."""
+        weighed = [*self.weights, *(self.columns[part, "weighted"] for part in _WEIGHED_PARTS)] if self._weighed else []
+        return dict.fromkeys([*self._wanted, *weighed], float("nan"))
 
     def _enter(self, part: str, terms: Sum) -> int:
         """Note a sum for a part, and return its number."""
@@ -230,6 +311,10 @@ class _Question:
         if number not in asked:
             asked.append(number)
         return number
+
+    def _enter_twice(self, terms: Sum) -> int:
+        """Note a sum for all parts that weighing takes."""
+        return min(self._enter(part, terms) for part in _WEIGHED_PARTS)  # the same number
 
     def _number(self, vector: Vector) -> int:
         place = vector.ctypes.data  # of the numbers: rows of one array are new objects each time

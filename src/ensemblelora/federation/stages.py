@@ -109,10 +109,12 @@ def choose_partitions(fed: Federation, features: ClientFeatures) -> GroupPlan:
     Leaves ``plan.json``, ``affinity.npz`` and what new clients are assigned by.
     """
     config, path = fed.config, fed.work.path / artifacts.PLAN_FILE
-    wanted = (config.groups, config.seed, "random" in config.evaluation.baselines, config.evaluation.random_groups)
+    simulated = config.training if config.groups.method == "steps" else None
+    asked = (config.groups, simulated, config.seed)
+    wanted = (*asked, "random" in config.evaluation.baselines, config.evaluation.random_groups)
     with fed.work.stage("plan", fed.identity, *wanted) as stage:
         if stage.is_needed:
-            plan, matrix, oracle = choose_groups(features, config)
+            plan, matrix, oracle = choose_groups(features, config, n_coordinates=fed.template.n_coordinates)
             arrays: dict[str, npt.NDArray[np.float64]] = {}
             for found in plan.found:
                 name = name_partition(found.n_groups)

@@ -31,7 +31,7 @@ from ensemblelora.gradients.output import compute_outputs
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.gradients.silent import find_silent
 from ensemblelora.gradients.tap import layer_parts, tapped
-from ensemblelora.passes import score, without_cache
+from ensemblelora.passes import blocks_run_again, score, without_cache
 
 __all__ = [
     "Features",
@@ -73,7 +73,7 @@ def find_active_layers(adapted: AdaptedModel, splits: Sequence[EncodedSplit]) ->
     layers = trainable_layers(adapted, THETA0)
     longest = np.argsort(splits[0].example_lengths, kind="stable")[-2:]
     batch = collate([(splits[0], int(e)) for e in longest], adapted.base.pad_token_id)
-    with activate(adapted, THETA0, trainable=True), torch.enable_grad():
+    with activate(adapted, THETA0, trainable=True), blocks_run_again(adapted), torch.enable_grad():
         z = score(without_cache(adapted), batch).z
         z.masked_fill(torch.isinf(z), 0.0).pow(2).sum().backward()
         active = {name: layer for name, layer in layers.items() if _has_gradient(layer)}
@@ -125,7 +125,8 @@ def compute_features(
     Returns:
         Rows in the batch's own order of examples.
     """
-    with tapped(layers, projector, find_silent(adapted, layers)) as tap, torch.enable_grad():
+    silent = find_silent(adapted, layers)
+    with tapped(layers, projector, silent) as tap, blocks_run_again(adapted), torch.enable_grad():
         z = score(adapted, batch, meter=meter).z
         labels, n_choices = (torch.from_numpy(a).to(z.device) for a in (batch.labels, batch.n_choices))
         outputs = compute_outputs(z, labels, n_choices, mode)  # (n, c)

@@ -13,7 +13,8 @@ Slow twin: autograd, one example at a time, in tests/test_collect.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,6 +50,7 @@ from ensemblelora.gradients.exact import (
 from ensemblelora.gradients.health import FeatureHealth, check_health
 from ensemblelora.gradients.output import choose_modes, label_of_mode
 from ensemblelora.gradients.plan import (
+    CHUNK,
     FeaturePlan,
     choose_examples,
     cut_batches,
@@ -62,9 +64,11 @@ from ensemblelora.store import FeatureStore
 
 __all__ = [
     "FeatureHealth",
+    "FeaturePiece",
     "FeaturePlan",
     "Features",
     "collect_features",
+    "collect_piece",
     "compute_features",
     "count_coordinates",
     "count_outputs",
@@ -75,6 +79,8 @@ __all__ = [
 ]
 
 Indices = npt.NDArray[np.int64]
+
+_PIECES = "pieces"  # of splits that several processes work on, until they are joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +124,23 @@ class _Part:
     examples: Indices
     """ascending"""
 
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.split.task, self.split.split
+
+
+@dataclass(frozen=True)
+class FeaturePiece:
+    """Examples of one split, by their places among those that are taken of it."""
+
+    task: str
+    split: str
+    first: int
+    stop: int
+    n_tokens: int
+    mode: OutputMode
+    plan: FeaturePlan
+
 
 def collect_features(
     adapted: AdaptedModel,
@@ -128,6 +151,7 @@ def collect_features(
     seed: int,
     fingerprints: Mapping[tuple[str, str], str],
     meter: Meter | None = None,
+    hand_out: Callable[[Sequence[FeaturePiece]], None] | None = None,
 ) -> FeatureHealth:
     """Compute the features of every split that the store does not have yet, or of a share of its examples.
 
@@ -143,6 +167,8 @@ def collect_features(
         fingerprints: Identity of each (task, split): rows, model, adapter, config, outputs; for exact inner products
             from :func:`~ensemblelora.gradients.exact.join_fingerprints`.
         meter: Told what every pass costs.
+        hand_out: Has :func:`collect_piece` called for every piece that is missing, in other processes; none: all is
+            done here. Exact inner products always are.
 
     Raises:
         ModelError: If an example's gradient depends on what else is in its batch, or the model makes its logits in a
@@ -161,11 +187,70 @@ def collect_features(
         if plan.form == "gram":
             return _collect_gram(job, parts, store, fingerprints)
         health = check_health(adapted, layers, projector, _list_kinds(parts), config.max_tokens_per_batch)
-        for part in parts:
-            identity = fingerprints[part.split.task, part.split.split]
-            if not store.has(part.split.task, part.split.split, identity):
-                _write_block(store, part, identity, _iterate_rows(job, part))
+        missing = [part for part in parts if not store.has(*part.key, fingerprints[part.key])]
+        if hand_out is None:
+            for part in missing:
+                _write_block(store, part, fingerprints[part.key], _iterate_rows(job, part))
+    if hand_out is not None:
+        pieces = {part.key: _cut(part, plan) for part in missing}
+        hand_out([piece for cut in pieces.values() for piece in cut])
+        for key, cut in pieces.items():
+            own = [_locate(store, piece, fingerprints[key]) for piece in cut]
+            store.join(*key, fingerprints[key], own)
+    shutil.rmtree(store.folder / _PIECES, ignore_errors=True)  # of a run that was broken off, too
     return health
+
+
+def collect_piece(
+    adapted: AdaptedModel,
+    splits: Sequence[EncodedSplit],
+    store: FeatureStore,
+    config: GradientsConfig,
+    *,
+    seed: int,
+    piece: FeaturePiece,
+    fingerprint: str,
+    meter: Meter | None = None,
+) -> None:
+    """Compute one piece of what :func:`collect_features` was asked for, if it is not there yet.
+
+    Batches are those of a whole pass, so that the numbers are, too.
+
+    Args:
+        adapted: The model; gradients are taken at its adapter theta0.
+        splits: All that were given there.
+        store: The same.
+        config: The same.
+        seed: The run's root seed.
+        piece: Of one split.
+        fingerprint: Identity of that split.
+        meter: Told what every pass costs.
+    """
+    own = _locate(store, piece, fingerprint)
+    if own.has(piece.task, piece.split, fingerprint):
+        return
+    split = next(s for s in splits if (s.task, s.split) == (piece.task, piece.split))
+    examples = choose_examples(split, config, seed=seed)[piece.first : piece.stop]
+    part = _Part(split, piece.mode, examples)
+    with activate(adapted, THETA0):
+        layers, projector = find_active_layers(adapted, splits), make_projector(config, seed=seed)
+        job = _Pass(adapted, layers, projector, piece.plan, config.max_tokens_per_batch, meter)
+        _write_block(own, part, fingerprint, _iterate_rows(job, part))
+
+
+def _cut(part: _Part, plan: FeaturePlan) -> list[FeaturePiece]:
+    """Cut a split where a pass over it begins to sort its examples anew."""
+    pieces, n = [], len(part.examples)
+    for first in range(0, n, CHUNK):
+        stop = min(first + CHUNK, n)
+        n_tokens = int(part.split.example_lengths[part.examples[first:stop]].sum())
+        pieces.append(FeaturePiece(*part.key, first, stop, n_tokens, part.mode, plan))
+    return pieces
+
+
+def _locate(store: FeatureStore, piece: FeaturePiece, fingerprint: str) -> FeatureStore:
+    """The store of one piece alone."""
+    return FeatureStore(store.folder / _PIECES / f"{fingerprint[:16]}-{piece.first}")
 
 
 def _list_kinds(parts: Sequence[_Part]) -> list[tuple[EncodedSplit, OutputMode]]:

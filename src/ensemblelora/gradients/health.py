@@ -127,6 +127,8 @@ def _measure_batch_error(features_of: Callable[[Sequence[int]], Features], examp
 
 def _measure_precision(adapted: AdaptedModel, low: Features, recompute: Callable[[], Features]) -> float | None:
     network = adapted.network
+    if adapted.base.is_waiting or adapted.base.is_sharded:
+        return None
     tensors = [tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point()]
     is_exact = all(p.dtype == torch.float32 for p in network.parameters() if p.is_floating_point())
     if is_exact or 4 * sum(t.numel() for t in tensors) > _PRECISION_BYTES:

@@ -35,6 +35,7 @@ from ensemblelora.gradients.projection import Projector
 from ensemblelora.seeding import seed_for
 
 __all__ = [
+    "CHUNK",
     "FeaturePlan",
     "choose_examples",
     "count_pass",
@@ -47,7 +48,8 @@ __all__ = [
 
 Indices = npt.NDArray[np.int64]
 
-_CHUNK = 4096  # examples sorted by length at a time; also what a writer holds before it appends
+CHUNK = 4096
+"""examples sorted by length at a time; also what a writer holds before it appends"""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def cut_batches(
         A range of places, and batches of similar length, each some of these places.
     """
     lengths, counts = (sizes[examples] for sizes in split.measure(feature_layout(adapted, split)))
-    for start in range(0, len(examples), _CHUNK):
-        chunk = range(start, min(start + _CHUNK, len(examples)))
+    for start in range(0, len(examples), CHUNK):
+        chunk = range(start, min(start + CHUNK, len(examples)))
         own = slice(chunk.start, chunk.stop)
         yield chunk, [start + members for members in plan_batches(lengths[own], counts[own], max_tokens)]
 

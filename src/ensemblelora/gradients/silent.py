@@ -29,7 +29,7 @@ def find_silent(adapted: AdaptedModel, layers: Mapping[str, TrainedLayer]) -> di
             up: Any = parent.lora_B[THETA0]
             if id(up) in names and up.bias is None:
                 held[names[id(up)]] = parent
-                are_moved.append(up.weight.any())
+                are_moved.append(up.weight.any().to(adapted.device))  # layers may lie on several
     if not held:
         return {}
     answers = torch.stack(are_moved).tolist()  # one question to the device: this is asked for every batch

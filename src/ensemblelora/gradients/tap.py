@@ -76,7 +76,7 @@ class Tap:
     def add(self, part: str, row_gradients: Tensor) -> None:
         """Take a part's gradients, float32 ``(rows, *shape)``, or ``(n_scored, *shape)`` of scored positions."""
         shape = row_gradients.shape[1:]
-        row_gradients = row_gradients.flatten(1)
+        row_gradients = row_gradients.flatten(1).to(self.position_row.device)  # the layer may lie on another one
         if len(row_gradients) != self._n_rows:
             by_row = row_gradients.new_zeros(self._n_rows, row_gradients.shape[1])
             row_gradients = by_row.index_add(0, self.position_row, row_gradients)

@@ -1,18 +1,18 @@
 """The choice: how many groups, which, or one adapter for all, by predicted performance under budgets.
 
 Cost: ``max_groups`` clusterings on all validation rows and on each half of them, a fit per new group, and at most
-``max_solves`` fits to refine.
+``max_solves`` fits to refine. One clustering more, by gradient cosine, competes with what is chosen of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.affinity import sample_subsets
+from ensemblelora.affinity import SubsetDesign, sample_subsets
 from ensemblelora.config import AffinityConfig, GroupingConfig
 from ensemblelora.errors import ConfigError
 from ensemblelora.estimation import Oracle
@@ -27,9 +27,11 @@ from ensemblelora.planning.demand import (
 )
 from ensemblelora.planning.describe import (
     describe_choice,
+    describe_cosines,
     describe_request,
     explain_one_adapter,
     is_above_error,
+    list_design_warnings,
     list_oracle_warnings,
     list_plan_warnings,
     predict,
@@ -50,7 +52,7 @@ __all__ = ["choose_groups"]
 FloatArray = npt.NDArray[np.float64]
 
 _GIVEN = 0
-"""Where a contest has groups given by hand, beside numbers of groups."""
+"""Where a contest has groups given by hand, beside numbers of groups; groups by gradient cosine: minus their number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,25 @@ class _Contest:
         return self.constraints is None or self.constraints.allows(groups)
 
 
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What is taken, and of what.
+
+    Attributes:
+        contest: With groups by gradient cosine.
+        curve: What each of its partitions gives.
+        auto: The one that the prediction chooses.
+        chosen: The one that is taken: that, or what was asked for.
+        reason: Why.
+    """
+
+    contest: _Contest
+    curve: Mapping[int, Candidate]
+    auto: int
+    chosen: int
+    reason: str
+
+
 def choose_groups(
     matrix: npt.ArrayLike,
     oracle: Oracle,
@@ -98,7 +119,9 @@ def choose_groups(
     is judged without that partition: one is found on each half of the rows and judged on the other half. Of the numbers
     within budget whose gain over one adapter exceeds its standard error, the smallest is taken that is within one
     standard error of the best (the paper fixes the number by hand or by a trace penalty; section 3.3). Where the
-    constraints rule one adapter out, it is the smallest of all that are within one standard error of the best.
+    constraints rule one adapter out, it is the smallest of all that are within one standard error of the best. Groups
+    by gradient cosine take the place of what is chosen where they are predicted to be better by more than one standard
+    error; no validation row has a part in finding them, so that all of them judge.
 
     Args:
         matrix: Symmetric affinity over all validation rows, higher is better together, shape ``(n_tasks, n_tasks)``.
@@ -122,32 +145,37 @@ def choose_groups(
     if fault := find_budget_fault(config, oracle.task_names, budget):
         raise ConfigError(fault)
     affinity, judge = np.asarray(matrix, dtype=np.float64), make_judge(oracle, seed=seed)
-    contest = _hold_contest(affinity, judge, config, affinity_config or AffinityConfig(), seed, max_solves)
-    curve = {m: _describe_candidate(contest, m, affinity, judge, budget) for m in contest.judged}
-    auto, reason = _choose(contest, curve, config, budget)
-    asked = config.n_groups_asked
-    chosen = auto if asked is None else asked if config.groups is None else _GIVEN
-    if asked is not None and oracle.n_tasks > 1:
-        reason = describe_request(asked, curve[chosen], curve[auto], is_given=chosen == _GIVEN)
+    affinity_config = affinity_config or AffinityConfig()
+    design = sample_subsets(oracle.n_tasks, affinity_config, seed=seed)
+    contest = _hold_contest(affinity, judge, config, affinity_config, design, seed, max_solves)
+    choice = _settle(contest, affinity, judge, config, budget, seed)
+    contest, curve, chosen = choice.contest, choice.curve, choice.chosen
     singles = judge.judge(tuple((i,) for i in range(oracle.n_tasks)))
     comparisons = _compare(contest, curve, chosen, judge, singles, config, seed)
     ways = (contest.judged[chosen], contest.judged[1], singles, judge.judge_base())
     predicted = Predictions(*(predict(judge, way) for way in ways))
     halves = (contest.halves[0][chosen].groups, contest.halves[1][chosen].groups)
-    warnings = list_plan_warnings(curve[chosen], predicted.plan, predicted.base, comparisons, halves, budget, config)
+    warnings = list_plan_warnings(
+        curve[chosen], predicted.plan, predicted.base, comparisons, halves, budget, config, contest.allows
+    )
     groups = curve[chosen].groups
     return Plan(
         task_names=oracle.task_names,
         groups=groups,
         decision=_name_decision(len(groups), oracle.n_tasks),
-        reason=reason,
+        reason=choice.reason,
         predicted=predicted,
         curve=_drop_repeats(curve, chosen),
         comparisons=comparisons,
         l2_penalty=oracle.l2_penalty,
-        warnings=(*warnings, *list_oracle_warnings(judge, predicted.plan)),
-        n_groups_asked=asked,
-        n_groups_auto=curve[auto].n_groups,
+        warnings=(
+            *warnings,
+            *list_design_warnings(design, oracle.task_names, affinity_config),
+            *list_oracle_warnings(judge, predicted.plan),
+        ),
+        n_groups_asked=config.n_groups_asked,
+        n_groups_auto=curve[choice.auto].n_groups,
+        n_validation=tuple(len(oracle.validation_groups(task)) for task in range(oracle.n_tasks)),
     )
 
 
@@ -156,6 +184,7 @@ def _hold_contest(
     judge: Judge,
     config: GroupingConfig,
     affinity_config: AffinityConfig,
+    design: SubsetDesign,
     seed: int,
     max_solves: int,
 ) -> _Contest:
@@ -174,12 +203,33 @@ def _hold_contest(
     for half in range(2):
         half_affinity = affinity
         if n_tasks > 2 and sizes != [1]:  # else there is one partition of each size, whatever the affinity
-            design = sample_subsets(n_tasks, affinity_config, seed=seed)
             half_affinity = estimate_half_affinity(judge, design, half, affinity_config)
         halves.append(search(half_affinity, half))
     judged = {m: judge.judge(halves[0][m].groups, halves[1][m].groups) for m in found}
     paired = pair_means(judge, list(judged.values()), seed=seed)
     return _Contest(found, (halves[0], halves[1]), judged, paired, constraints)
+
+
+def _settle(
+    contest: _Contest, affinity: FloatArray, judge: Judge, config: GroupingConfig, budget: Budget, seed: int
+) -> _Choice:
+    """Choose among what was found, and let groups by gradient cosine compete with that."""
+    curve = {m: _describe_candidate(contest, m, affinity, judge, budget) for m in contest.judged}
+    auto, reason = _choose(contest, curve, config, budget)
+    asked = config.n_groups_asked
+    chosen = auto if asked is None else asked if config.groups is None else _GIVEN
+    models = [m for m in (_take_model(curve, m, config) for m in (auto, chosen)) if m is not None]
+    contest = _enter_cosines(contest, models, judge, seed)
+    curve |= {m: _describe_candidate(contest, m, affinity, judge, budget) for m in contest.judged if m < 0}
+    before, auto = auto, _prefer_cosines(contest, curve, auto, config, is_number_set=False)
+    if auto != before:
+        reason = describe_cosines(curve[auto], curve[before], *contest.compare(before, auto))
+    chosen = auto if asked is None else _prefer_cosines(contest, curve, chosen, config, is_number_set=True)
+    if asked is not None and judge.oracle.n_tasks > 1:
+        reason = describe_request(
+            asked, curve[chosen], curve[auto], is_given=chosen == _GIVEN, is_by_cosine=chosen < _GIVEN
+        )
+    return _Choice(contest, curve, auto, chosen, reason)
 
 
 def _describe_candidate(contest: _Contest, m: int, affinity: FloatArray, judge: Judge, budget: Budget) -> Candidate:
@@ -218,10 +268,56 @@ def _choose(
     if can_share:
         eligible = [m for m in eligible if is_above_error(curve[m].gain, curve[m].gain_se)]
     if not eligible:
-        return 1, explain_one_adapter([curve[m] for m in rivals], budget)
+        return 1, explain_one_adapter([curve[m] for m in rivals], budget, config)
     best = max(eligible, key=lambda m: curve[m].gain)
     chosen = min(m for m in eligible if not is_above_error(*contest.compare(m, best)))
     return chosen, describe_choice(curve[chosen], curve[best], [curve[m] for m in rivals], can_share=can_share)
+
+
+def _take_model(curve: Mapping[int, Candidate], chosen: int, config: GroupingConfig) -> int | None:
+    """Say whose number of groups others are compared at: what is chosen, or the best if that is one or one a task.
+
+    None where there is no number between.
+    """
+    n_tasks = sum(len(group) for group in curve[1].groups)
+    if 1 < curve[chosen].n_groups < n_tasks:
+        return chosen
+    proper = [m for m in curve if _GIVEN < m <= config.max_groups and 1 < curve[m].n_groups < n_tasks]
+    return max(proper, key=lambda m: (curve[m].allowed, curve[m].gain), default=None)
+
+
+def _enter_cosines(contest: _Contest, models: Sequence[int], judge: Judge, seed: int) -> _Contest:
+    """Add the groups that cosines of the tasks' gradients give, as many as each model has."""
+    if not models:
+        return contest
+    cosines, entered = measure_gradient_cosines(judge), {}
+    for model in (contest.found[m] for m in dict.fromkeys(models)):
+        n_groups = len(model.groups)
+        found = cluster(cosines, n_groups, constraints=contest.constraints, seed=seed, is_bound_needed=False)
+        entered[-n_groups] = Found(found.groups, model.clustering)  # of the affinity, as the objective and its bound
+    judged = {**contest.judged, **{m: judge.judge(found.groups) for m, found in entered.items()}}
+    return replace(
+        contest,
+        found={**contest.found, **entered},
+        halves=({**contest.halves[0], **entered}, {**contest.halves[1], **entered}),
+        judged=judged,
+        paired=pair_means(judge, list(judged.values()), seed=seed),
+    )
+
+
+def _prefer_cosines(
+    contest: _Contest, curve: Mapping[int, Candidate], chosen: int, config: GroupingConfig, *, is_number_set: bool
+) -> int:
+    """Return groups by gradient cosine if they are better than what is chosen by more than one standard error.
+
+    Groups that were given stay, and so do a number that was set and the paper's own way to round.
+    """
+    model = _take_model(curve, chosen, config)
+    if model is None or chosen == _GIVEN or config.rounding == "threshold":
+        return chosen
+    other = -curve[model].n_groups
+    is_open = curve[other].allowed and not (is_number_set and curve[other].n_groups != curve[chosen].n_groups)
+    return other if is_open and is_above_error(*contest.compare(chosen, other)) else chosen
 
 
 def _compare(
@@ -233,23 +329,20 @@ def _compare(
     config: GroupingConfig,
     seed: int,
 ) -> tuple[Comparison, ...]:
-    """Judge other ways to train; random groups and groups by gradient cosine have the plan's number, or the best."""
+    """Judge other ways to train."""
     n_tasks = judge.oracle.n_tasks
     ways: list[tuple[str, int, Partition | None, JudgedRows, float | None]] = [
         ("one adapter", 1, curve[1].groups, contest.judged[1], None),
         ("one per task", n_tasks, tuple((i,) for i in range(n_tasks)), singles, None),
     ]
-    proper = [m for m in curve if 1 < curve[m].n_groups < n_tasks]
-    if proper:
-        model = curve[chosen if chosen in proper else max(proper, key=lambda m: curve[m].gain)]
+    if (place := _take_model(curve, chosen, config)) is not None:
+        model, by_cosine = curve[place], -curve[place].n_groups
         drawn = _judge_random(judge, [len(group) for group in model.groups], config.n_random_partitions, seed)
         if drawn:
             spread = float(np.std([way.mean_nll for way in drawn], ddof=1)) if len(drawn) > 1 else None
             ways.append(("random groups", model.n_groups, None, average_rows(drawn), spread))
-        cosines = measure_gradient_cosines(judge)
-        found = cluster(cosines, model.n_groups, constraints=contest.constraints, seed=seed, is_bound_needed=False)
-        groups = found.groups
-        ways.append(("gradient cosine", model.n_groups, groups, judge.judge(groups), None))
+        judged = contest.judged[by_cosine]
+        ways.append(("gradient cosine", model.n_groups, contest.found[by_cosine].groups, judged, None))
     paired = pair_means(judge, [*(way[3] for way in ways), contest.judged[chosen]], seed=seed)
     return tuple(
         Comparison(
@@ -281,7 +374,6 @@ def _name_decision(n_groups: int, n_tasks: int) -> Decision:
 
 def _drop_repeats(curve: Mapping[int, Candidate], chosen: int) -> tuple[Candidate, ...]:
     """Keep one candidate per number of groups found: threshold rounding may find fewer numbers than were asked for."""
-    by_number = {candidate.n_groups: candidate for candidate in curve.values()} | {
-        curve[chosen].n_groups: curve[chosen]
-    }
+    found = {candidate.n_groups: candidate for m, candidate in curve.items() if m >= _GIVEN}
+    by_number = found | {curve[chosen].n_groups: curve[chosen]}
     return tuple(by_number[n_groups] for n_groups in sorted(by_number))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora.config import GroupingConfig
+from ensemblelora.affinity import SubsetDesign, list_blind_tasks
+from ensemblelora.config import AffinityConfig, GroupingConfig
 from ensemblelora.estimation import Oracle, compute_clustered_se
 from ensemblelora.grouping import Partition, to_labels
 from ensemblelora.planning.budget import Budget
@@ -17,9 +18,11 @@ from ensemblelora.planning.record import Candidate, Comparison, Prediction
 
 __all__ = [
     "describe_choice",
+    "describe_cosines",
     "describe_request",
     "explain_one_adapter",
     "is_above_error",
+    "list_design_warnings",
     "list_oracle_warnings",
     "list_plan_warnings",
     "predict",
@@ -32,6 +35,9 @@ _WHAT_ERRORS_LEAVE_OUT = (
     "rows, and how far the linear model is from real fine-tuning."
 )
 _SHAKY_AGREEMENT = 0.8
+_FEW_ROWS = 10
+"""independent validation rows of a task below which a standard error is itself hardly known"""
+_MAX_NAMED = 6
 _OTHER_WAYS = {
     "one per task": "One adapter per task",
     "random groups": "Random grouping",
@@ -45,7 +51,9 @@ def is_above_error(gain: float, gain_se: float | None) -> bool:
     return gain_se is not None and gain > max(gain_se, 0.0)
 
 
-def describe_request(asked: int, chosen: Candidate, auto: Candidate, *, is_given: bool = False) -> str:
+def describe_request(
+    asked: int, chosen: Candidate, auto: Candidate, *, is_given: bool = False, is_by_cosine: bool = False
+) -> str:
     """Say that the number of groups, or the groups themselves, were set, and what would have been chosen."""
     if is_given:
         would = "one adapter for all" if auto.n_groups == 1 else f"{auto.n_groups} groups of its own"
@@ -54,7 +62,25 @@ def describe_request(asked: int, chosen: Candidate, auto: Candidate, *, is_given
             f"Groups were given by hand (grouping.groups); auto would choose {would}. Here: {_describe_gain(chosen)}."
         )
     would = "the same" if auto.n_groups == chosen.n_groups else f"{auto.n_groups}"
-    return f"Groups were set to {asked} (grouping.n_groups); auto would choose {would}. Here: {_describe_gain(chosen)}."
+    here = "Here, by gradient cosine" if is_by_cosine else "Here"
+    return (
+        f"Groups were set to {asked} (grouping.n_groups); auto would choose {would}. {here}: {_describe_gain(chosen)}."
+    )
+
+
+def describe_cosines(chosen: Candidate, before: Candidate, gain: float, gain_se: float | None) -> str:
+    """Say why groups by gradient cosine take the place of what was chosen.
+
+    Args:
+        chosen: The groups by gradient cosine.
+        before: What was chosen by predicted loss alone.
+        gain: Of the one over the other.
+        gain_se: Its standard error.
+    """
+    reason = f"{chosen.n_groups} groups by gradient cosine: {_describe_gain(chosen)}"
+    if before.n_groups == 1:
+        return f"{reason}; no grouping found by affinity is by more than one standard error."
+    return f"{reason}; {gain:.4f} ± {gain_se or 0.0:.4f} below the {before.n_groups} groups found by affinity."
 
 
 def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candidate], *, can_share: bool = True) -> str:
@@ -69,12 +95,13 @@ def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candida
     return f"{reason}."
 
 
-def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget) -> str:
+def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget, config: GroupingConfig) -> str:
     """Say why no grouping was accepted.
 
     Args:
         rivals: Every number of groups above one.
         budget: What was allowed.
+        config: What was asked for.
     """
     allowed = [candidate for candidate in rivals if candidate.allowed]
     if not rivals:
@@ -85,18 +112,35 @@ def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget) -> str:
     best = max(allowed, key=lambda candidate: candidate.gain)
     if best.gain_se is None:
         return "Every task's validation rows all belong together, so no gain from grouping can be told from chance."
+    kind = "grouping by threshold" if config.rounding == "threshold" else "grouping"
     return (
-        "No grouping is predicted to beat one adapter for all by more than one standard error; the best has "
+        f"No {kind} is predicted to beat one adapter for all by more than one standard error; the best has "
         f"{best.n_groups} groups: {_describe_gain(best)}."
     )
+
+
+def list_design_warnings(design: SubsetDesign, names: Sequence[str], config: AffinityConfig) -> Iterator[str]:
+    """Say which tasks' partners the subsets that were asked about can't tell apart."""
+    blind = [names[task] for task in list_blind_tasks(design)]
+    if blind:
+        are = "is" if len(blind) == 1 else "are"
+        yield (
+            f"With affinity.n_subsets {config.n_subsets}, {_name_some(blind)} {are} in one subset only, where no "
+            "partner can be told from another; raise it, or affinity.min_pair_count."
+        )
 
 
 def list_oracle_warnings(judge: Judge, plan: Prediction) -> Iterator[str]:
     """Say what limits every prediction of this oracle, the plan's among them."""
     oracle = judge.oracle
-    alone = [name for i, name in enumerate(oracle.task_names) if len(np.unique(oracle.validation_groups(i))) < 2]
-    if alone:
+    counts = {name: len(np.unique(oracle.validation_groups(i))) for i, name in enumerate(oracle.task_names)}
+    if alone := [name for name, n_rows in counts.items() if n_rows < 2]:
         yield f"All validation rows of {', '.join(alone)} belong together, so standard errors leave these tasks out."
+    if few := [f"{name} ({n_rows})" for name, n_rows in counts.items() if 2 <= n_rows < _FEW_ROWS]:
+        yield (
+            f"Few validation rows of {_name_some(few)}: predictions and their standard errors are rough. Give more "
+            "rows, or raise data.validation_fraction."
+        )
     if oracle.n_unconverged:
         yield f"{oracle.n_unconverged} of {oracle.n_fits} fits did not converge; raise estimation.max_iter."
     if edge := _find_grid_edge(oracle):
@@ -119,8 +163,11 @@ def list_plan_warnings(
     halves: tuple[Partition, Partition],
     budget: Budget,
     config: GroupingConfig,
+    allows: Callable[[Partition], bool],
 ) -> Iterator[str]:
     """Say what speaks against the plan.
+
+    Another way to train is better, as in the choice itself, by more than one standard error.
 
     Args:
         chosen: The plan's point on the curve.
@@ -130,6 +177,7 @@ def list_plan_warnings(
         halves: The partitions that the two halves of the validation rows chose.
         budget: What is allowed.
         config: What was asked for.
+        allows: Whether the constraints allow groups.
     """
     if plan.mean_nll >= base.mean_nll:
         yield "No adapter is predicted to help: the base model's validation loss is as low as the plan's."
@@ -139,10 +187,11 @@ def list_plan_warnings(
         gain, gain_se = other.gain_over_plan, other.gain_over_plan_se
         if other.name == "one adapter" or gain is None or gain_se is None:
             continue
-        if gain > gain_se and other.n_groups != chosen.n_groups:
+        if is_above_error(gain, gain_se):
+            mean = ", in the mean over draws" if other.groups is None else ""
             yield (
-                f"{_OTHER_WAYS[other.name]} ({other.n_groups} adapters) is predicted to do better than the plan by "
-                f"{gain:.4f} ± {gain_se:.4f} nats; {_say_how_to_allow(other.n_groups, config)}."
+                f"{_OTHER_WAYS[other.name]} ({other.n_groups} adapters{mean}) is predicted to do better than the plan "
+                f"by {gain:.4f} ± {gain_se:.4f} nats{_say_how_to_allow(other, budget, config, allows)}."
             )
         elif other.n_groups == chosen.n_groups > 1 and gain >= 0 and other.groups != chosen.groups:
             meaning = ": which tasks are together matters little" if other.groups is None else ""
@@ -176,6 +225,10 @@ def predict(judge: Judge, rows: JudgedRows) -> Prediction:
     )
 
 
+def _name_some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if names[_MAX_NAMED:] else "")
+
+
 def _describe_gain(candidate: Candidate) -> str:
     """Say what a number of groups is predicted to give against one adapter."""
     loss, gain = (
@@ -191,16 +244,26 @@ def _describe_gain(candidate: Candidate) -> str:
     )
 
 
-def _say_how_to_allow(n_groups: int, config: GroupingConfig) -> str:
-    """Name the setting that keeps a number of groups from being chosen."""
+def _say_how_to_allow(
+    other: Comparison, budget: Budget, config: GroupingConfig, allows: Callable[[Partition], bool]
+) -> str:
+    """Name every setting that keeps a way to train out of the choice; nothing where it was open and not chosen."""
+    if other.groups is None:
+        return ""  # a mean over draws is no grouping that could be trained
+    values = [f"grouping.max_groups to {other.n_groups} or more"] if other.n_groups > config.max_groups else []
+    if other.name == "gradient cosine" and config.rounding == "threshold":
+        values.append("grouping.rounding to best")
+    steps = ["raise the budget"] if budget.list_faults(other.n_groups) else []
+    if not allows(other.groups):
+        steps.append("loosen the constraints on groups")
+    if not values and not steps:
+        return ""
     if config.groups is not None:
-        return "leave grouping.groups out to allow it"
-    if config.n_groups == "auto":
-        constrained = config.must_link or config.cannot_link or config.min_group_size > 1 or config.max_group_size
-        more = ", or loosen the constraints," if constrained else ""
-        return f"raise grouping.max_groups or the budget{more} to allow it"
-    more = f" and grouping.max_groups to {n_groups} or more" if n_groups > config.max_groups else ""
-    return f"set grouping.n_groups to auto{more} to allow it"
+        steps.append("leave grouping.groups out")
+    elif config.n_groups != "auto":
+        values.insert(0, "grouping.n_groups to auto")
+    settings = [f"set {' and '.join(values)}"] if values else []
+    return f"; {' and '.join([*settings, *steps])} to allow it"
 
 
 def _average(

@@ -140,6 +140,7 @@ class Plan:
         n_groups_asked: The number of groups where it was set, by itself or with the groups; none where it was left to
             the prediction.
         n_groups_auto: The number of groups that the prediction chooses.
+        n_validation: Validation rows of each task that the predictions rest on; empty in records of older versions.
     """
 
     task_names: tuple[str, ...]
@@ -153,6 +154,7 @@ class Plan:
     warnings: tuple[str, ...]
     n_groups_asked: int | None = None
     n_groups_auto: int | None = None
+    n_validation: tuple[int, ...] = ()
 
 
 def read_plan(values: Any) -> Plan:

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from ensemblelora.evaluation.rows import BOOSTED_GROUP
 from ensemblelora.report.document import Figure
-from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, complete, or_none, safe, short_label
+from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, SYMBOLS, complete, or_none, safe, short_label
 from ensemblelora.report.records import CurvePoint, GroupPrediction, MethodScores, TaskScore
 from ensemblelora.report.wording import format_number, format_percent, format_signed, group_letter
 
 __all__ = ["METHOD_SYMBOLS", "draw_curve", "draw_prediction", "draw_scores"]
 
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "hexagon")
 METHOD_SYMBOLS = {"base": "circle-open", "shared": "diamond", "ensemble": "square"}
+_OTHER_SYMBOLS = {BOOSTED_GROUP: "cross"}
 
 
 def draw_curve(curve: Sequence[CurvePoint], n_chosen: int) -> Figure:
@@ -81,9 +82,10 @@ def draw_scores(scores: Mapping[str, MethodScores], tasks: Sequence[str], labels
         labels: What to call each method.
     """
     methods = list(scores)
+    step = 0.8 / max(4, len(methods))  # of a row's height
     traces = [
         _score_trace(
-            scores[method].per_task, tasks, method, labels[method], offset=0.2 * (place - (len(methods) - 1) / 2)
+            scores[method].per_task, tasks, method, labels[method], offset=step * (place - (len(methods) - 1) / 2)
         )
         for place, method in enumerate(methods)
     ]
@@ -147,7 +149,7 @@ def _locate(point: GroupPrediction, *, as_change: bool) -> tuple[float, float] |
 
 def _prediction_trace(rows: Sequence[tuple[GroupPrediction, float, float]], group: int) -> dict[str, Any]:
     colour = f"var(--group-{group % N_GROUP_COLOURS})" if group >= 0 else "var(--ink-soft)"
-    marker = {"color": colour, "size": 11, "symbol": _SYMBOLS[group % len(_SYMBOLS)]}
+    marker = {"color": colour, "size": 11, "symbol": SYMBOLS[group % len(SYMBOLS)]}
     errors = [round(point.predicted_nll_se or 0.0, 5) for point, _, _ in rows]
     return {
         "type": "scatter",
@@ -197,7 +199,7 @@ def _score_trace(
         "marker": {
             "color": colour,
             "size": 9,
-            "symbol": METHOD_SYMBOLS.get(method, "x"),
+            "symbol": METHOD_SYMBOLS.get(method, _OTHER_SYMBOLS.get(method, "x")),
             "line": {"color": colour, "width": 1.5},
         },
         "hovertemplate": "<b>%{text}</b><br>%{fullData.name}: %{x:.1%}<extra></extra>",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 __all__ = [
+    "MAX_OPEN_ROWS",
     "Block",
     "Bullets",
     "Cell",
@@ -24,11 +25,16 @@ __all__ = [
     "Legend",
     "Row",
     "Section",
+    "Step",
+    "Steps",
     "Table",
     "Text",
     "Tile",
     "Tiles",
 ]
+
+
+MAX_OPEN_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ class Groups:
     kind: ClassVar[str] = "groups"
     cards: tuple[GroupCard, ...]
 
+    @property
+    def n_open(self) -> int:
+        """Tasks of a group that a page shows unfolded; few where there are very many in all."""
+        return 30 if sum(len(card.tasks) for card in self.cards) <= 120 else 8
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -95,6 +106,22 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One part of a story: what it is called, and what happened in it."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A story in a few parts, such as what was asked, what was predicted and what came out."""
+
+    kind: ClassVar[str] = "steps"
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One table cell.
 
@@ -104,7 +131,8 @@ class Cell:
         tag: A mark, such as "at chance".
         share: Length of a bar under the text, in [0, 1]; none without.
         is_best: Whether it is the best of its row.
-        colour: Number in the palette of a dot before the text; none without.
+        colour: Number in the palette of a mark before the text; none without.
+        mark: What the mark says, such as a group's letter; colours alone tell nothing to some.
     """
 
     text: str
@@ -113,6 +141,7 @@ class Cell:
     share: float | None = None
     is_best: bool = False
     colour: int | None = None
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +162,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption; the first column heads the rows. ``summary`` folds it away."""
+    """A table with a caption; the first column heads the rows. ``summary`` folds it away.
+
+    A page folds a long table away by itself, and leaves its summary rows open.
+    """
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -141,6 +173,16 @@ class Table:
     rows: tuple[Row, ...]
     note: str = ""
     summary: str = ""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it would push what follows out of sight."""
+        return len(self.rows) > MAX_OPEN_ROWS
+
+    @property
+    def summary_rows(self) -> tuple[Row, ...]:
+        """Rows that sum up the others."""
+        return tuple(row for row in self.rows if row.is_summary)
 
 
 @dataclass(frozen=True)
@@ -181,7 +223,7 @@ class FigureRow:
     legend: Legend | None = None
 
 
-Block = Text | Bullets | Fold | Groups | Tiles | Table | FigureRow
+Block = Text | Bullets | Fold | Groups | Tiles | Steps | Table | FigureRow
 
 
 @dataclass(frozen=True)

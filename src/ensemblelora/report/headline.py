@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
 from ensemblelora.report.document import Tile
 from ensemblelora.report.records import (
     Difference,
@@ -31,6 +32,8 @@ METHOD_LABELS = {
     "base": "Base model",
     "shared": "One adapter for all",
     "singles": "One adapter per task",
+    OWN_GROUP: "Own group's adapter alone",
+    BOOSTED_GROUP: "Own group with boosters",
     "ensemble": "Ensemble",
 }
 
@@ -112,7 +115,13 @@ def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
     difference = results.find_difference("ensemble", rival, metric)
     if difference is None or difference.low is None or difference.high is None:
         return f"{shape}: {_compare_means(results, run.plan, metric, rival, against)}."
-    judgement = _judge(difference, difference.low, difference.high, against, run.config.evaluation.confidence)
+    confidence = run.config.evaluation.confidence
+    judgement = _judge(difference, difference.low, difference.high, against, confidence)
+    loss = results.find_difference("ensemble", rival, "nll")
+    if metric == "accuracy" and not _is_shown(difference) and loss is not None and _is_shown(loss):
+        change = describe_difference(difference, confidence)
+        judgement = _judge(loss, loss.low or 0.0, loss.high or 0.0, against, confidence)
+        judgement += f"; in mean test accuracy it made no difference that this run can show: {change}"
     return f"{shape} {judgement}."
 
 
@@ -120,6 +129,12 @@ def _name_boosters(ensemble: EnsembleRecord | None) -> str:
     """What was measured beside the adapters; a table without it shows the adapters alone."""
     n_boosters = sum(member.kind == "booster" for member in ensemble.members) if ensemble else 0
     return f" with {count(n_boosters, 'booster')}" if n_boosters else ""
+
+
+def _is_shown(difference: Difference) -> bool:
+    """Whether the interval leaves zero out."""
+    low, high = difference.low, difference.high
+    return low is not None and high is not None and not low <= 0 <= high
 
 
 def _judge(difference: Difference, low: float, high: float, against: str, confidence: float) -> str:
@@ -149,7 +164,10 @@ def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival:
 def _tile_of_groups(plan: PlanRecord) -> Tile:
     sizes = [len(group) for group in plan.groups]
     listed = ", ".join(map(str, sizes)) if len(sizes) <= _MAX_SIZES else f"{min(sizes)} to {max(sizes)}"
-    detail = count(plan.n_tasks, "task") if len(sizes) == 1 else f"of {listed} tasks"
+    if len(sizes) > 1 and min(sizes) == max(sizes):
+        detail = f"of {count(sizes[0], 'task')} each"
+    else:
+        detail = count(plan.n_tasks, "task") if len(sizes) == 1 else f"of {listed} tasks"
     return Tile("Groups", str(len(sizes)), detail)
 
 

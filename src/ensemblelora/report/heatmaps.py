@@ -10,11 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora.report.document import Figure
+from ensemblelora.report.hierarchy import build_tree, draw_tree
 from ensemblelora.report.plotting import complete, or_none, safe, short_label
 from ensemblelora.report.records import AffinityRecord
 from ensemblelora.report.wording import count, format_signed, group_letter, join_names
 
-__all__ = ["MAX_LABELLED_TASKS", "draw_affinity", "draw_weights", "remove_levels"]
+__all__ = [
+    "MAX_LABELLED_TASKS",
+    "draw_affinity",
+    "draw_helping",
+    "draw_hierarchy",
+    "draw_weights",
+    "remove_levels",
+]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -28,44 +36,85 @@ def remove_levels(matrix: Matrix) -> Matrix:
 
     Clustering into whole groups ignores a constant added to a row (docs/paper.md), yet such constants, the tasks'
     difficulties, are most of what the raw matrix would show. The levels are the least-squares fit of a_i + a_j to
-    the pairs.
+    the pairs. Three pairs would be fitted exactly: of three tasks, a level is half the task's mean over all its
+    subsets, which is on the diagonal, and what is left of a pair is what joining it adds to clustering's objective.
 
     Args:
         matrix: (n_tasks, n_tasks); NaN where unknown.
     """
     n = len(matrix)
     pairs = np.where(np.eye(n, dtype=bool), np.nan, (matrix + matrix.T) / 2)
-    first, second = np.nonzero(np.triu(np.isfinite(pairs), k=1))
-    if n < 3 or not len(first):
+    is_known = np.isfinite(pairs)
+    if n < 3 or not is_known.any():
         return pairs
-    design = np.zeros((len(first), n))
-    design[np.arange(len(first)), first] = 1
-    design[np.arange(len(first)), second] = 1
-    values = pairs[first, second]
-    levels = np.linalg.lstsq(design.T @ design, design.T @ values, rcond=None)[0]
+    if n == 3:
+        halves = np.diag(matrix) / 2
+        return np.asarray(pairs - halves[:, None] - halves[None, :])
+    # The normal equations of one unknown a task and one equation a pair: each level meets every partner's once.
+    met = is_known.astype(np.float64)
+    levels = np.linalg.lstsq(np.diag(met.sum(axis=1)) + met, np.nansum(pairs, axis=1), rcond=None)[0]
     return np.asarray(pairs - levels[:, None] - levels[None, :])
 
 
-def draw_affinity(
-    affinity: AffinityRecord, names: Sequence[str], groups: Sequence[Sequence[int]], *, by_group: bool
-) -> Figure:
-    """Draw the affinity map in the order given or ordered by group, groups framed."""
-    order = [task for group in groups for task in group] if by_group else list(range(len(names)))
+def draw_affinity(affinity: AffinityRecord, names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
+    """Draw the affinity map ordered by group, groups framed."""
+    order = [task for group in groups for task in group]
     values = remove_levels(affinity.matrix)
+    heat_map = _draw_pairs(affinity, values, order, names)
+    spec = complete([heat_map], {**_task_axes([names[task] for task in order]), "shapes": _frames(groups)})
+    alt = f"{_describe_affinity(values, names, 'ordered by group')} "
+    alt += f"{'The frame shows' if len(groups) == 1 else 'Frames show'} {count(len(groups), 'group')}."
+    return Figure("affinity-grouped", "Ordered by group", alt, spec)
+
+
+def draw_hierarchy(affinity: AffinityRecord, names: Sequence[str], groups: Sequence[Sequence[int]]) -> Figure:
+    """Draw the affinity map in the order of a tree of average linkage, the tree above it, leaves in groups' colours."""
+    values = remove_levels(affinity.matrix)
+    tree = build_tree(values)
+    group_of = np.empty(len(names), dtype=int)
+    for group, tasks in enumerate(groups):
+        group_of[list(tasks)] = group
+    heat_map = _draw_pairs(affinity, values, tree.order, names)
+    axes = _task_axes([names[task] for task in tree.order])
+    axes["yaxis"]["domain"] = [0, 0.82]
+    plain = {"showgrid": False, "zeroline": False, "showticklabels": False, "ticks": ""}
+    axes["xaxis2"] = {**plain, "anchor": "y2", "range": [-0.5, len(names) - 0.5]}
+    axes["yaxis2"] = {**plain, "anchor": "x2", "domain": [0.84, 1], "range": [-0.5, len(names) - 0.5]}
+    spec = complete([heat_map, *draw_tree(tree, names, group_of.tolist(), axis="2")], axes)
+    alt = f"{_describe_affinity(values, names, 'ordered by a tree of who joins first')}"
+    return Figure("affinity-tree", "Ordered by likeness", alt, spec)
+
+
+def _draw_pairs(affinity: AffinityRecord, values: Matrix, order: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """Return the map of all pairs in an order, and what hovering says of them."""
     reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
     heat_map = _heat_map(values[np.ix_(order, order)], "diverging", reach=reach or 1.0)
-    axes = _task_axes([names[task] for task in order])
     if len(names) <= MAX_LABELLED_TASKS:
-        heat_map.update(_pair_hover(affinity, order))
-    else:
-        heat_map.update(hovertemplate="%{y} with %{x}: %{z:+.4f}<extra></extra>")
-    figure = complete([heat_map], {**axes, "shapes": _frames(groups) if by_group else []})
-    return Figure(
-        name="affinity-grouped" if by_group else "affinity-given",
-        title="Ordered by group" if by_group else "In the order given",
-        alt=_describe_affinity(values, names, groups, by_group=by_group),
-        spec=figure,
-    )
+        return heat_map | _pair_hover(affinity, order)
+    return heat_map | {"hovertemplate": "%{y} with %{x}: %{z:+.4f}<extra></extra>"}
+
+
+def draw_helping(gains: Matrix, names: Sequence[str], groups: Sequence[Sequence[int]], *, noun: str = "task") -> Figure:
+    """Draw what each task gains by each partner: rows are helped, columns help; tasks in the order of groups.
+
+    Args:
+        gains: ``(n, n)`` above 0 helps, NaN where unknown or of a task with itself.
+        names: Of the tasks.
+        groups: Indices of tasks.
+        noun: What they are.
+    """
+    order = [task for group in groups for task in group]
+    reach = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 0.0
+    heat_map = _heat_map(gains[np.ix_(order, order)], "diverging", reach=reach or 1.0)
+    heat_map["hovertemplate"] = "<b>%{x}</b> in <b>%{y}</b>'s training set:<br>%{z:+.4f}<extra></extra>"
+    axes = _task_axes([names[task] for task in order])
+    axes["xaxis"]["title"] = {"text": "what trains with it"}
+    axes["yaxis"]["title"] = {"text": noun}
+    spec = complete([heat_map], {**axes, "shapes": _frames(groups)})
+    known = gains[np.isfinite(gains)]
+    n_helped = int((known > 0).sum())
+    alt = f"Map of what {count(len(names), noun)} gain by each other: {n_helped:,} of {len(known):,} pairs above 0."
+    return Figure("helping", "Who helps whom", alt, spec)
 
 
 def draw_weights(
@@ -89,7 +138,8 @@ def draw_weights(
     n_alone = sum(routed) or "none"
     shape = f"{len(names)} tasks on {len(groups)} groups"
     alt = f"Weights of {shape}: {lead}; {n_alone} could be answered by one group alone."
-    return Figure("weights", "Ensemble weights", alt, spec, height=90 + max(24, 34 - len(names) // 4) * len(names))
+    row = max(24, 34 - len(names) // 4) if len(names) <= MAX_LABELLED_TASKS else 520 / len(names)
+    return Figure("weights", "Ensemble weights", alt, spec, height=90 + round(row * len(names)))
 
 
 def _heat_map(values: Matrix, scale: str, *, reach: float) -> dict[str, Any]:
@@ -161,18 +211,14 @@ def _frame(x0: float, x1: float, y0: float, y1: float) -> dict[str, Any]:
     return {"type": "rect", "x0": x0, "x1": x1, "y0": y0, "y1": y1, "line": line}
 
 
-def _describe_affinity(values: Matrix, names: Sequence[str], groups: Sequence[Sequence[int]], *, by_group: bool) -> str:
-    start = f"Affinity of {len(names)} tasks, " + ("ordered by group" if by_group else "in the order given")
+def _describe_affinity(values: Matrix, names: Sequence[str], ordered: str) -> str:
+    start = f"Affinity of {len(names)} tasks, {ordered}"
     upper = np.where(np.triu(np.ones_like(values, dtype=bool), k=1) & np.isfinite(values), values, np.nan)
     if not np.isfinite(upper).any():
         return f"{start}; no pair has a value."
     best, worst = (divmod(int(place), len(names)) for place in (np.nanargmax(upper), np.nanargmin(upper)))
     pair = f"{names[best[0]]} and {names[best[1]]} go best together ({format_signed(upper[best])})"
-    return f"{start}; {pair}, {names[worst[0]]} and {names[worst[1]]} worst ({format_signed(upper[worst])})." + (
-        f" {'The frame shows' if len(groups) == 1 else 'Frames show'} {count(len(groups), 'group')}."
-        if by_group
-        else ""
-    )
+    return f"{start}; {pair}, {names[worst[0]]} and {names[worst[1]]} worst ({format_signed(upper[worst])})."
 
 
 def _leads_own_group(row: Sequence[float], task: int, groups: Sequence[Sequence[int]]) -> bool:

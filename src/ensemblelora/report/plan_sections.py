@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ensemblelora.report.cells import task_cell
 from ensemblelora.report.charts import draw_curve
 from ensemblelora.report.document import (
     Block,
@@ -18,9 +19,10 @@ from ensemblelora.report.document import (
     Table,
     Text,
 )
-from ensemblelora.report.heatmaps import MAX_LABELLED_TASKS, draw_affinity, remove_levels
+from ensemblelora.report.heatmaps import MAX_LABELLED_TASKS, draw_affinity, draw_hierarchy, remove_levels
 from ensemblelora.report.plotting import N_GROUP_COLOURS
 from ensemblelora.report.records import AffinityRecord, CurvePoint, PlanRecord, Prediction, RunRecord
+from ensemblelora.report.taskmap import N_PARTNERS, draw_tasks
 from ensemblelora.report.wording import (
     count,
     describe_coverage,
@@ -33,9 +35,12 @@ from ensemblelora.report.wording import (
     join_names,
 )
 
-__all__ = ["write_affinity", "write_curve", "write_plan"]
+__all__ = ["describe_validation", "write_affinity", "write_curve", "write_plan"]
 
 _MAX_MATRIX_TABLE = 24
+_MAX_TREE = 100  # a second map of more tasks says no more than the first, and costs a megabyte
+_MIN_MAPPED = 4
+_WHAT_LEVELS_ARE = "its difficulty, and how well it goes with everything"
 
 
 def write_plan(run: RunRecord) -> Section:
@@ -48,8 +53,34 @@ def write_plan(run: RunRecord) -> Section:
     }
     opening = decisions.get(plan.decision, plan.decision)
     blocks: list[Block] = [Text(f"{opening} {plan.reason}".strip()), Groups(_cards(plan))]
+    if (picture := _draw_groups(run)) is not None:
+        blocks.append(picture)
     table = _prediction_table(plan)
     return Section("plan", "The plan", [*blocks, table] if table else blocks)
+
+
+def describe_validation(plan: PlanRecord) -> str:
+    """Say how many validation rows the plan's predictions rest on, where it says so."""
+    if not plan.n_validation:
+        return "validation rows"
+    text = count(sum(plan.n_validation), "validation row")
+    return text if plan.n_tasks == 1 else f"{text}, {_range_of(np.array(plan.n_validation))} a task"
+
+
+def _draw_groups(run: RunRecord) -> FigureRow | None:
+    """The groups on a map, where there are pairs enough to make one of."""
+    n_tasks = run.plan.n_tasks
+    if run.affinity is None or not _MIN_MAPPED <= n_tasks <= _MAX_TREE or len(run.plan.groups) < 2:
+        return None
+    values = remove_levels(run.affinity.matrix)
+    if not np.isfinite(values).any():
+        return None
+    figure = draw_tasks(values, run.plan.task_names, run.plan.groups)
+    caption = (
+        f"Lines join each task with the {N_PARTNERS} it does best with, if better than usual (affinity without own "
+        "levels): drawn through inside a group, dotted across. The affinity map below shows all pairs."
+    )
+    return FigureRow((figure,), caption)
 
 
 def write_affinity(run: RunRecord) -> Section | None:
@@ -57,15 +88,29 @@ def write_affinity(run: RunRecord) -> Section | None:
     affinity, plan = run.affinity, run.plan
     if affinity is None or plan.n_tasks < 2:
         return None
+    if plan.n_tasks == 2:
+        text = (
+            "Two tasks are one pair, and there is no other to compare its affinity with. Whether they help each other "
+            "is predicted by one adapter for both against one for each."
+        )
+        return Section("affinity", "Which tasks go together", [Text(text)])
     values = remove_levels(affinity.matrix)
     reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
-    figures = tuple(draw_affinity(affinity, plan.task_names, plan.groups, by_group=choice) for choice in (False, True))
+    figures = [draw_affinity(affinity, plan.task_names, plan.groups)]
+    if plan.n_tasks <= _MAX_TREE:
+        figures.insert(0, draw_hierarchy(affinity, plan.task_names, plan.groups))
     legend = Legend(f"worse together {format_signed(-reach)}", f"{format_signed(reach)} better together", "diverging")
+    level = "its mean over all its training sets" if plan.n_tasks == 3 else _WHAT_LEVELS_ARE
     caption = (
         "Each cell: how much better than usual the two tasks do in training sets that hold both, once each task's own "
-        "level (its difficulty, and how well it goes with everything) is taken off. Grouping is blind to those levels."
+        f"level ({level}) is taken off. Grouping is blind to those levels."
     )
-    blocks: list[Block] = [Text(_explain_affinity(values, affinity, plan)), FigureRow(figures, caption, legend)]
+    if len(figures) > 1:
+        caption += (
+            " The first map is ordered by a tree of average linkage, in which the closest join first (over it, with "
+            "the groups' colours at its leaves); the tree knows nothing of the groups."
+        )
+    blocks: list[Block] = [Text(_explain_affinity(values, affinity, plan)), FigureRow(tuple(figures), caption, legend)]
     if plan.n_tasks <= _MAX_MATRIX_TABLE:
         blocks.append(_matrix_table(values, affinity.se, plan))
     elif plan.n_tasks > MAX_LABELLED_TASKS:
@@ -76,6 +121,8 @@ def write_affinity(run: RunRecord) -> Section | None:
 def write_curve(run: RunRecord) -> Section | None:
     """Show what each number of groups is predicted to give, and other ways of grouping beside it."""
     plan = run.plan
+    if plan.n_tasks < 2:
+        return None
     blocks: list[Block] = []
     if any(point.gain is not None for point in plan.curve):
         caption = (
@@ -109,6 +156,8 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
         "One adapter per task": plan.predicted.singles,
         "Base model": plan.predicted.base,
     }
+    if plan.n_tasks == 1:
+        ways = {label: way for label, way in ways.items() if label in ("The plan", "Base model")}
     known = {label: way for label, way in ways.items() if way.mean_nll is not None}
     if not known:
         return None
@@ -117,7 +166,7 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
     coverage = describe_coverage(plan.predicted.plan.n_accuracies, plan.n_tasks)
     columns = (Column("Training", is_number=False), Column("Mean loss"), Column(f"Mean accuracy {coverage}".strip()))
     note = "Means over tasks, ± one standard error. Predicted from gradients at the base model, before any training."
-    return Table("Predicted performance on validation rows", columns, rows, note)
+    return Table(f"Predicted performance on {describe_validation(plan)}", columns, rows, note)
 
 
 def _loss_cell(way: Prediction, lowest: float) -> Cell:
@@ -168,7 +217,7 @@ def _matrix_table(values: np.ndarray, errors: np.ndarray | None, plan: PlanRecor
     rows = tuple(
         Row(
             (
-                Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+                task_cell(name, groups[name]),
                 *(_affinity_cell(values[i, j], None if errors is None else errors[i, j]) for j in order),
             )
         )

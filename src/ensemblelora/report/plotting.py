@@ -14,9 +14,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-__all__ = ["LEGEND_ABOVE", "N_GROUP_COLOURS", "complete", "or_none", "safe", "short_label"]
+__all__ = ["LEGEND_ABOVE", "N_GROUP_COLOURS", "SYMBOLS", "complete", "or_none", "safe", "short_label"]
 
 N_GROUP_COLOURS = 6
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "hexagon")
 LEGEND_ABOVE = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
 _MAX_LABEL_LENGTH = 22
 
@@ -38,7 +39,8 @@ def complete(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> 
         },
         "dragmode": False,
     }
-    axes = {name: {**axis, **layout.get(name, {})} for name in ("xaxis", "yaxis")}
+    more = [name for name in layout if name.startswith(("xaxis", "yaxis"))]
+    axes = {name: {**axis, **layout.get(name, {})} for name in dict.fromkeys(("xaxis", "yaxis", *more))}
     figure = go.Figure(data=list(traces), layout={**shared, **layout, **axes})
     spec: dict[str, Any] = json.loads(figure.to_json())
     del spec["layout"]["template"]

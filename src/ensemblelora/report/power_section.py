@@ -7,11 +7,12 @@ from statistics import NormalDist
 
 from scipy.special import stdtrit
 
+from ensemblelora.report.cells import task_cell
+from ensemblelora.report.chance import judge_chance
 from ensemblelora.report.document import Block, Bullets, Cell, Column, Row, Section, Table
 from ensemblelora.report.headline import method_label
-from ensemblelora.report.plotting import N_GROUP_COLOURS
 from ensemblelora.report.records import ResultsRecord, RunRecord, TaskScore
-from ensemblelora.report.wording import count, format_number, format_percent, join_names
+from ensemblelora.report.wording import count, format_number, format_percent
 
 __all__ = ["estimate_detectable_difference", "write_power"]
 
@@ -83,9 +84,9 @@ def _powers_of_results(run: RunRecord, confidence: float) -> list[str]:
             f"ensemble and {method_label(rival).lower()} would be found in {_POWER:.0%} of runs of this size, a "
             "smaller one less often."
         )
-    chance = [name for name in run.plan.ordered_names if name in results.chance_tasks]
-    if chance:
-        items.append(f"On {join_names(chance)} no method is above chance: such tasks can't say whether grouping helps.")
+    told = list(judge_chance(results, run.plan.ordered_names).tell())
+    if told:
+        items.append(f"{' '.join(told)} Such tasks can't say whether grouping helps.")
     return items
 
 
@@ -101,7 +102,7 @@ def _power_table(run: RunRecord, confidence: float) -> Table | None:
             continue
         smallest = estimate_detectable_difference(error, confidence=confidence)
         cells = (
-            Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+            task_cell(name, groups[name]),
             Cell(f"{ours[name].n_examples:,}", _describe_groups(ours[name])),
             Cell(format_percent(ours[name].accuracy)),
             Cell(f"{format_number(100 * smallest, 1)} points", share=min(1.0, smallest)),
@@ -130,13 +131,9 @@ def _describe_groups(score: TaskScore) -> str:
 
 
 def _difference_error(results: ResultsRecord, task: str, confidence: float) -> float | None:
-    """Return the standard error of ensemble minus shared; none where the rows can't give one.
-
-    An interval without width, of methods that agree everywhere or never miss, says that rows are few, not that
-    every difference is visible.
-    """
+    """Return the standard error of ensemble minus shared; none where the rows can't give one."""
     paired = results.find_difference("ensemble", "shared", "accuracy", task)
-    if paired is not None and paired.low is not None and paired.high is not None and paired.high > paired.low:
+    if paired is not None and paired.low is not None and paired.high is not None:
         return _standard_error(paired.low, paired.high, confidence)
     scores = [results.methods[method].per_task.get(task) for method in ("ensemble", "shared")]
     errors = [_accuracy_error(score, confidence) for score in scores]

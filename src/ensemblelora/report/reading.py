@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ensemblelora.artifacts import (
@@ -22,13 +21,15 @@ from ensemblelora.artifacts import (
     FEATURE_HEALTH_FILE,
     PLAN_FILE,
     RESULTS_FILE,
+    TASKS_FILE,
     load_arrays,
 )
 from ensemblelora.errors import StoreError, UsageError
+from ensemblelora.evaluation.rows import name_methods
+from ensemblelora.report.asked_record import ConfigRecord, TasksRecord
 from ensemblelora.report.feature_record import FeatureRecord
 from ensemblelora.report.records import (
     AffinityRecord,
-    ConfigRecord,
     CostsRecord,
     EnsembleRecord,
     EnvironmentRecord,
@@ -36,6 +37,7 @@ from ensemblelora.report.records import (
     ResultsRecord,
     RunRecord,
 )
+from ensemblelora.yamltext import YamlError, parse_yaml
 
 __all__ = ["load_record"]
 
@@ -58,6 +60,9 @@ def load_record(folder: Path) -> RunRecord:
     ensemble = _read(folder / ENSEMBLE_FILE, EnsembleRecord)
     if ensemble is not None:
         _check_ensemble(folder / ENSEMBLE_FILE, ensemble, plan)
+    results, costs = _read(folder / RESULTS_FILE, ResultsRecord), _read(folder / COSTS_FILE, CostsRecord)
+    if results is not None and ensemble is not None and any(member.kind == "booster" for member in ensemble.members):
+        results, costs = _part_boosters(results, costs)
     return RunRecord(
         name=folder.resolve().name,
         plan=plan,
@@ -66,8 +71,9 @@ def load_record(folder: Path) -> RunRecord:
         features=_read(folder / FEATURE_HEALTH_FILE, FeatureRecord),
         affinity=_read_affinity(folder / AFFINITY_FILE, plan.n_tasks),
         ensemble=ensemble,
-        results=_read(folder / RESULTS_FILE, ResultsRecord),
-        costs=_read(folder / COSTS_FILE, CostsRecord),
+        results=results,
+        costs=costs,
+        tasks=_read(folder / TASKS_FILE, TasksRecord),
     )
 
 
@@ -82,16 +88,38 @@ def _read(path: Path, kind: type[Record]) -> Record | None:
         raise _damaged(path, error) from None
 
 
+def _part_boosters(results: ResultsRecord, costs: CostsRecord | None) -> tuple[ResultsRecord, CostsRecord | None]:
+    """Name the methods of an ensemble with boosters as they are named now.
+
+    Where the boosters were in all that was measured, nothing is known of what the plan predicted: the adapters alone.
+    """
+    names = name_methods(results.methods, has_boosters=True)
+    if all(name == now for name, now in names.items()):
+        return results, costs
+    changes = {
+        "methods": {names[name]: scores for name, scores in results.methods.items()},
+        "differences": tuple(
+            item.model_copy(update={"a": names.get(item.a, item.a), "b": names.get(item.b, item.b)})
+            for item in results.differences
+        ),
+        "predicted_vs_measured": (),
+    }
+    if costs is not None:
+        methods = {names.get(name, name): spent for name, spent in costs.methods.items()}
+        costs = costs.model_copy(update={"methods": methods})
+    return results.model_copy(update=changes), costs
+
+
 def _read_config(path: Path) -> ConfigRecord:
     if not path.exists():
         return ConfigRecord()
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = parse_yaml(text)
         if not isinstance(values, dict):
             raise StoreError(f"{path}: expected a mapping of stages, got {type(values).__name__}; run again")
         return ConfigRecord.model_validate({**values, "text": text})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise StoreError(f"{path}: can't be read as YAML ({' '.join(str(error).split())}); run again") from None
     except ValidationError as error:
         raise _damaged(path, error) from None
@@ -101,7 +129,8 @@ def _read_affinity(path: Path, n_tasks: int) -> AffinityRecord | None:
     if not path.exists():
         return None
     arrays = load_arrays(path)
-    for name in ("matrix", "counts", "matrix_se"):
+    names = ("matrix", "counts", "matrix_se", "directed")
+    for name in names:
         values = arrays.get(name)
         if values is None and name != "matrix":
             continue
@@ -111,11 +140,10 @@ def _read_affinity(path: Path, n_tasks: int) -> AffinityRecord | None:
                 f"{path}: expected numbers of shape {(n_tasks, n_tasks)} under {name!r}, got {found}; "
                 "delete it and run again"
             )
-    matrix, counts, errors = (
-        None if (values := arrays.get(name)) is None else values.astype(np.float64)
-        for name in ("matrix", "counts", "matrix_se")
+    matrix, counts, errors, directed = (
+        None if (values := arrays.get(name)) is None else values.astype(np.float64) for name in names
     )
-    return AffinityRecord(np.asarray(matrix), counts, errors)
+    return AffinityRecord(np.asarray(matrix), counts, errors, directed)
 
 
 def _check_plan(path: Path, plan: PlanRecord) -> None:

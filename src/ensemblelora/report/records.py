@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from ensemblelora.report.asked_record import ConfigRecord, TasksRecord
 from ensemblelora.report.feature_record import FeatureRecord
 
 __all__ = [
     "AffinityRecord",
     "BoostingRound",
     "Comparison",
-    "ConfigRecord",
     "CostsRecord",
     "CurvePoint",
     "Difference",
@@ -75,21 +75,6 @@ class EnvironmentRecord(_Record):
     max_tokens_per_batch: int | None = None
     model: ModelRecord = ModelRecord()
     created: str | None = None
-
-
-class EvaluationSettings(_Record):
-    """The part of the config's evaluation stage that the report's wording needs."""
-
-    confidence: float = 0.95
-
-
-class ConfigRecord(_Record):
-    """config.yaml: the few values the wording needs, and the file itself."""
-
-    out: str | None = None
-    seed: int | None = None
-    evaluation: EvaluationSettings = EvaluationSettings()
-    text: str = ""
 
 
 class CurvePoint(_Record):
@@ -165,6 +150,7 @@ class PlanRecord(_Record):
     comparisons: tuple[Comparison, ...] = ()
     l2_penalty: Number = None
     warnings: tuple[str, ...] = ()
+    n_validation: tuple[int, ...] = ()
 
     @property
     def n_tasks(self) -> int:
@@ -254,7 +240,10 @@ class MethodScores(_Record):
 
 
 class Difference(_Record):
-    """``a`` minus ``b`` in one metric, with its interval; ``task`` is empty for the mean over tasks."""
+    """``a`` minus ``b`` in one metric, with its interval; ``task`` is empty for the mean over tasks.
+
+    A bootstrap whose every draw says the same has too few rows to say how sure it is: an interval of no width is none.
+    """
 
     a: str
     b: str
@@ -263,6 +252,13 @@ class Difference(_Record):
     difference: Number = None
     low: Number = None
     high: Number = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_point(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("low") == values.get("high"):
+            return {**values, "low": None, "high": None}
+        return values
 
     def turned(self) -> Difference:
         """Return ``b`` minus ``a``."""
@@ -300,6 +296,7 @@ class GroupPrediction(_Record):
     predicted_nll: Number = None
     predicted_nll_se: Number = None
     measured_nll: Number = None
+    measured_validation_nll: Number = None
     base_nll: Number = None
 
 
@@ -317,16 +314,6 @@ class ResultsRecord(_Record):
         """The methods, the base model first and the ensemble last."""
         places = {"base": 0, "shared": 1, "ensemble": 3}
         return dict(sorted(self.methods.items(), key=lambda item: places.get(item[0], 2)))
-
-    @property
-    def chance_tasks(self) -> frozenset[str]:
-        """Tasks on which no method is known to be above chance, though at least one was tested."""
-        verdicts: dict[str, list[bool]] = {}
-        for scores in self.methods.values():
-            for task, score in scores.per_task.items():
-                if score.is_above_chance is not None:
-                    verdicts.setdefault(task, []).append(score.is_above_chance)
-        return frozenset(task for task, known in verdicts.items() if not any(known))
 
     def find_difference(self, a: str, b: str, metric: str, task: str | None = None) -> Difference | None:
         """Return ``a`` minus ``b`` on a task, or in the mean over tasks, in whichever order the file has the two."""
@@ -376,11 +363,13 @@ class AffinityRecord:
         matrix: (n_tasks, n_tasks) higher is better together; NaN where unknown.
         counts: (n_tasks, n_tasks) in how many subsets each pair met; None where the file does not say.
         se: (n_tasks, n_tasks) standard errors, the tasks' own levels taken off; None where the file does not say.
+        directed: (n_tasks, n_tasks) row i holds scores of task i; None where the file does not say.
     """
 
     matrix: Matrix
     counts: Matrix | None
     se: Matrix | None = None
+    directed: Matrix | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,3 +385,4 @@ class RunRecord:
     ensemble: EnsembleRecord | None
     results: ResultsRecord | None
     costs: CostsRecord | None
+    tasks: TasksRecord | None = None

@@ -7,16 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
+from ensemblelora.report.cells import group_cell, task_cell
 from ensemblelora.report.charts import draw_prediction
 from ensemblelora.report.document import Block, Cell, Column, FigureRow, Legend, Row, Section, Table, Text
 from ensemblelora.report.feature_record import describe_features
 from ensemblelora.report.heatmaps import draw_weights
-from ensemblelora.report.plotting import N_GROUP_COLOURS
-from ensemblelora.report.records import BoostingRound, EnsembleRecord, Linearity, RunRecord
-from ensemblelora.report.wording import count, format_number, format_percent, format_signed, group_letter, join_names
+from ensemblelora.report.records import BoostingRound, EnsembleRecord, Linearity, Prediction, RunRecord
+from ensemblelora.report.wording import (
+    count,
+    format_number,
+    format_percent,
+    format_ratio,
+    format_signed,
+    join_names,
+)
 
 __all__ = [
     "compute_rank_correlation",
+    "warn_of_linearity",
     "write_boosting",
     "write_linearity",
     "write_prediction_check",
@@ -27,7 +36,7 @@ _LOW_R2 = 0.5
 
 
 def write_prediction_check(run: RunRecord) -> Section | None:
-    """Show the losses that were predicted before training against those measured after it."""
+    """Show the losses that were predicted before training against those that the groups' adapters alone then gave."""
     points = run.results.predicted_vs_measured if run.results else ()
     both = [point for point in points if point.predicted_nll is not None and point.measured_nll is not None]
     if not both:
@@ -48,10 +57,12 @@ def write_prediction_check(run: RunRecord) -> Section | None:
         ]
         text += " " + _agreement("change from the base model", *changes)
     caption = (
-        "Dotted: equality. Bars: one standard error of the prediction. Losses differ between tasks mostly by how hard "
+        "Measured: each task by its own group's adapter, without boosters or weights, which no plan predicts. Dotted: "
+        "equality. Bars: one standard error of the prediction. Losses differ between tasks mostly by how hard "
         "the tasks are, so the changes are the stricter test of the prediction."
     )
-    return Section("prediction", "Predicted against measured", [Text(text), FigureRow(tuple(figures), caption)])
+    blocks: list[Block] = [_outcome_table(run), Text(text), FigureRow(tuple(figures), caption)]
+    return Section("prediction", "Predicted against measured", blocks)
 
 
 def write_weights(run: RunRecord) -> Section | None:
@@ -91,10 +102,16 @@ def write_boosting(run: RunRecord) -> Section | None:
         Column("Group", is_number=False),
         Column("Training loss"),
         Column("Held-out loss"),
-        Column("Rate"),
+        Column("Step \u00d7 share"),
         Column("Outcome", is_number=False),
     )
-    table = Table("Boosting rounds", columns, tuple(_boosting_row(item) for item in rounds))
+    note = (
+        "Step: how far along the fitted direction the training loss was lowest, by line search; a gradient's length is "
+        "no measure of it, so steps above 1 are usual. Share: of what that step changes, what is added "
+        "(boosting.boosting_rate)."
+    )
+    share = run.config.boosting.boosting_rate
+    table = Table("Boosting rounds", columns, tuple(_boosting_row(item, share) for item in rounds), note)
     return Section("boosting", "Boosting", [Text(text), table])
 
 
@@ -113,6 +130,15 @@ def write_linearity(run: RunRecord) -> Section | None:
     return Section("linearity", "Does the linear model hold", blocks) if blocks else None
 
 
+def warn_of_linearity(linearity: Linearity) -> str | None:
+    """Say of which tasks the plan's predictions can't be trusted, since training left the linear model's reach."""
+    values = {name: item.r2_over_zero_order for name, item in linearity.tasks.items()}
+    low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
+    if not low:
+        return None
+    return f"R² of the linear model is below {_LOW_R2} on {join_names(low)}: what the plan says of them is a guess."
+
+
 def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Return Spearman's rank correlation, ties ranked by their mean; none where a side does not vary."""
     ranks = np.array([_rank(np.asarray(first, dtype=np.float64)), _rank(np.asarray(second, dtype=np.float64))])
@@ -124,6 +150,41 @@ def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) ->
 def _rank(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _outcome_table(run: RunRecord) -> Table:
+    """The means that were predicted on validation rows beside those that were measured on test rows."""
+    predicted, names = run.plan.predicted, run.plan.task_names
+    methods = run.results.methods if run.results else {}
+    ways = {
+        "base": ("Base model", predicted.base),
+        "shared": ("One adapter for all", predicted.shared),
+        OWN_GROUP: ("The plan, each task by its own group's adapter", predicted.plan),
+        BOOSTED_GROUP: ("The plan with boosters", Prediction()),
+        "ensemble": ("The plan with weights and boosters", Prediction()),
+    }
+    rows = []
+    for method, (label, way) in ways.items():
+        if method not in methods and way.mean_nll is None:
+            continue
+        measured = methods[method].mean("nll", names) if method in methods else None
+        if method == OWN_GROUP and measured is None:
+            measured = _mean_of_own(run)
+        error = f"± {format_number(way.mean_nll_se)}" if way.mean_nll_se else ""
+        rows.append(Row((Cell(label), Cell(format_number(way.mean_nll), error), Cell(format_number(measured)))))
+    columns = (Column("Training", is_number=False), Column("Predicted loss"), Column("Measured loss"))
+    note = (
+        "Means over tasks, ± one standard error: predicted on validation rows before training, measured on test rows "
+        "after it. A plan predicts the groups' adapters alone: boosters and weights are fitted later."
+    )
+    return Table("What the plan predicted, and what came out", columns, tuple(rows), note)
+
+
+def _mean_of_own(run: RunRecord) -> float | None:
+    """What the groups' own adapters gave, where it is kept beside the predictions alone."""
+    points = run.results.predicted_vs_measured if run.results else ()
+    known = [point.measured_nll for point in points if point.measured_nll is not None]
+    return sum(known) / len(known) if known and len(known) == run.plan.n_tasks else None
 
 
 def _agreement(what: str, predicted: Sequence[float], measured: Sequence[float]) -> str:
@@ -139,14 +200,16 @@ def _no_boosting(ensemble: EnsembleRecord) -> str:
     return f"Boosters: {join_names(boosters)}." if boosters else "No boosting was tried."
 
 
-def _boosting_row(item: BoostingRound) -> Row:
+def _boosting_row(item: BoostingRound, share: float | None) -> Row:
+    # The record has the product.
+    parts = f"{format_ratio(item.rate / share)} \u00d7 {format_ratio(share)}" if item.rate is not None and share else ""
     return Row(
         (
             Cell(str(item.round)),
-            Cell(group_letter(item.group), colour=item.group % N_GROUP_COLOURS),
+            group_cell(item.group),
             _change_cell(item.train_loss_before, item.train_loss_after),
             _change_cell(item.heldout_before, item.heldout_after),
-            Cell(format_number(item.rate, 3)),
+            Cell(parts or format_number(item.rate)),
             Cell("kept" if item.accepted else "not kept", item.reason),
         )
     )
@@ -158,16 +221,14 @@ def _change_cell(before: float | None, after: float | None) -> Cell:
 
 
 def _judge_linearity(linearity: Linearity) -> str:
-    values = {name: item.r2_over_zero_order for name, item in linearity.tasks.items()}
-    low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
     text = (
         "The plan takes the model to be linear in the adapter's weights around the base model. R² says how much of "
         "what training changed in the outputs that linear model explains: 1 is all, 0 no better than no change."
     )
-    if not any(value is not None for value in values.values()):
+    if not any(item.r2_over_zero_order is not None for item in linearity.tasks.values()):
         return text
-    if low:
-        return f"{text} It is below {_LOW_R2} on {join_names(low)}: what the plan says of them is a guess."
+    if warning := warn_of_linearity(linearity):
+        return f"{text} {warning}"
     return f"{text} It is at least {_LOW_R2} on every task measured."
 
 
@@ -177,7 +238,7 @@ def _linearity_table(linearity: Linearity, run: RunRecord) -> Table:
     rows = tuple(
         Row(
             (
-                Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+                task_cell(name, groups[name]),
                 _r2_cell(linearity.tasks[name].r2_over_zero_order),
                 Cell(format_percent(linearity.tasks[name].rms_relative_error)),
             )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ensemblelora.report.cells import task_cell
+from ensemblelora.report.chance import Chance, judge_chance
 from ensemblelora.report.charts import draw_scores
+from ensemblelora.report.differences import TaskDifference, draw_differences
 from ensemblelora.report.document import Block, Bullets, Cell, Column, FigureRow, Row, Section, Table, Text
 from ensemblelora.report.headline import describe_difference, method_label
-from ensemblelora.report.plotting import N_GROUP_COLOURS
 from ensemblelora.report.records import Difference, MethodScores, ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.wording import (
     count,
@@ -16,7 +18,6 @@ from ensemblelora.report.wording import (
     format_interval,
     format_number,
     format_signed,
-    join_names,
 )
 
 __all__ = ["write_scores"]
@@ -48,7 +49,8 @@ def write_scores(run: RunRecord) -> Section | None:
     if results is None or not results.methods:
         return None
     tasks = [name for name in run.plan.ordered_names if any(name in item.per_task for item in results.methods.values())]
-    blocks: list[Block] = [Text(_introduce(run, results, tasks))]
+    chance = judge_chance(results, tasks)
+    blocks: list[Block] = [Text(_introduce(results, tasks, chance))]
     differences = _difference_list(run, results)
     if differences.items:
         blocks.append(differences)
@@ -56,7 +58,10 @@ def write_scores(run: RunRecord) -> Section | None:
     if 0 < len(tasks) <= _MAX_PLOTTED_TASKS and _has_metric(results, "accuracy"):
         caption = f"Bars: {run.config.evaluation.confidence:.0%} intervals. Dotted: share of the most frequent class."
         blocks.append(FigureRow((draw_scores(results.ordered_methods, tasks, labels),), caption))
-    blocks += [_score_table(metric, run, results, tasks) for metric in _METRICS if _has_metric(results, metric.key)]
+    elif (picture := _draw_many(run, results, tasks)) is not None:
+        blocks.append(picture)
+    metrics = [metric for metric in _METRICS if _has_metric(results, metric.key)]
+    blocks += [_score_table(metric, run, results, tasks, chance) for metric in metrics]
     table = _difference_table(run, results, tasks)
     if table:
         blocks.append(table)
@@ -65,23 +70,40 @@ def write_scores(run: RunRecord) -> Section | None:
     return Section("results", "Test results", blocks)
 
 
+def _draw_many(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> FigureRow | None:
+    """What many tasks gained against one adapter for all, where a line a task and method could not be read."""
+    metric = next((one for one in (_METRICS[0], _METRICS[2]) if _has_metric(results, one.key)), None)
+    if metric is None:
+        return None
+    rows = [
+        TaskDifference(name, run.plan.group_by_name[name], item.difference, item.low, item.high)
+        for name in tasks
+        if (item := results.find_difference("ensemble", "shared", metric.key, name)) is not None
+        and item.difference is not None
+    ]
+    if not rows:
+        return None
+    what = "accuracy" if metric.key == "accuracy" else "loss"
+    figure = draw_differences("differences", rows, f"Difference in {what}", digits=3)
+    caption = "The ensemble less one adapter for all, with intervals; marks are filled where these leave out 0."
+    return FigureRow((figure,), caption)
+
+
 def _has_metric(results: ResultsRecord, key: str) -> bool:
     scores = (score for method in results.methods.values() for score in method.per_task.values())
     return any(getattr(score, key) is not None for score in scores)
 
 
-def _introduce(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> str:
+def _introduce(results: ResultsRecord, tasks: list[str], chance: Chance) -> str:
     rows = [
         max(item.per_task[name].n_examples for item in results.methods.values() if name in item.per_task)
         for name in tasks
     ]
     text = f"{count(sum(rows), 'test row')} of {count(len(tasks), 'task')}, seen by no stage before this one."
-    chance = [name for name in tasks if name in results.chance_tasks]
-    if chance:
-        text += (
-            f" On {join_names(chance)} no method is above what always answering the most frequent class gives: they "
-            "are marked “at chance”, have no best method, and are left out of the second mean."
-        )
+    doubtful = [name for name in tasks if name in chance]
+    if doubtful:
+        left_out = ", and the second mean leaves them out" if len(doubtful) < len(tasks) else ""
+        text += f" {' '.join(chance.tell())} These tasks have no best method{left_out}."
     if any(score.kind == "sequence" for item in results.methods.values() for score in item.per_task.values()):
         text += (
             " For free-text tasks, accuracy is the share of exact matches; they have no classes, and a dash stands for "
@@ -90,27 +112,28 @@ def _introduce(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> str:
     return text
 
 
-def _score_table(metric: _Metric, run: RunRecord, results: ResultsRecord, tasks: list[str]) -> Table:
+def _score_table(metric: _Metric, run: RunRecord, results: ResultsRecord, tasks: list[str], chance: Chance) -> Table:
     methods = results.ordered_methods
     columns = [Column("Task", is_number=False), *(Column(method_label(method)) for method in methods)]
-    rows = [_score_row(metric, name, run, results) for name in tasks]
+    rows = [_score_row(metric, name, run, results, chance) for name in tasks]
     if metric.key == "accuracy":
         columns.append(Column("Most frequent class"))
     rows.append(_mean_row(metric, f"Mean of {len(tasks)}", methods, tasks))
-    able = [name for name in tasks if name not in results.chance_tasks]
+    able = [name for name in tasks if name not in chance]
     if 0 < len(able) < len(tasks):
         rows.append(_mean_row(metric, f"Mean of {len(able)} above chance", methods, able))
     arrow = "higher is better" if metric.is_higher_better else "lower is better"
-    note = f"{arrow.capitalize()}; with {run.config.evaluation.confidence:.0%} intervals; the best of a row in bold."
+    kind = "Wilson's, one observation per group of rows" if metric.key == "accuracy" else "by bootstrap of the rows"
+    confidence = f"{run.config.evaluation.confidence:.0%} intervals"
+    note = f"{arrow.capitalize()}; with {confidence} ({kind}); a star marks the best of a row."
     return Table(metric.name, tuple(columns), tuple(rows), note)
 
 
-def _score_row(metric: _Metric, task: str, run: RunRecord, results: ResultsRecord) -> Row:
-    is_at_chance = task in results.chance_tasks
+def _score_row(metric: _Metric, task: str, run: RunRecord, results: ResultsRecord, chance: Chance) -> Row:
     scores = [item.per_task.get(task) for item in results.ordered_methods.values()]
     best = _best_value(metric, [None if score is None else getattr(score, metric.key) for score in scores])
-    marks_best = not (is_at_chance and metric.is_higher_better)
-    cells = [Cell(task, colour=run.plan.group_by_name[task] % N_GROUP_COLOURS, tag="at chance" if is_at_chance else "")]
+    marks_best = not (task in chance and metric.is_higher_better)
+    cells = [task_cell(task, run.plan.group_by_name[task], tag=chance.mark(task))]
     cells += [_score_cell(metric, score, best if marks_best else None) for score in scores]
     if metric.key == "accuracy":
         majority = next((score.majority for score in scores if score and score.majority is not None), None)
@@ -173,7 +196,7 @@ def _difference_table(run: RunRecord, results: ResultsRecord, tasks: list[str]) 
     rows = tuple(
         Row(
             (
-                Cell(name, colour=groups[name] % N_GROUP_COLOURS),
+                task_cell(name, groups[name]),
                 *(
                     _difference_cell(metric, item)
                     for metric, item in zip(_METRICS, items, strict=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensemblelora.analysis.record import RESULT_FILE, read_result
+from ensemblelora.analysis.record import find_result, read_result
 from ensemblelora.analysis.transfer_page import list_rates
 from ensemblelora.config import parse_config
 from ensemblelora.report.wording import count
 from ensemblelora.reproduction import paper
 from ensemblelora.reproduction.exhibit import Reproduction, Row
-from ensemblelora.reproduction.shape import judge_order, list_orders
+from ensemblelora.reproduction.shape import judge_order, list_orders, list_values
 
 __all__ = ["ANALYSED_EXHIBITS", "LINEARIZED_EXHIBITS", "is_analysed", "make_linearized"]
 
@@ -48,8 +48,8 @@ class Analysed:
 
 
 def is_analysed(folder: Path, name: str) -> bool:
-    """Whether a folder holds an analysis' result, or is the analysis' own."""
-    return (folder / name / RESULT_FILE).is_file() or (folder.name == name and (folder / RESULT_FILE).is_file())
+    """Whether a folder holds an analysis' result, or is the analysis' own, or is a benchmark's record of one."""
+    return find_result(folder, name) is not None
 
 
 def make_linearized(exhibit: str, folders: Sequence[Path]) -> Reproduction:
@@ -192,7 +192,12 @@ def _appendix_b6(folders: Sequence[Path]) -> Reproduction:
         rows += _memory_cells(entry)
         pairs = {base: one["pairs"]["rate"] for base, one in bases.items() if one["pairs"] is not None}
         together = {base: one["all"]["rate"] for base, one in bases.items()}
+        if 0 < entry.result["n_pairs"] < entry.result["n_all_pairs"]:
+            which = "shortest texts" if entry.result["options"]["shortest"] else "tasks alike often"
+            notes.append(f"{entry.name}: {entry.result['n_pairs']} of {entry.result['n_all_pairs']} pairs, {which}")
+        notes += list_values("pairs", pairs, paper.POSITIVE_PAIRS)
         notes += list_orders("pairs", pairs, paper.POSITIVE_PAIRS)
+        notes += list_values("all tasks", together, paper.POSITIVE_ALL)
         notes += list_orders("all tasks", together, paper.POSITIVE_ALL)
         notes += _judge_averages(bases)
     notes.append("The paper: Llama-3-8B, ten tasks, 45 pairs, counted by loss; averages of weights: no numbers.")

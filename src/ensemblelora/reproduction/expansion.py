@@ -15,14 +15,16 @@ import numpy as np
 from ensemblelora import stages
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, add_adapter, load_adapter, remove_adapter
-from ensemblelora.artifacts import RunFolder
+from ensemblelora.artifacts import RunFolder, find_seal_fault
 from ensemblelora.config import RunConfig
+from ensemblelora.errors import StoreError
 from ensemblelora.evaluation.linearity import Linearity, measure_linearity
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.progress import track
 from ensemblelora.stages import Rows
 from ensemblelora.startpoint import load_start
 from ensemblelora.validation.records import TrueRun
+from ensemblelora.validation.validate import TRUTH_FILE
 
 __all__ = ["ExpansionError", "measure_expansion"]
 
@@ -61,12 +63,19 @@ def measure_expansion(
         folder: Its validation folder.
         runs: Fine-tunings whose adapters are kept there.
         distances: Relative to the model's norm; none: as far as fine-tuning went.
+
+    Raises:
+        StoreError: If an adapter is damaged.
     """
     _, rows, probe = stages.prepare(config)
     probe = load_start(config, RunFolder(folder.parent), probe)
     cells: dict[float | None, list[list[Linearity]]] = {distance: [] for distance in distances}
     for run in track(list(runs), "expansion"):
-        load_adapter(probe, _END, folder / "adapters" / run.identity[:16])
+        adapter = folder / "adapters" / run.identity[:16]
+        if fault := find_seal_fault(adapter, may_lack_seal=True):
+            line = f"the line of {run.identity[:16]} in {folder / TRUTH_FILE}"
+            raise StoreError(f"{fault}; delete {line}, and validate again")
+        load_adapter(probe, _END, adapter)
         for distance in distances:
             scale = 1.0 if distance is None else distance / run.relative_distance
             cells[distance].append(_measure(probe, rows, run, scale, config))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any, Literal
 
-__all__ = ["Verdict", "judge_order", "list_orders"]
+__all__ = ["Verdict", "judge_order", "list_orders", "list_values"]
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
 Estimate = Mapping[str, Any]
@@ -36,6 +36,26 @@ def judge_order(higher: Estimate, lower: Estimate) -> Verdict:
     if higher["low"] > lower["high"]:
         return "agrees"
     return "disagrees" if higher["high"] < lower["low"] else "undecided"
+
+
+def list_values(what: str, ours: Mapping[str, Estimate], printed: Mapping[str, float]) -> Iterator[str]:
+    """Say of every share that both have whether our interval holds the paper's; that it does is no proof.
+
+    Args:
+        what: What the share is of, such as "pairs".
+        ours: Estimates by name.
+        printed: The paper's, by name.
+
+    Yields:
+        One sentence a name.
+    """
+    for name, value in printed.items():
+        found = ours.get(name)
+        if found is None or None in (found["low"], found["high"]):
+            continue
+        verdict = "holds that" if found["low"] <= value <= found["high"] else "leaves that out"
+        told = f"{found['value']:.0%} ({found['low']:.0%} to {found['high']:.0%})"
+        yield f"{what}, {name}: the paper has {value:.0%}; ours {told} {verdict}"
 
 
 def list_orders(what: str, ours: Mapping[str, Estimate], printed: Mapping[str, float]) -> Iterator[str]:

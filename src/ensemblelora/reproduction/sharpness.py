@@ -31,7 +31,7 @@ def _figure_6(folders: Sequence[Path]) -> Reproduction:
     found = [(folder, read_result(folder, "sharpness")) for folder in folders]
     rows: list[Row] = []
     for folder, result in found:
-        claims = [*_claim_ranks(result), *_claim_members(result), *_claim_bases(result)]
+        claims = [*_claim_ranks(result), *_claim_members(result), *_claim_bases(result), *_claim_all(result)]
         if not claims:
             raise UsageError(f"{folder}: figure 6 needs one of the parts rank, ensemble, quantization")
         rows += name_claims(folder, folders, claims)
@@ -105,6 +105,14 @@ def _claim_bases(result: Result) -> Iterator[Row]:
         yield from _claim_gap("6c: gap of QLoRA", "LoRA's", change, printed["gap"])
         trace = change["sharpness_changes"].get(_TRACE)
         yield make_claim(f"6c: {_TRACE} of QLoRA, over LoRA's", trace, sign=-1, printed=printed["trace"])
+
+
+def _claim_all(result: Result) -> Iterator[Row]:
+    """Correlations over all adapters, whichever studies they are part of."""
+    for measure in (_TRACE, _GGN_TRACE, _WEIGHTS_TRACE):
+        found = _find_correlation(result, ALL, measure)
+        if found is not None:
+            yield make_claim(f"6, all adapters: correlation of gap and {measure}", found, sign=1)
 
 
 def _claim_widths(result: Result) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import count_training
 from ensemblelora.data.batching import iterate_batches
 from ensemblelora.selection.prospect import Choice, Prospect
+from ensemblelora.selection.search import Found
 from ensemblelora.selection.strategies import Selection
 from ensemblelora.training import choose_layout
 
@@ -45,7 +46,7 @@ def count_true_search(
     return sum(sum(one[task] for task in tasks) + checking for tasks in sets if tasks)
 
 
-def list_asked(prospect: Prospect, found: Selection, max_sources: int | None) -> list[Choice]:
+def list_asked(prospect: Prospect, found: Selection | Found, max_sources: int | None) -> list[Choice]:
     """The distinct sets that a search forward asked about, the step that it did not take included."""
     chosen: Choice = ()
     asked: dict[Choice, None] = {chosen: None}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora.adapters import THETA0
-from ensemblelora.comparison.pool import Pool
+from ensemblelora.comparison.pool import Pool, Trained, Wish
 from ensemblelora.evaluation.evaluate import score_method
 from ensemblelora.evaluation.metrics import compare_paired, compute_row_correct
 from ensemblelora.prediction import member_nll
@@ -35,7 +35,11 @@ def train_finals(pool: Pool, prospect: Prospect, chosen: Mapping[str, Choice]) -
         prospect: Says whether the target's rows are in every set.
         chosen: Sources by method.
     """
-    return tuple(_train(pool, prospect, method, sources) for method, sources in chosen.items())
+    subsets = {method: prospect.subset_of(sources) for method, sources in chosen.items()}
+    distinct = dict.fromkeys(tasks for tasks in subsets.values() if tasks)
+    wishes = [Wish(tuple(tasks), judges=(0,)) for tasks in distinct]
+    trained = dict(zip(distinct, pool.train_each(wishes), strict=True))
+    return tuple(_describe(method, chosen[method], trained.get(tasks)) for method, tasks in subsets.items())
 
 
 def score_finals(pool: Pool, finals: Sequence[Final], pairs: Sequence[tuple[str, str]]) -> FinalTable:
@@ -71,11 +75,9 @@ def score_finals(pool: Pool, finals: Sequence[Final], pairs: Sequence[tuple[str,
     return FinalTable(scores, tuple(changes))
 
 
-def _train(pool: Pool, prospect: Prospect, method: str, sources: Choice) -> Final:
-    tasks = prospect.subset_of(sources)
-    if not tasks:
+def _describe(method: str, sources: Choice, trained: Trained | None) -> Final:
+    if trained is None:
         return Final(method, sources, THETA0)
-    trained = pool.train(tasks, judges=(0,))
     return Final(
         method=method,
         sources=sources,

@@ -25,10 +25,12 @@ import numpy.typing as npt
 from ensemblelora import artifacts, progress, stages
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel
+from ensemblelora.comparison.crew import hire
 from ensemblelora.comparison.likeness import compare_texts
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import RunConfig
 from ensemblelora.data.subset import list_rows
+from ensemblelora.scheduling import Cluster, open_scheduler
 from ensemblelora.selection.clusters import cluster_rows
 from ensemblelora.selection.costs import count_search, count_true_search
 from ensemblelora.selection.final import score_finals, train_finals
@@ -93,6 +95,7 @@ def select_sources(
     n_clusters: int | None = None,
     wants_samples: bool = False,
     wants_final: bool = True,
+    cluster: Cluster | None = None,
 ) -> SelectionRecord:
     """Choose the sources that help a target, fine-tune on them, and test that against taking all, none, the most alike.
 
@@ -107,6 +110,7 @@ def select_sources(
         n_clusters: Cut every source's rows into so many clusters, each a source; none: whole datasets.
         wants_samples: Also value every training row.
         wants_final: False leaves out the fine-tunings at the end.
+        cluster: Where features are taken and these fine-tunings run side by side; none: in this process.
 
     Raises:
         UsageError: If a name or number is wrong, there is nothing to choose from, or config, data or model are wrong.
@@ -124,7 +128,7 @@ def select_sources(
         wants_samples=wants_samples,
         wants_final=wants_final,
     )
-    with open_bench(request) as bench:
+    with open_bench(request, cluster) as bench:
         found = _search(bench, request)
         with progress.stage("likeness"):
             likeness = _measure_likeness(bench)
@@ -143,7 +147,7 @@ def select_sources(
 
 
 @contextmanager
-def open_bench(request: Request) -> Iterator[Bench]:
+def open_bench(request: Request, cluster: Cluster | None = None) -> Iterator[Bench]:
     """Open the run folder, take warm-up and features or read them back, and lay out the question.
 
     Raises:
@@ -154,7 +158,10 @@ def open_bench(request: Request) -> Iterator[Bench]:
     check_place(Path(config.out))
     tasks, rows, probe = stages.prepare(without_groups(config), check=partial(check_tasks, request))
     start = stages.identify_start(config, probe, rows)
-    with open_workspace(config, until="", start_fingerprint=start) as work:
+    with (
+        open_scheduler(cluster) as scheduler,
+        open_workspace(config, until="", start_fingerprint=start, scheduler=scheduler) as work,
+    ):
         (work.path / SELECTION_FOLDER).mkdir(exist_ok=True)
         stages.describe_run(work, tasks, rows, probe)
         probe = stages.keep_lower_layers(config, work.path, probe, rows)
@@ -210,7 +217,9 @@ def lay_out(
     prospect = make_prospect(question, store, config.estimation, budget)
     folder = work.path / SELECTION_FOLDER / request.target
     write_question(folder, question, prospect.oracle)
-    pool = Pool(config, folder, own, probe, start_fingerprint=stages.identify_start(config, probe))
+    start = stages.identify_start(config, probe)
+    crew = hire(work.scheduler, config, work.path, own, probe, start)
+    pool = Pool(config, folder, own, probe, start_fingerprint=start, crew=crew)
     features = stages.identify_features(work, probe, rows)
     chosen = [(source.name, source.rows) for source in sources]
     identity = artifacts.fingerprint(sorted(features.values()), chosen, target, includes_target, config.estimation)

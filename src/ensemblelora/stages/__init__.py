@@ -10,6 +10,7 @@ start; :mod:`.choosing` has the stages up to the plan, :mod:`.learning` those th
 
 from __future__ import annotations
 
+from ensemblelora.stages.bench import Bench, equip
 from ensemblelora.stages.choosing import (
     choose_plan,
     estimate_affinity,
@@ -18,9 +19,14 @@ from ensemblelora.stages.choosing import (
     read_oracle,
     take_features,
 )
+from ensemblelora.stages.fine_tuning import finish_whole
+from ensemblelora.stages.kept import score_members
 from ensemblelora.stages.learning import (
+    BOOSTING_FILE,
     boost_groups,
     combine_members,
+    find_boosters,
+    keep_adapter,
     list_boost_tasks,
     settle_boosting,
     settle_weights,
@@ -28,10 +34,19 @@ from ensemblelora.stages.learning import (
     train_groups,
 )
 from ensemblelora.stages.request import check_fit, check_request, choose_head, count_labels, prepare
-from ensemblelora.stages.rows import Rows, describe_run, drop_lower_layers, encode_tasks, keep_lower_layers
+from ensemblelora.stages.rows import (
+    Rows,
+    describe_run,
+    drop_lower_layers,
+    encode_tasks,
+    keep_lower_layers,
+    make_records,
+)
 from ensemblelora.stages.warmup import identify_start, train_warmup, warm_up
 
 __all__ = [
+    "BOOSTING_FILE",
+    "Bench",
     "Rows",
     "boost_groups",
     "check_fit",
@@ -43,14 +58,20 @@ __all__ = [
     "describe_run",
     "drop_lower_layers",
     "encode_tasks",
+    "equip",
     "estimate_affinity",
+    "find_boosters",
+    "finish_whole",
     "identify_features",
     "identify_start",
+    "keep_adapter",
     "keep_lower_layers",
     "list_boost_tasks",
+    "make_records",
     "plan_budget",
     "prepare",
     "read_oracle",
+    "score_members",
     "settle_boosting",
     "settle_weights",
     "take_features",

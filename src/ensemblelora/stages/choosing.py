@@ -14,17 +14,27 @@ import numpy.typing as npt
 from ensemblelora import __version__, artifacts, planning
 from ensemblelora import affinity as affinities
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
+from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, adapter_bytes, count_trained
 from ensemblelora.config import EstimationConfig, GradientsConfig, RunConfig
 from ensemblelora.data.batching import schedule_training
+from ensemblelora.data.truncation import describe_cuts
 from ensemblelora.errors import StoreError
 from ensemblelora.estimation import Oracle, PenaltyTrial, TrainingBudget, build_oracle, read_features
-from ensemblelora.gradients.collect import collect_features, find_active_layers, plan_features
+from ensemblelora.gradients.collect import (
+    FeaturePiece,
+    collect_features,
+    collect_piece,
+    find_active_layers,
+    plan_features,
+)
 from ensemblelora.gradients.exact import join_fingerprints
 from ensemblelora.gradients.output import choose_modes
 from ensemblelora.gradients.plan import choose_examples
 from ensemblelora.planning import Plan
+from ensemblelora.scheduling import Equipment, Job
 from ensemblelora.seeding import seed_for
+from ensemblelora.stages.bench import Bench, equip, run_measured
 from ensemblelora.stages.rows import Rows
 from ensemblelora.startpoint import settle_training
 from ensemblelora.store import FeatureStore
@@ -40,6 +50,7 @@ __all__ = [
     "take_features",
 ]
 
+_BLOCK = 16  # subsets of a job; the same for any number of workers, since fits in other company differ in last bits
 _MAX_NAMED_PAIRS = 6
 _MOST_DISTORTION = 3  # over sqrt(d); a projection's median is 0.67, and 0.95 for parallel gradients
 
@@ -52,13 +63,53 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
         if stage.is_needed:
+            elsewhere = partial(_collect_elsewhere, work, probe, rows, wanted, stage.meter)
             health = collect_features(
-                probe, rows.learning, store, config.gradients, seed=config.seed, fingerprints=wanted, meter=stage.meter
+                probe,
+                rows.learning,
+                store,
+                config.gradients,
+                seed=config.seed,
+                fingerprints=wanted,
+                meter=stage.meter,
+                hand_out=elsewhere if work.is_spread else None,
             )
             record = asdict(health) | _count_rows(config, rows)
             artifacts.write_json(work.path / artifacts.FEATURE_HEALTH_FILE, record)
             stage.files.append(work.path / artifacts.FEATURE_HEALTH_FILE)
     return store
+
+
+def _collect_elsewhere(
+    work: Workspace,
+    probe: AdaptedModel,
+    rows: Rows,
+    wanted: Mapping[tuple[str, str], str],
+    meter: Meter,
+    pieces: Sequence[FeaturePiece],
+) -> None:
+    """Have a cluster compute pieces, the longest first."""
+    equipment = equip(work.config, work.path, rows, probe, work.start_fingerprint)
+    jobs = [
+        Job(f"features {piece.task} ({piece.split})", (piece, wanted[piece.task, piece.split]))
+        for piece in sorted(pieces, key=lambda piece: -piece.n_tokens)
+    ]
+    for _ in run_measured(work.scheduler, _collect_one, jobs, equipment, meter, what="features"):
+        pass
+
+
+def _collect_one(bench: Bench, piece: FeaturePiece, fingerprint: str, meter: Meter) -> None:
+    config, store = bench.config, FeatureStore(bench.folder.path / artifacts.FEATURES_FOLDER)
+    collect_piece(
+        bench.probe,
+        bench.rows.learning,
+        store,
+        config.gradients,
+        seed=config.seed,
+        piece=piece,
+        fingerprint=fingerprint,
+        meter=meter,
+    )
 
 
 def _count_rows(config: RunConfig, rows: Rows) -> dict[str, int]:
@@ -97,7 +148,7 @@ def estimate_affinity(
         if stage.is_needed:
             design = affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed)
             oracle = _make_oracle(work, store, rows, probe, design)
-            oracle.solve(design.subsets)
+            _solve(work, oracle, design.subsets)
             scores = oracle.score(design.subsets)
             values = affinities.select_values(scores.nll, scores.accuracy, config.affinity.score)
             kind, scale = config.affinity.surrogate, config.affinity.row_scale
@@ -131,6 +182,35 @@ def _make_oracle(
     return build_oracle(features, config.estimation, subsets=design.subsets, budget=budget)
 
 
+def _solve(work: Workspace, oracle: Oracle, subsets: Sequence[tuple[int, ...]]) -> None:
+    """Have a cluster fit subsets block by block; what it did not, the oracle fits when it is asked."""
+    missing = oracle.list_unsolved(subsets) if work.is_spread else []
+    if missing:
+        first, known = oracle.replicates[0], (len(oracle.replicates), oracle.l2_penalty, oracle.budget)
+        given = (work.path.resolve(), oracle.task_names, work.config.estimation, *known, first.n_train)
+        identity = artifacts.fingerprint("oracle", work.config, str(given[0]), *known[1:])
+        blocks = [missing[s : s + _BLOCK] for s in range(0, len(missing), _BLOCK)]
+        jobs = [Job(f"subsets {s * _BLOCK} and on", (block,)) for s, block in enumerate(blocks)]
+        equipment = Equipment(oracle, identity, _open_oracle, given)
+        for _, handed in work.scheduler.run(Oracle.hand_over, jobs, equipment, what="subsets", on_gpu=False):
+            oracle.take_over(handed)
+    oracle.solve(subsets)
+
+
+def _open_oracle(
+    folder: Path,
+    names: Sequence[str],
+    config: EstimationConfig,
+    n_projections: int,
+    penalty: float,
+    budget: TrainingBudget | None,
+    n_train: tuple[int, ...] | None,
+) -> Oracle:
+    """Make a run's oracle in another process, from the features that lie in the run folder."""
+    store = FeatureStore(folder / artifacts.FEATURES_FOLDER)
+    return Oracle(tuple(read_features(store, names, n_projections, n_train)), penalty, config, budget=budget)
+
+
 def choose_plan(
     work: Workspace, load_oracle: Callable[[], Oracle], matrix: affinities.Affinity, rows: Rows, probe: AdaptedModel
 ) -> Plan:
@@ -143,7 +223,7 @@ def choose_plan(
             oracle = load_oracle()
             known = _count_work(oracle, oracle.n_fits)
             # All at once, as the affinity stage did: fits solved in other company differ in their last bits.
-            oracle.solve(affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed).subsets)
+            _solve(work, oracle, affinities.sample_subsets(len(rows.names), config.affinity, seed=config.seed).subsets)
             plan = planning.choose_groups(
                 matrix.matrix,
                 oracle,
@@ -156,7 +236,8 @@ def choose_plan(
             filled = artifacts.read_json(work.path / ORACLE_FILE)["surrogate"]
             health = artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)
             warnings = (*_list_distortion(health), *_list_filled(matrix, rows.names, filled))
-            plan = replace(plan, warnings=(*warnings, *plan.warnings))
+            cuts = describe_cuts(list(zip(rows.train, rows.validation, strict=True)), config.data.max_length)
+            plan = replace(plan, warnings=(*warnings, *([cuts] if cuts else []), *plan.warnings))
             artifacts.write_json(path, asdict(plan))
             stage.meter.add_flops(_count_work(oracle, oracle.n_fits) - known)
             stage.files.append(path)

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora import __version__, artifacts, boosting, progress, training, weighting
-from ensemblelora.adapters import AdaptedModel, adapter_state, load_adapter, save_adapter
+from ensemblelora import artifacts, boosting, progress, training, weighting
+from ensemblelora.adapters import THETA0, AdaptedModel, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
-from ensemblelora.config import BoostingConfig, EnsembleConfig, RunConfig, TrainingConfig
+from ensemblelora.config import BoostingConfig, EnsembleConfig, RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.subset import list_rows, take_examples
-from ensemblelora.ensemble import Ensemble, Member, group_scores, load_ensemble, save_ensemble
+from ensemblelora.ensemble import Ensemble, Member, load_ensemble, needed_adapters, save_ensemble, sum_groups
 from ensemblelora.errors import StoreError
+from ensemblelora.files import is_temporary
 from ensemblelora.fusion import can_mix
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.planning import Plan
 from ensemblelora.prediction import MemberScores, member_nll
+from ensemblelora.stages.bench import Bench
+from ensemblelora.stages.fine_tuning import (
+    CHECKPOINTS,
+    SHARED,
+    drop_checkpoints,
+    identify_adapter,
+    train_elsewhere,
+    train_one,
+    write_adapter,
+)
+from ensemblelora.stages.kept import score_members
 from ensemblelora.stages.rows import Rows
 from ensemblelora.startpoint import WARMUP, settle_training
 from ensemblelora.store import FeatureStore
 from ensemblelora.workspace import StageRun, Workspace
 
 __all__ = [
+    "BOOSTING_FILE",
     "boost_groups",
     "combine_members",
+    "find_boosters",
+    "keep_adapter",
     "list_boost_tasks",
     "settle_boosting",
     "settle_weights",
@@ -37,22 +53,40 @@ __all__ = [
     "train_groups",
 ]
 
-_BOOSTING_FILE = "boosting.json"
-_CHECKPOINTS = "checkpoints"
-_SHARED = "shared"
+BOOSTING_FILE = "boosting.json"
+"""every round, kept or not"""
 
 
-def train_groups(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows) -> tuple[str, ...]:
+def train_groups(
+    work: Workspace,
+    probe: AdaptedModel,
+    plan: Plan,
+    rows: Rows,
+    *,
+    bring: Callable[[StageRun, Mapping[str, str]], None] | None = None,
+) -> tuple[str, ...]:
     """Fine-tune one adapter per group. Leaves ``adapters/group-G/`` with ``training.json``; returns their names.
 
     An adapter depends on its own group's rows alone, so a change in another group leaves it as it is.
-    With ``training.together`` those that are still to train share their passes through the base.
+    With ``training.together`` those that are still to train share their passes through the base; on a cluster each is
+    a job, and so is the baseline of all tasks, which begins with them.
+
+    Args:
+        work: Keeps them.
+        probe: The model.
+        plan: The groups.
+        rows: Of all tasks.
+        bring: Puts adapters in place that come from elsewhere, and marks them done; told every adapter's identity.
     """
     groups, settings = {f"group-{g}": group for g, group in enumerate(plan.groups)}, settle_training(work.config)
-    identities = {name: _identify(work, name, group, rows, settings) for name, group in groups.items()}
+    identities = {name: identify_adapter(work, name, group, rows, settings) for name, group in groups.items()}
     with work.stage("train", identities) as stage:
         if stage.is_needed:
-            if _shares_passes(work, probe, groups):
+            if bring is not None:
+                bring(stage, identities)
+            if work.is_spread:
+                train_elsewhere(work, probe, groups, identities, rows, settings, stage.meter)
+            elif _shares_passes(work, probe, groups):
                 _train_together(work, probe, groups, rows, stage)
             for name, group in groups.items():
                 train_adapter(work, probe, name, group, rows, stage)
@@ -84,43 +118,42 @@ def train_adapter(
         is_whole: From the base model for all epochs, whether or not groups go on from a warm-up.
     """
     settings = work.config.training if is_whole else settle_training(work.config)
-    identity = _identify(work, name, group, rows, settings)
+    identity = identify_adapter(work, name, group, rows, settings)
     if not work.folder.is_done(name, identity):
-        work.folder.forget(name)
-        train, validation = ([part[task] for task in group] for part in (rows.train, rows.validation))
-        start = adapter_state(probe, probe.origin) if is_whole else None
-        (trained,) = training.fine_tune_together(
-            probe,
-            [training.TrainingJob(name, train, validation, start=start)],
-            settings,
-            seed=work.config.seed,
-            checkpoints=work.path / _CHECKPOINTS / f"{name}-{identity[:12]}",
-            meter=stage.meter,
-        )
-        _keep_adapter(work, probe, trained, identity)
+        bench = Bench(work.config, work.folder, rows, probe)
+        train_one(bench, name, group, settings, identity, stage.meter, is_whole=is_whole)
+        drop_checkpoints(work.path)
     stage.files.append(work.folder.adapter(name))
 
 
 def boost_groups(
-    work: Workspace, probe: AdaptedModel, plan: Plan, members: Sequence[str], store: FeatureStore, rows: Rows
+    work: Workspace,
+    probe: AdaptedModel,
+    plan: Plan,
+    members: Sequence[str],
+    store: FeatureStore,
+    rows: Rows,
+    *,
+    find: Callable[[StageRun], Sequence[BoostRound]] | None = None,
 ) -> tuple[BoostRound, ...]:
-    """Add adapters where a group still errs. Leaves them under ``adapters/`` and the rounds in ``boosting.json``."""
-    config, path = work.config, work.path / _BOOSTING_FILE
+    """Add adapters where a group still errs. Leaves them under ``adapters/`` and the rounds in ``boosting.json``.
+
+    Args:
+        work: Keeps them.
+        probe: The model with the groups' adapters.
+        plan: The groups.
+        members: Names of the groups' adapters.
+        store: Gradients of training rows.
+        rows: Of all tasks.
+        find: Gives the rounds instead of boosting all groups; the adapters of accepted ones are in the model then.
+    """
+    config, path = work.config, work.path / BOOSTING_FILE
     digests = [work.adapter_digest(name) for name in members]
     inputs = (rows.learning_fingerprint(), work.start_fingerprint, plan.groups, digests)
     with work.stage("boost", *inputs, config.boosting, config.gradients) as stage:
         if stage.is_needed:
             _drop_adapters(work, keep=members)
-            found = boosting.boost(
-                probe,
-                members,
-                list_boost_tasks(plan.groups, rows, store, probe),
-                settle_boosting(config),
-                projector=make_projector(config.gradients, seed=config.seed),
-                max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
-                seed=config.seed,
-                meter=stage.meter,
-            )
+            found = find(stage) if find is not None else find_boosters(work, probe, plan, members, store, rows, stage)
             for name in [entry.name for entry in found if entry.accepted]:
                 with artifacts.atomic_folder(work.folder.adapter(name)) as scratch:
                     save_adapter(probe, name, scratch)
@@ -134,6 +167,32 @@ def boost_groups(
     return rounds
 
 
+def find_boosters(
+    work: Workspace,
+    probe: AdaptedModel,
+    plan: Plan,
+    members: Sequence[str],
+    store: FeatureStore,
+    rows: Rows,
+    stage: StageRun,
+    *,
+    only: Sequence[int] | None = None,
+) -> tuple[BoostRound, ...]:
+    """Boost the groups, or some of them; accepted adapters are in the model then. As :func:`boost_groups`."""
+    config = work.config
+    groups = [group if only is None or g in only else () for g, group in enumerate(plan.groups)]
+    return boosting.boost(
+        probe,
+        members,
+        list_boost_tasks(groups, rows, store, probe),
+        settle_boosting(config),
+        projector=make_projector(config.gradients, seed=config.seed),
+        max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
+        seed=config.seed,
+        meter=stage.meter,
+    )
+
+
 def combine_members(
     work: Workspace,
     probe: AdaptedModel,
@@ -141,8 +200,14 @@ def combine_members(
     members: Sequence[str],
     rounds: Sequence[BoostRound],
     rows: Rows,
+    *,
+    earlier: Path | None = None,
 ) -> Ensemble:
-    """Fit every task's weights over the groups, on validation rows. Leaves ``ensemble.json``."""
+    """Fit every task's weights over the groups, on validation rows. Leaves ``ensemble.json``.
+
+    Beside the weights stands each task's loss by its own group's adapter alone, as the plan predicted it.
+    Scores of the same adapters and rows are taken over from the run folder ``earlier``.
+    """
     config, path = work.config, work.path / artifacts.ENSEMBLE_FILE
     every = (
         *(Member(name, g, "group", 1.0) for g, name in enumerate(members)),
@@ -153,12 +218,25 @@ def combine_members(
     inputs = (rows.learning_fingerprint(), work.start_fingerprint, plan.groups, digests, described, config.ensemble)
     with work.stage("combine", *inputs) as stage:
         if stage.is_needed:
-            tokens, groups = config.evaluation.max_tokens_per_batch, range(len(plan.groups))
-            scores = [
-                group_scores(probe, split, every, groups, max_tokens=tokens, meter=stage.meter)
-                for split in rows.validation
-            ]
-            model, own_nll = _fit_ensemble(scores, plan, every, rows, config)
+            groups, known = range(len(plan.groups)), {**digests, THETA0: work.start_fingerprint}
+            scores, alone = [], []
+            for split in rows.validation:
+                names = needed_adapters(every, groups, split.kind)
+                found = score_members(
+                    work.path,
+                    probe,
+                    split,
+                    names,
+                    known,
+                    earlier=earlier,
+                    max_tokens=config.evaluation.max_tokens_per_batch,
+                    meter=stage.meter,
+                )
+                scores.append(sum_groups(found, names, every, groups))
+                own_scores = sum_groups(found, names, every[: len(members)], groups)
+                alone.append(member_nll(own_scores, split.labels).mean(axis=1))
+            model = _fit_ensemble(scores, plan, every, rows, config)
+            own_nll = [float(losses[g]) for losses, g in zip(alone, model.group_of, strict=True)]
             extra = {"boosting": described, "own_validation_nll": own_nll, "adapter_sha256": digests}
             save_ensemble(model, path, **extra)
             stage.files.append(path)
@@ -252,62 +330,52 @@ def _train_together(
 ) -> None:
     """Train the adapters that are not there yet in lock step."""
     settings = settle_training(work.config)
-    identities = {name: _identify(work, name, group, rows, settings) for name, group in groups.items()}
+    identities = {name: identify_adapter(work, name, group, rows, settings) for name, group in groups.items()}
     missing = [name for name, identity in identities.items() if not work.folder.is_done(name, identity)]
     if not missing:
         return
+    jobs = []
     for name in missing:
         work.folder.forget(name)
-    jobs = [
-        training.TrainingJob(
-            name, [rows.train[task] for task in groups[name]], [rows.validation[task] for task in groups[name]]
-        )
-        for name in missing
-    ]
+        train, validation = ([part[task] for task in groups[name]] for part in (rows.train, rows.validation))
+        jobs.append(training.TrainingJob(name, train, validation))
     found = training.fine_tune_together(
         probe,
         jobs,
         settings,
         seed=work.config.seed,
-        checkpoints=work.path / _CHECKPOINTS / artifacts.fingerprint([identities[name] for name in missing])[:12],
+        checkpoints=work.path / CHECKPOINTS / artifacts.fingerprint([identities[name] for name in missing])[:12],
         meter=stage.meter,
+        keeps_last=True,
     )
     for trained in found:
-        _keep_adapter(work, probe, trained, identities[trained.name])
+        write_adapter(work.folder, probe, trained, identities[trained.name])
+    drop_checkpoints(work.path)
 
 
-def _keep_adapter(work: Workspace, probe: AdaptedModel, trained: training.TrainedAdapter, identity: str) -> None:
+def keep_adapter(work: Workspace, probe: AdaptedModel, trained: training.TrainedAdapter, identity: str) -> None:
     """Write an adapter's folder, and the marker that says it is whole."""
-    folder = work.folder.adapter(trained.name)
-    with artifacts.atomic_folder(folder) as scratch:
-        save_adapter(probe, trained.name, scratch)
-        artifacts.write_json(scratch / "training.json", asdict(trained))
-    work.folder.mark_done(trained.name, identity, files=[folder])
-    shutil.rmtree(work.path / _CHECKPOINTS, ignore_errors=True)  # those of plans given up, too
-
-
-def _identify(work: Workspace, name: str, group: Sequence[int], rows: Rows, settings: TrainingConfig) -> str:
-    """Everything a trained adapter depends on; its name too, since that seeds the order of its batches."""
-    return artifacts.fingerprint(__version__, name, rows.learning_fingerprint(group), work.start_fingerprint, settings)
+    write_adapter(work.folder, probe, trained, identity)
+    drop_checkpoints(work.path)
 
 
 def _drop_adapters(work: Workspace, *, keep: Sequence[str], keep_boosters_of: Sequence[str] = ()) -> None:
     """Remove the adapters of an earlier plan, so that ``adapters/`` holds what the run uses and no more."""
-    kept = {_SHARED, WARMUP, *keep}
+    kept = {SHARED, WARMUP, *keep}
     for folder in (work.path / artifacts.ADAPTERS_FOLDER).glob("*"):
-        if folder.name not in kept and folder.name.partition("-boost-")[0] not in keep_boosters_of:
+        is_finished = not is_temporary(folder)  # a worker may be writing another one
+        if is_finished and folder.name not in kept and folder.name.partition("-boost-")[0] not in keep_boosters_of:
             work.folder.forget(folder.name)
             shutil.rmtree(folder)
 
 
 def _fit_ensemble(
     scores: Sequence[MemberScores], plan: Plan, members: tuple[Member, ...], rows: Rows, config: RunConfig
-) -> tuple[Ensemble, list[float]]:
-    """Return the ensemble, and every task's validation NLL under its own group alone."""
+) -> Ensemble:
     owners = {task: g for g, group in enumerate(plan.groups) for task in group}
     own = [owners[task] for task in range(len(rows.names))]
     weights, routed = settle_weights(scores, rows.validation, own, config.ensemble, seed=config.seed)
-    ensemble = Ensemble(
+    return Ensemble(
         task_names=rows.names,
         groups=plan.groups,
         members=members,
@@ -315,11 +383,6 @@ def _fit_ensemble(
         routed=tuple(bool(is_routed) for is_routed in routed),
         combine=config.ensemble.combine,
     )
-    own_nll = [
-        float(member_nll(found, split.labels)[group].mean())
-        for found, split, group in zip(scores, rows.validation, own, strict=True)
-    ]
-    return ensemble, own_nll
 
 
 def _describe_round(index: int, entry: BoostRound) -> dict[str, Any]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ensemblelora.adapters import AdaptedModel, adapter_bytes, attach
-from ensemblelora.affinity import sample_subsets
-from ensemblelora.config import MAX_PROJ_DIM, AffinityConfig, EstimationConfig, GradientsConfig, RunConfig
+from ensemblelora.affinity import list_blind_tasks, sample_subsets
+from ensemblelora.artifacts import pinned_commits, pinned_revision
+from ensemblelora.config import (
+    MAX_PROJ_DIM,
+    AffinityConfig,
+    EstimationConfig,
+    GradientsConfig,
+    ModelConfig,
+    RunConfig,
+)
 from ensemblelora.data.loading import load_tasks
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, DataError
@@ -46,13 +56,12 @@ def prepare(config: RunConfig, check: Callable[[TaskSet], None] | None = None) -
         UsageError: If config, data or model are wrong.
     """
     check_installed(config.model)
-    tasks = load_tasks(config.data, seed=config.seed)
+    tasks = load_tasks(config.data, seed=config.seed, commits=pinned_commits(Path(config.out)))
     check_request(config, tasks)
     if check is not None:
         check(tasks)
-    base = load_base(
-        config.model, head=choose_head(tasks), n_labels=count_labels(tasks), max_length=config.data.max_length
-    )
+    model = _pin_model(config, Path(config.out))
+    base = load_base(model, head=choose_head(tasks), n_labels=count_labels(tasks), max_length=config.data.max_length)
     rows = encode_tasks(tasks, base, max_length=config.data.max_length)
     probe = attach(base, config.adapter, seed=config.seed)
     check_fit(config, rows, probe)
@@ -97,6 +106,12 @@ def count_labels(tasks: TaskSet) -> int:
     return max(len(next(iter(task.splits["train"])).choices) for task in tasks.tasks)
 
 
+def _pin_model(config: RunConfig, folder: Path) -> ModelConfig:
+    """The model's settings, at the commit that a run folder was begun with, unless the config names one."""
+    revision = config.model.revision or pinned_revision(folder, config.model.name)
+    return config.model.model_copy(update={"revision": revision})
+
+
 def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
     """Values that are only found wrong beside others, or beside the tasks."""
     yield from list_demand_faults(config.grouping, tasks.names)
@@ -108,6 +123,7 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
     if fault := _find_projection_fault(config.gradients):
         yield fault
     yield from _list_estimation_faults(config.estimation)
+    yield from _list_layout_faults(config)
     if is_warm(config):
         try:
             settle_training(config)
@@ -123,6 +139,14 @@ def _list_config_faults(config: RunConfig, tasks: TaskSet) -> Iterator[str]:
             get_reporting_integration_callbacks([name])[0]()
         except (ImportError, RuntimeError, ValueError) as error:
             yield f"training.report_to {name!r}: {str(error).splitlines()[0]}"
+
+
+def _list_layout_faults(config: RunConfig) -> Iterator[str]:
+    """What a model that is not whole on one device can't do."""
+    if config.training.together and config.model.device_map == "fsdp":
+        yield "training.together: not where processes share the work out (model.device_map fsdp); set it to false"
+    if config.training.compile and config.model.device_map != "one":
+        yield "training.compile: not for a model spread over devices (model.device_map); set it to false"
 
 
 def _list_estimation_faults(config: EstimationConfig) -> Iterator[str]:
@@ -150,6 +174,12 @@ def _find_subset_fault(n_tasks: int, config: AffinityConfig, seed: int) -> str |
     n_absent = int((~design.membership.any(axis=0)).sum())
     if n_absent:
         return f"affinity.n_subsets {config.n_subsets}: {n_absent} of {n_tasks} tasks would be in no subset; raise it"
+    if n_tasks > 2 and len(list_blind_tasks(design)) == n_tasks:
+        size = len(design.subsets[0])
+        return (
+            f"affinity.n_subsets {config.n_subsets}: every task would be in one subset only, where no partner can be "
+            f"told from another; set it to {min(math.comb(n_tasks, size), AffinityConfig().n_subsets)}"
+        )
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ensemblelora import artifacts
 from ensemblelora.adapters import THETA0, AdaptedModel
@@ -14,14 +15,22 @@ from ensemblelora.config import RunConfig
 from ensemblelora.data.encoding import EncodedSplit, encode_split
 from ensemblelora.data.identity import fingerprint_split
 from ensemblelora.data.task import SPLITS, TaskSet
+from ensemblelora.earlier import hash_files
 from ensemblelora.errors import DataError
 from ensemblelora.models import BaseModel
 from ensemblelora.passes import choose_max_tokens, with_cache
 from ensemblelora.quantization import count_numbers, count_weight_bytes, describe_quantization
 from ensemblelora.workspace import Workspace, describe_environment
 
-__all__ = ["Rows", "describe_run", "drop_lower_layers", "encode_tasks", "keep_lower_layers"]
-
+__all__ = [
+    "Rows",
+    "describe_run",
+    "drop_lower_layers",
+    "encode_tasks",
+    "keep_lower_layers",
+    "make_records",
+    "share_lower_layers",
+]
 
 _CACHE_FOLDER = "cache"
 
@@ -82,7 +91,15 @@ def encode_tasks(tasks: TaskSet, base: BaseModel, *, max_length: int) -> Rows:
 
 def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedModel) -> None:
     """Write what the run is made of: ``environment.json``, and ``tasks.json`` with every card."""
-    base, path = probe.base, work.path / artifacts.ENVIRONMENT_FILE
+    for name, record in make_records(work.config, work.path, tasks, rows, probe).items():
+        work.write_record(name, record)
+
+
+def make_records(
+    config: RunConfig, folder: Path, tasks: TaskSet, rows: Rows, probe: AdaptedModel
+) -> dict[str, dict[str, Any]]:
+    """What :func:`describe_run` writes into a run folder, by the files' names."""
+    base, path = probe.base, folder / artifacts.ENVIRONMENT_FILE
     weights = [p for name, p in probe.network.named_parameters() if f".{THETA0}." not in name]
     model = {
         "name": base.name,
@@ -91,21 +108,28 @@ def describe_run(work: Workspace, tasks: TaskSet, rows: Rows, probe: AdaptedMode
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "quantization": describe_quantization(base.model),
         "fingerprint": base.fingerprint,
+        "revision": base.revision,
     }
     before = artifacts.read_json(path) if path.exists() else {}
-    max_tokens = choose_max_tokens(probe, work.config.evaluation.max_tokens_per_batch)
-    artifacts.write_json(path, describe_environment(model, str(base.device), max_tokens, before))
+    max_tokens = choose_max_tokens(probe, config.evaluation.max_tokens_per_batch)
     cards = [
         {
             "card": task.card.model_dump(mode="json"),
-            "kind": split.kind,
+            "kind": splits[1].kind,
             "n_examples": {name: len(task.splits[name]) for name in SPLITS},
-            "validation_fingerprint": fingerprint_split(split),
+            "n_truncated": {one.split: one.n_truncated for one in splits},
+            "fitting_length": max(one.fitting_length for one in splits),
+            "validation_fingerprint": fingerprint_split(splits[1]),
+            "files": hash_files(task.card.model_dump(mode="json")),
         }
-        for task, split in zip(tasks.tasks, rows.validation, strict=True)
+        for task, splits in zip(tasks.tasks, zip(rows.train, rows.validation, rows.test, strict=True), strict=True)
     ]
     overlaps = [asdict(overlap) for overlap in tasks.overlaps]
-    artifacts.write_json(work.path / artifacts.TASKS_FILE, {"tasks": cards, "overlaps": overlaps})
+    digest = artifacts.fingerprint(cards)
+    return {
+        path.name: describe_environment(model, str(base.device), max_tokens, before),
+        artifacts.TASKS_FILE: {"tasks": cards, "overlaps": overlaps, "sha256": digest},
+    }
 
 
 def keep_lower_layers(
@@ -123,6 +147,23 @@ def keep_lower_layers(
     max_bytes = int(config.model.prefix_cache_gb * 1e9)
     splits = (*rows.learning, *rows.test) if with_tests else rows.learning
     return with_cache(probe, folder / _CACHE_FOLDER, splits, max_bytes=max_bytes)
+
+
+def share_lower_layers(
+    config: RunConfig, folder: Path, probe: AdaptedModel, rows: Rows, *, most_examples: int
+) -> AdaptedModel:
+    """Let another process of the run fill and read the same files as :func:`keep_lower_layers`.
+
+    Args:
+        config: Says how many bytes may be kept.
+        folder: Of the run.
+        probe: The model of that process.
+        rows: Of all tasks.
+        most_examples: Of a split that one job runs as a whole; of larger ones every job would run all.
+    """
+    max_bytes = int(config.model.prefix_cache_gb * 1e9)
+    splits = [split for split in rows.learning if split.n_examples <= most_examples]
+    return with_cache(probe, folder / _CACHE_FOLDER, splits, max_bytes=max_bytes, cleans=False)
 
 
 def drop_lower_layers(folder: Path) -> None:

@@ -7,6 +7,7 @@ epochs.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 
 from ensemblelora import artifacts, training
@@ -44,6 +45,7 @@ def warm_up(work: Workspace, probe: AdaptedModel, rows: Rows) -> AdaptedModel:
 def train_warmup(work: Workspace, probe: AdaptedModel, rows: Rows) -> State:
     """Fine-tune one adapter on all tasks for the epochs of the warm-up, or read it back; returns its tensors."""
     config, folder = work.config, work.folder.adapter(WARMUP)
+    checkpoints = work.path / "checkpoints" / f"{WARMUP}-{work.start_fingerprint[:12]}"
     with work.stage(WARMUP, work.start_fingerprint) as stage:
         if stage.is_needed:
             trained = training.fine_tune(
@@ -53,11 +55,13 @@ def train_warmup(work: Workspace, probe: AdaptedModel, rows: Rows) -> State:
                 rows.validation,
                 cut_training(config)[0],
                 seed=config.seed,
-                checkpoints=work.path / "checkpoints" / f"{WARMUP}-{work.start_fingerprint[:12]}",
+                checkpoints=checkpoints,
                 meter=stage.meter,
+                keeps_last=True,
             )
             with artifacts.atomic_folder(folder) as scratch:
                 save_adapter(probe, WARMUP, scratch)
                 artifacts.write_json(scratch / "training.json", asdict(trained))
+            shutil.rmtree(checkpoints, ignore_errors=True)
         stage.files.append(folder)
     return read_warmup(probe, folder)

@@ -33,6 +33,7 @@ from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import PassCosts, count_full_training
 from ensemblelora.data.batching import plan_evaluations
 from ensemblelora.errors import ModelError, TrainingError
+from ensemblelora.placement import refuse_waiting
 from ensemblelora.seeding import seed_for
 from ensemblelora.training.steps import StepPlan, TrainingJob, TrainingPass, choose_layout
 from ensemblelora.training.trainer import (
@@ -123,8 +124,10 @@ def base_weights(adapted: AdaptedModel) -> dict[str, nn.Parameter]:
     """The base model's own parameters, by their paths in the model with adapters.
 
     Raises:
-        ModelError: If the base is quantised: codes of four bits have no gradient.
+        ModelError: If the base is quantised: codes of four bits have no gradient; or if some weights are only there
+            while their layer runs.
     """
+    refuse_waiting(adapted.base.model, f"full fine-tuning of model {adapted.base.name!r}")
     adapters = set(adapted.peft.peft_config)
     found = {path: p for path, p in adapted.peft.named_parameters() if adapters.isdisjoint(path.split("."))}
     packed = [path for path, p in found.items() if not p.is_floating_point() or hasattr(p, "quant_state")]

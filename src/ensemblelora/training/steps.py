@@ -19,6 +19,7 @@ from ensemblelora.config import TrainingConfig
 from ensemblelora.data.batching import Batch, collate, schedule_training
 from ensemblelora.data.encoding import EncodedSplit, Layout
 from ensemblelora.seeding import seed_for
+from ensemblelora.sharding import take_share
 
 __all__ = ["StepPlan", "TrainingJob", "TrainingPass", "choose_layout", "plan_passes"]
 
@@ -61,8 +62,17 @@ class StepPlan(Dataset[list[TrainingPass]]):
     """The planned optimiser steps of all jobs; item i is everything that step i computes."""
 
     def __init__(
-        self, jobs: Sequence[TrainingJob], config: TrainingConfig, *, seed: int, layout: Layout, pad_token_id: int
+        self,
+        jobs: Sequence[TrainingJob],
+        config: TrainingConfig,
+        *,
+        seed: int,
+        layout: Layout,
+        pad_token_id: int,
+        is_shared_out: bool = False,
     ) -> None:
+        """Plan the steps; shared out, this process takes its part of each of them."""
+        self._is_shared_out = is_shared_out
         self._jobs, self._layout, self._pad_token_id = tuple(jobs), layout, pad_token_id
         self._max_tokens = _BUDGETS_PER_PASS * config.max_tokens_per_batch
         self._sizes = [[split.measure(layout) for split in job.train] for job in jobs]
@@ -88,13 +98,13 @@ class StepPlan(Dataset[list[TrainingPass]]):
         """Rows and width of one job's own batch."""
         sizes = [
             (int(lengths[e]), int(counts[e]))
-            for task, e in self._schedules[j][step]
+            for task, e in self._take(j, step)[0]
             for lengths, counts in (self._sizes[j][task],)
         ]
         return sum(count for _, count in sizes), max(length for length, _ in sizes)
 
     def _make_pass(self, jobs: Sequence[int], step: int) -> TrainingPass:
-        parts = [[(self._jobs[j].train[task], e) for task, e in self._schedules[j][step]] for j in jobs]
+        parts = [[(self._jobs[j].train[task], e) for task, e in self._take(j, step)[0]] for j in jobs]
         batch = collate([part for own in parts for part in own], self._pad_token_id, layout=self._layout)
         n_examples = [len(own) for own in parts]
         rows = np.bincount(batch.row_example, minlength=sum(n_examples))
@@ -108,10 +118,18 @@ class StepPlan(Dataset[list[TrainingPass]]):
 
     def _weigh(self, jobs: Sequence[int], step: int) -> NDArray[np.float32] | None:
         """Weights of the examples of a pass, where some job has any."""
-        if all(self._jobs[j].weights is None for j in jobs):
+        parts = [(self._jobs[j].weights, *self._take(j, step)) for j in jobs]
+        if all(own is None and factor == 1 for own, _, factor in parts):
             return None
-        every = [(self._jobs[j].weights, *place) for j in jobs for place in self._schedules[j][step]]
-        return np.array([1.0 if own is None else own[task][e] for own, task, e in every], np.float32)
+        weights = [
+            factor * (1.0 if own is None else own[task][e]) for own, examples, factor in parts for task, e in examples
+        ]
+        return np.array(weights, np.float32)
+
+    def _take(self, j: int, step: int) -> tuple[Sequence[tuple[int, int]], float]:
+        """A job's examples of a step that are run here, and what their mean loss is multiplied with."""
+        examples = self._schedules[j][step]
+        return take_share(examples) if self._is_shared_out else (examples, 1.0)
 
 
 def plan_passes(sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[int]]:

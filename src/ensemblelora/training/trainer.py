@@ -5,37 +5,41 @@ state in :attr:`AdapterTrainer.best` and its evaluations in the log. A step's gr
 an adapter whose steps are done has none, so the optimiser leaves it alone.
 
 A checkpoint holds every adapter as it is and as it was at its best, beside the optimiser's and the generators' state.
+It counts once it is sealed; the one before it goes only then.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
+from ensemblelora import artifacts
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, adapter_state, load_adapter, save_adapter
 from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import count_training
 from ensemblelora.data.batching import plan_evaluations
 from ensemblelora.data.encoding import EncodedSplit
-from ensemblelora.errors import StoreError, TrainingError
+from ensemblelora.errors import TrainingError
 from ensemblelora.passes import score
 from ensemblelora.prediction import member_nll, predict_members
 from ensemblelora.progress import track
 from ensemblelora.scoring import cross_entropy
+from ensemblelora.sharding import Team, join_team
 from ensemblelora.switch import MemberSwitch
+from ensemblelora.tensors import load_tensors, save_tensors
+from ensemblelora.training import state
 from ensemblelora.training.steps import StepPlan, TrainingJob, TrainingPass
 
 __all__ = [
@@ -79,6 +83,7 @@ class AdapterTrainer(Trainer):
         """
         self._adapted, self._jobs, self._parameters, self._plan = adapted, tuple(jobs), parameters, plan
         self._config, self._meter, self._switch = config, meter, switch
+        self._team = join_team() if adapted.base.is_sharded else Team()
         n_stops = config.num_train_epochs * config.evaluations_per_epoch
         self._stops = {name: plan_evaluations(n_steps, n_stops) for name, n_steps in plan.step_counts.items()}
         self.best: dict[str, dict[str, Tensor]] = {job.name: {} for job in jobs}
@@ -95,6 +100,9 @@ class AdapterTrainer(Trainer):
             for entry in self.state.log_history
             if key in entry
         )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Leave the model where it was put when it was loaded."""
 
     def get_train_dataloader(self) -> DataLoader[list[TrainingPass]]:
         """Give the planned steps as they are, in their order."""
@@ -130,6 +138,8 @@ class AdapterTrainer(Trainer):
         losses: list[Tensor] = []
         for one in inputs["passes"]:
             losses.append(super().training_step(model, {"pass": one}, num_items_in_batch))
+        if self._team.size > 1:
+            self._team.add_up(p.grad for own in self._parameters.values() for p in own.values())
         for parameters in self._parameters.values():
             clip_grad_norm_(parameters.values(), self._config.max_grad_norm)
         return torch.stack(losses).sum()
@@ -139,7 +149,8 @@ class AdapterTrainer(Trainer):
         one: TrainingPass = inputs["pass"]
         if self._switch is not None:
             self._switch.use(one.members, one.row_counts)
-        count_training(self._meter, self._adapted.costs, one.batch, normalize=_normalizes(self._config))
+        for _ in range(self._team.size):  # the others run as much
+            count_training(self._meter, self._adapted.costs, one.batch, normalize=_normalizes(self._config))
         losses = measure_row_losses(self._adapted, one, self._config, meter=self._meter).split(one.example_counts)
         means = torch.stack([own.mean() for own in losses])
         for name, loss in zip(one.members, means.detach().tolist(), strict=True):
@@ -176,20 +187,38 @@ class AdapterTrainer(Trainer):
                 "lower training.learning_rate"
             )
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        with artifacts.atomic_folder(folder) as scratch:
+            self._save(str(scratch))
+            state.save_optimizer(scratch, self.optimizer, self.lr_scheduler)
+            state.save_random(scratch)
+            self.state.save_to_json(str(scratch / "trainer_state.json"))
+            artifacts.seal_folder(scratch)
+        for path in folder.parent.glob("checkpoint-*"):
+            if path != folder:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         for job in self._jobs:
             folder = Path(output_dir or str(self.args.output_dir)) / job.name
             save_adapter(self._adapted, job.name, folder)
-            save_file(self.best[job.name], folder / _BEST_FILE)
+            save_tensors(folder / _BEST_FILE, self.best[job.name])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         for job in self._jobs:
             folder = Path(resume_from_checkpoint) / job.name
             load_adapter(self._adapted, job.name, folder)
-            try:
-                self.best[job.name] = load_file(folder / _BEST_FILE)
-            except (OSError, SafetensorError) as error:
-                raise StoreError(f"{folder / _BEST_FILE}: can't be read ({error}); delete the checkpoint") from error
+            self.best[job.name] = load_tensors(folder / _BEST_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_random(Path(checkpoint))
 
 
 def make_arguments(
@@ -219,7 +248,6 @@ def make_arguments(
         eval_on_start=True,  # but for the start
         save_strategy="steps" if saves else "no",
         save_steps=n_steps + 1,
-        save_total_limit=1,
         load_best_model_at_end=False,  # every adapter has a best of its own
         remove_unused_columns=False,
         label_names=[],

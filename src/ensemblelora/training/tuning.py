@@ -6,6 +6,8 @@ twin of training together is training one by one.
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,16 +21,22 @@ from transformers import TrainerCallback
 from ensemblelora import progress
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel, activate, add_adapter, set_adapter_state
+from ensemblelora.artifacts import find_seal_fault
 from ensemblelora.config import TrainingConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import ModelError
 from ensemblelora.fusion import can_fuse, can_mix, fused
+from ensemblelora.passes import blocks_run_again
 from ensemblelora.seeding import seed_for
 from ensemblelora.switch import MemberSwitch
 from ensemblelora.training.steps import StepPlan, TrainingJob, choose_layout
 from ensemblelora.training.trainer import AdapterTrainer, make_arguments
 
 __all__ = ["TrainedAdapter", "checkpointed_activations", "fine_tune", "fine_tune_together", "summarize"]
+
+_logger = logging.getLogger(__name__)
+
+_TRACKED, _TRACKED_PLACE = "tensorboard", "TENSORBOARD_LOGGING_DIR"
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ def fine_tune(
     seed: int,
     checkpoints: Path,
     meter: Meter,
+    keeps_last: bool = False,
 ) -> TrainedAdapter:
     """Train the adapter ``name`` from theta0 and leave its best checkpoint in the model.
 
@@ -66,13 +75,17 @@ def fine_tune(
         seed: The run's root seed; the adapter's own is derived from it and the name.
         checkpoints: Scratch folder; a run that finds one goes on from there. Removed at the end.
         meter: Told what every pass costs, validation included.
+        keeps_last: Leave the last checkpoint: who removes it once the adapter is on disk never trains it twice.
 
     Raises:
         TrainingError: If a training or validation loss is not finite.
-        StoreError: If a checkpoint found in the scratch folder is damaged.
+        OutputError: If a checkpoint can't be written; the last one is kept, and a new run goes on from there.
+        StoreError: If a checkpoint found in the scratch folder is whole, but of another training.
     """
     job = TrainingJob(name, train, validation)
-    (trained,) = fine_tune_together(adapted, [job], config, seed=seed, checkpoints=checkpoints, meter=meter)
+    (trained,) = fine_tune_together(
+        adapted, [job], config, seed=seed, checkpoints=checkpoints, meter=meter, keeps_last=keeps_last
+    )
     return trained
 
 
@@ -84,6 +97,7 @@ def fine_tune_together(
     seed: int,
     checkpoints: Path,
     meter: Meter,
+    keeps_last: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[TrainedAdapter, ...]:
     """Train several adapters in lock step, and leave the best checkpoint of each in the model.
@@ -98,6 +112,7 @@ def fine_tune_together(
         seed: The run's root seed; each adapter's own order of batches is derived from it and the name.
         checkpoints: Scratch folder; a run with the same jobs that finds one goes on from there. Removed at the end.
         meter: Told what every pass costs, validation included.
+        keeps_last: Leave the last checkpoint, as of :func:`fine_tune`.
         callbacks: More of transformers' own, called after each step; they leave the adapters as they are.
 
     Returns:
@@ -106,7 +121,8 @@ def fine_tune_together(
     Raises:
         ModelError: If there are several jobs and the model can't serve several adapters in one pass.
         TrainingError: If a training or validation loss is not finite; names the adapter.
-        StoreError: If a checkpoint found in the scratch folder is damaged.
+        OutputError: If a checkpoint can't be written; the last one is kept, and a new run goes on from there.
+        StoreError: If a checkpoint found in the scratch folder is whole, but of another training.
     """
     names = [job.name for job in jobs]
     if len(names) > 1 and not can_mix(adapted):
@@ -115,11 +131,22 @@ def fine_tune_together(
     for job in jobs:
         add_adapter(adapted, job.name, job.start)
     layout = choose_layout(adapted, config)
-    plan = StepPlan(jobs, config, seed=seed, layout=layout, pad_token_id=adapted.base.pad_token_id)
+    plan = StepPlan(
+        jobs,
+        config,
+        seed=seed,
+        layout=layout,
+        pad_token_id=adapted.base.pad_token_id,
+        is_shared_out=adapted.base.is_sharded,
+    )
     dropout_seed = seed_for(seed, "training", *names)
     arguments = make_arguments(adapted, config, len(plan), seed=dropout_seed, folder=checkpoints)
     try:
-        with _all_trainable(adapted, names) as parameters, _sped_up(adapted, names, config) as switch:
+        with (
+            _all_trainable(adapted, names) as parameters,
+            _sped_up(adapted, names, config) as switch,
+            _tracked(config, checkpoints.parent.with_name(_TRACKED) / "-".join(names)),
+        ):
             trainer = AdapterTrainer(adapted, jobs, parameters, plan, config, arguments, meter, switch)
             for callback in callbacks:
                 trainer.add_callback(callback)
@@ -128,7 +155,8 @@ def fine_tune_together(
         adapted.peft.eval()
     for name, state in trainer.best.items():
         set_adapter_state(adapted, name, state)
-    shutil.rmtree(checkpoints)
+    if not keeps_last:
+        shutil.rmtree(checkpoints)
     found = tuple(summarize(job, plan.step_counts[job.name], trainer.history(job.name)) for job in jobs)
     for one in found:
         if one.best_step == 0:
@@ -179,8 +207,28 @@ def _sped_up(adapted: AdaptedModel, names: Sequence[str], config: TrainingConfig
 
 
 @contextmanager
+def _tracked(config: TrainingConfig, folder: Path) -> Iterator[None]:
+    """Let TensorBoard write where its files stay: by itself it takes the scratch folder, which goes at the end."""
+    if _TRACKED_PLACE in os.environ or not {"tensorboard", "all"} & set(config.report_to):
+        yield
+        return
+    os.environ[_TRACKED_PLACE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_TRACKED_PLACE]
+
+
+@contextmanager
 def checkpointed_activations(adapted: AdaptedModel, config: TrainingConfig) -> Iterator[None]:
-    """Recompute activations in the backward pass, if asked for; saves memory and costs a forward pass."""
+    """Recompute activations in the backward pass, if asked for; saves memory and costs a forward pass.
+
+    Where weights wait in memory or on disk, each block's are let go in between, asked for or not.
+    """
+    if adapted.base.is_waiting:
+        with blocks_run_again(adapted):
+            yield
+        return
     if not config.gradient_checkpointing:
         yield
         return
@@ -195,11 +243,12 @@ def checkpointed_activations(adapted: AdaptedModel, config: TrainingConfig) -> I
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; a half-written one (no trainer state, which comes last) is removed."""
+    """The newest checkpoint that is whole; one that is not, to the bit, is removed, and what it held trained again."""
     found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
-        if (path / "trainer_state.json").is_file():
-            found.append((int(path.name.rpartition("-")[2]), path))
-        else:
+        if fault := find_seal_fault(path):
+            _logger.warning("checkpoint %s is not used, and its steps are done again: %s", path, fault)
             shutil.rmtree(path)
+        else:
+            found.append((int(path.name.rpartition("-")[2]), path))
     return str(max(found)[1]) if found else None

@@ -20,9 +20,10 @@ from ensemblelora.adapters import THETA0, AdaptedModel, measure_distance, remove
 from ensemblelora.config import RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.prediction import member_nll, predict_members
-from ensemblelora.progress import note, track
+from ensemblelora.progress import note
+from ensemblelora.scheduling import HERE, Job, Scheduler
 from ensemblelora.seeding import generator_for, seed_for
-from ensemblelora.stages import Rows
+from ensemblelora.stages import Bench, Rows, equip
 from ensemblelora.startpoint import settle_training
 from ensemblelora.validation.records import TrueRun, append_run, read_runs
 
@@ -74,16 +75,25 @@ def plan_measurements(
 
 
 def measure_subsets(
-    path: Path, wanted: dict[str, tuple[Subset, int]], adapted: AdaptedModel, rows: Rows, config: RunConfig
+    path: Path,
+    wanted: dict[str, tuple[Subset, int]],
+    adapted: AdaptedModel,
+    rows: Rows,
+    config: RunConfig,
+    *,
+    scheduler: Scheduler = HERE,
+    start_fingerprint: str = "",
 ) -> dict[str, TrueRun]:
     """Fine-tune and score what is not in the file yet; stopped at any moment, it goes on from there.
 
     Args:
-        path: ``truth.jsonl``.
+        path: ``truth.jsonl``, in a folder of the run's.
         wanted: From :func:`plan_measurements`.
         adapted: The model; it is left as it was.
         rows: Of all tasks.
         config: The run's.
+        scheduler: Carries out fine-tunings.
+        start_fingerprint: Identity of the model at its start point; for other processes than this one.
 
     Returns:
         All that was wanted, by identity.
@@ -97,10 +107,15 @@ def measure_subsets(
     missing = [identity for identity in wanted if identity not in found]
     if found and missing:
         note(f"{len(found)} of {len(wanted)} fine-tunings were measured before")
-    for identity in track(missing, "true fine-tunings"):
-        subset, seed = wanted[identity]
-        found[identity] = _measure(identity, subset, seed, path.parent, adapted, rows, config)
-        append_run(path, found[identity])
+    jobs = [
+        Job(f"subset {'+'.join(map(str, subset))}, seed {seed}", (identity, subset, seed, path.parent.resolve()))
+        for identity in missing
+        for subset, seed in [wanted[identity]]
+    ]
+    equipment = equip(config, path.parent.parent, rows, adapted, start_fingerprint)
+    for _, run in scheduler.run(_measure, jobs, equipment, what="true fine-tunings"):
+        found[run.identity] = run
+        append_run(path, run)
     return {identity: found[identity] for identity in wanted}
 
 
@@ -117,9 +132,8 @@ def measure_base(path: Path, start_fingerprint: str, adapted: AdaptedModel, rows
     return found[identity]
 
 
-def _measure(
-    identity: str, subset: Subset, seed: int, folder: Path, adapted: AdaptedModel, rows: Rows, config: RunConfig
-) -> TrueRun:
+def _measure(bench: Bench, identity: str, subset: Subset, seed: int, folder: Path) -> TrueRun:
+    adapted, rows, config = bench.probe, bench.rows, bench.config
     started, meter = time.perf_counter(), Meter("truth")
     train, validation = ([splits[i] for i in subset] for splits in (rows.train, rows.validation))
     try:
@@ -138,6 +152,7 @@ def _measure(
         moved = measure_distance(adapted, _NAME)
         with artifacts.atomic_folder(folder / "adapters" / identity[:16]) as scratch:
             save_adapter(adapted, _NAME, scratch)
+            artifacts.seal_folder(scratch)
     finally:
         remove_adapter(adapted, _NAME)
     return TrueRun(

@@ -8,8 +8,8 @@ hours where a run takes minutes; predictions cost seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import numpy as np
 
 from ensemblelora import artifacts, progress, stages
 from ensemblelora.affinity import sample_subsets
-from ensemblelora.blocks import slice_projections
 from ensemblelora.config import RunConfig, load_config
 from ensemblelora.errors import UsageError
-from ensemblelora.estimation import Oracle, build_oracle
+from ensemblelora.estimation import Oracle
+from ensemblelora.scheduling import Cluster, open_scheduler
 from ensemblelora.startpoint import load_start
-from ensemblelora.store import FeatureBlock
 from ensemblelora.validation.agreement import Agreement, compare_predictions
+from ensemblelora.validation.dimensions import collect_wider, list_predictors
 from ensemblelora.validation.groupings import GroupingAgreement, compare_groupings
 from ensemblelora.validation.records import TrueRun
 from ensemblelora.validation.table import Truth, mean_over_seeds, tabulate
@@ -46,7 +46,6 @@ __all__ = [
 VALIDATION_FOLDER = "validation"
 VALIDATION_FILE = "validation.json"
 TRUTH_FILE = "truth.jsonl"
-_DIMENSIONS = (100, 200, 400, 800)
 _PAPER_EPOCHS = 10
 
 
@@ -113,7 +112,15 @@ class Validation:
         return plain
 
 
-def validate_run(folder: Path | str, *, n_subsets: int = 50, n_seeds: int = 1, device: str | None = None) -> Validation:
+def validate_run(
+    folder: Path | str,
+    *,
+    n_subsets: int = 50,
+    n_seeds: int = 1,
+    all_dimensions: bool = False,
+    device: str | None = None,
+    cluster: Cluster | None = None,
+) -> Validation:
     """Fine-tune subsets of a run's tasks and compare what comes out with what the run's oracle predicts.
 
     Stopped at any moment, the same call goes on from the last finished fine-tuning; asking for more subsets or seeds
@@ -123,7 +130,10 @@ def validate_run(folder: Path | str, *, n_subsets: int = 50, n_seeds: int = 1, d
         folder: A run folder that holds an oracle (``ensemblelora affinity`` or a later stage).
         n_subsets: Distinct subsets: all tasks, each alone, and for the rest ``affinity.subset_size`` of them.
         n_seeds: Fine-tunings of each, with other orders of rows; two or more measure the noise.
+        all_dimensions: Whether to predict from 800, 400, 200 and 100 numbers a gradient and from whole gradients
+            (``exact``) besides; narrower ones than the run's own always are. Takes two gradient passes.
         device: Where to train; none: as the run's config says.
+        cluster: Where fine-tunings run side by side; none: in this process.
 
     Raises:
         UsageError: If the run has no oracle yet, or its model or rows have changed.
@@ -139,14 +149,16 @@ def validate_run(folder: Path | str, *, n_subsets: int = 50, n_seeds: int = 1, d
     if not (run.path / ORACLE_FILE).exists():
         raise UsageError(f"{run.path}: no oracle yet; make it with: ensemblelora plan {run.path}")
     with run.lock(), progress.stage("validate"):
-        runs, base = collect_truth(run.path, config, n_subsets=n_subsets, n_seeds=n_seeds)
-        found = compare(run.path, config, runs, base)
-        artifacts.write_json(run.path / VALIDATION_FOLDER / VALIDATION_FILE, found.to_dict())
+        runs, base = collect_truth(run.path, config, n_subsets=n_subsets, n_seeds=n_seeds, cluster=cluster)
+        oracle, place = stages.read_oracle(run.path, tuple(base.nll), config.estimation), run.path / VALIDATION_FOLDER
+        wider = collect_wider(run.path, place, oracle, config) if all_dimensions else None
+        found = compare(run.path, config, runs, base, list_predictors(oracle, config, wider))
+        artifacts.write_json(place / VALIDATION_FILE, found.to_dict())
     return found
 
 
 def collect_truth(
-    path: Path, config: RunConfig, *, n_subsets: int, n_seeds: int
+    path: Path, config: RunConfig, *, n_subsets: int, n_seeds: int, cluster: Cluster | None = None
 ) -> tuple[tuple[TrueRun, ...], TrueRun]:
     """Fine-tune what is not measured yet; return all that was asked for, and the base model's record."""
     _, rows, probe = stages.prepare(config)
@@ -159,16 +171,25 @@ def collect_truth(
     probe = stages.keep_lower_layers(config, path, load_start(config, artifacts.RunFolder(path), probe), rows)
     place = path / VALIDATION_FOLDER / TRUTH_FILE
     base = measure_base(place, start, probe, rows, config)
-    found = measure_subsets(place, wanted, probe, rows, config)
+    with open_scheduler(cluster) as scheduler:
+        found = measure_subsets(place, wanted, probe, rows, config, scheduler=scheduler, start_fingerprint=start)
     stages.drop_lower_layers(path)
     return tuple(found.values()), base
 
 
-def compare(path: Path, config: RunConfig, runs: Sequence[TrueRun], base: TrueRun) -> Validation:
-    """Ask the run's oracle, and oracles of other projection dimensions, about the measured subsets."""
+def compare(
+    path: Path, config: RunConfig, runs: Sequence[TrueRun], base: TrueRun, predictors: Iterable[tuple[str, Oracle]]
+) -> Validation:
+    """Ask oracles, the run's own first, about the measured subsets.
+
+    Args:
+        path: The run folder.
+        config: The run's.
+        runs: The true fine-tunings.
+        base: The base model's record.
+        predictors: Oracles of the run's tasks, by name.
+    """
     truth = tabulate(runs, base, tuple(base.nll), confidence=config.evaluation.confidence)
-    oracle = stages.read_oracle(path, truth.tasks, config.estimation)
-    comparisons = [_compare(name, other, truth, config) for name, other in _list_predictors(oracle, config)]
     return Validation(
         tasks=truth.tasks,
         subsets=tuple(tuple(truth.tasks[i] for i in subset) for subset in truth.subsets),
@@ -176,27 +197,9 @@ def compare(path: Path, config: RunConfig, runs: Sequence[TrueRun], base: TrueRu
         n_seeds=len(truth.nll),
         marked=tuple(truth.tasks[i] for i in truth.marked),
         mean_relative_distance=float(np.mean([run.relative_distance for run in runs])),
-        comparisons=tuple(comparisons),
+        comparisons=tuple(_compare(name, oracle, truth, config) for name, oracle in predictors),
         costs=count_costs(path, config, runs, truth.tasks),
     )
-
-
-def _list_predictors(oracle: Oracle, config: RunConfig) -> Iterator[tuple[str, Oracle]]:
-    """The run's own oracle, then others that see fewer columns of the same projection."""
-    width, kind = oracle.replicates[0].train[0].proj_dim, config.gradients.proj_type
-    yield "exact" if kind == "none" else f"d={width}", oracle
-    for d in reversed(_DIMENSIONS) if kind in ("rademacher", "gaussian") else ():
-        if d < width:
-            yield f"d={d}", _narrow(oracle, d, config)
-
-
-def _narrow(oracle: Oracle, d: int, config: RunConfig) -> Oracle:
-    def cut(blocks: Sequence[FeatureBlock]) -> tuple[FeatureBlock, ...]:
-        return tuple(slice_projections(block, d, 0) for block in blocks)
-
-    features = [replace(full, train=cut(full.train), validation=cut(full.validation)) for full in oracle.replicates]
-    design = sample_subsets(oracle.n_tasks, config.affinity, seed=config.seed)
-    return build_oracle(features, config.estimation, subsets=design.subsets, budget=oracle.budget)
 
 
 def _compare(name: str, oracle: Oracle, truth: Truth, config: RunConfig) -> Comparison:

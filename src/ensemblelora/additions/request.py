@@ -1,0 +1,89 @@
+"""What change is asked for, checked as far as that goes without data and model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ensemblelora import artifacts
+from ensemblelora.additions.carry import Training
+from ensemblelora.additions.source import CHANGE_FILE, Source
+from ensemblelora.errors import OutputError, UsageError
+from ensemblelora.workspace import check_place
+
+__all__ = ["REPLAY", "Action", "Request", "ask", "identify"]
+
+Action = Literal["add", "drop", "update"]
+REPLAY = 0.5
+"""rows of a group's other tasks that an adapter is trained onward on, over those of the task that came"""
+
+_SUFFIX = {"add": "with", "drop": "without", "update": "updated"}
+_WAYS: Mapping[str, tuple[Training, ...]] = {
+    "add": ("onward", "whole"),
+    "update": ("whole", "onward"),
+    "drop": ("whole", "keep"),
+}
+"""how a group may be trained; the usual way first"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A change that is asked for."""
+
+    action: Action
+    task: str
+    out: Path
+    training: Training
+    replay: float
+    place: str | None
+    is_dry: bool
+
+
+def ask(
+    action: Action,
+    source: Source,
+    task: str,
+    out: Path | str | None,
+    training: Training | None,
+    replay: float,
+    place: str | None,
+    *,
+    is_dry: bool,
+) -> Request:
+    """Check what is asked for, as far as that goes without data and model."""
+    way = _WAYS[action][0] if training is None else training
+    if way not in _WAYS[action]:
+        raise UsageError(f"{action}: training {way!r}: expected one of {', '.join(_WAYS[action])}")
+    if not replay >= 0:
+        raise UsageError(f"replay {replay}: expected a share of rows, 0 or more")
+    home = source.path.resolve()
+    folder = home.with_name(f"{home.name}-{_SUFFIX[action]}-{task}") if out is None else Path(out)
+    if folder.resolve() == home:
+        raise OutputError(f"{folder}: is the run itself, which stays as it is; choose another folder")
+    check_place(folder)
+    request = Request(action, task, folder, way, replay, place, is_dry)
+    _check_record(request, source)
+    return request
+
+
+def identify(request: Request, source: Source) -> dict[str, Any]:
+    """What tells a change from another, as its run folder records it."""
+    asked = {"action": request.action, "task": request.task, "source": str(source.path.resolve())}
+    return asked | {"training": request.training, "replay": request.replay}
+
+
+def _check_record(request: Request, source: Source) -> None:
+    """Refuse a folder that holds another change, or this one made in another way."""
+    path = request.out / CHANGE_FILE
+    if not path.exists():
+        return
+    known, asked = artifacts.read_json(path), identify(request, source)
+    if request.is_dry and not known.get("is_forecast", True):
+        raise OutputError(f"{request.out}: made already, see its {CHANGE_FILE}; choose another folder with --out")
+    free = {"training", "replay"} if known.get("is_forecast", True) else set()
+    other = [key for key, value in asked.items() if key not in free and known.get(key) != value]
+    if other:
+        told = ", ".join(f"{key} {known.get(key)}" for key in other)
+        raise OutputError(f"{request.out}: holds another change ({told}); choose another folder with --out")

@@ -1,0 +1,184 @@
+"""The commands that change a finished run: a dataset is added, dropped, or gets other rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ensemblelora.console import say, show_json, show_rows, talking
+from ensemblelora.options import AsJson, Device, RunPath, Talk, spread
+
+if TYPE_CHECKING:
+    from ensemblelora.additions import Change, Option
+
+__all__ = ["add_change_commands"]
+
+_PANEL = "When datasets come and go"
+
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="The changed run's folder, instead of one beside RUN."),
+]
+OnlySay = Annotated[
+    bool,
+    typer.Option("--dry-run", metavar="", help="Say where it belongs and what that costs, and train nothing."),
+]
+Replay = Annotated[
+    float,
+    typer.Option("--replay", metavar="X", help="Of onward: rows of the group's other tasks, over the task's own."),
+]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task of the run.")]
+Entry = Annotated[str, typer.Argument(metavar="CARD|FILE", help="A shipped card's name, a card file, or a data file.")]
+Way = Annotated[
+    Literal["onward", "whole"] | None,
+    typer.Option(
+        "--training",
+        metavar="onward|whole",
+        help="Go on from the group's adapter with the task's rows and some of the others', or train the group from its "
+        "start on all rows.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all three take."""
+
+    out: Out = None
+    dry_run: OnlySay = False
+    device: Device = None
+
+
+def add_change_commands(app: typer.Typer) -> None:
+    """Register the commands of this module."""
+    for command in (add, drop, update):
+        app.command(rich_help_panel=_PANEL)(spread(command))
+
+
+def add(
+    run: RunPath,
+    entry: Entry,
+    *,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="group-G|alone", help="Where it goes, whatever is predicted."),
+    ] = None,
+    training: Way = None,
+    replay: Replay = 0.5,
+    common: Common,
+    as_json: AsJson = False,
+    talk: Talk,
+) -> None:
+    """Add a dataset to a finished run: find its group, train that one alone, and fit the weights again."""
+    with talking(**asdict(talk)):
+        from ensemblelora.additions import add_task
+
+        change = _carry_out(lambda: add_task(run, entry, place=to, training=training, replay=replay, **asdict(common)))
+    show_json(change) if as_json else _show(change)
+
+
+def drop(
+    run: RunPath,
+    task: TaskName,
+    *,
+    training: Annotated[
+        Literal["whole", "keep"] | None,
+        typer.Option(
+            "--training",
+            metavar="whole|keep",
+            help="Train its group again without its rows, or keep the adapter and fit weights only.",
+            show_default=False,
+        ),
+    ] = None,
+    common: Common,
+    as_json: AsJson = False,
+    talk: Talk,
+) -> None:
+    """Take a dataset out of a finished run; its group is trained again without its rows."""
+    with talking(**asdict(talk)):
+        from ensemblelora.additions import drop_task
+
+        change = _carry_out(lambda: drop_task(run, task, training=training, **asdict(common)))
+    show_json(change) if as_json else _show(change)
+
+
+def update(
+    run: RunPath,
+    task: TaskName,
+    entry: Entry,
+    *,
+    training: Way = None,
+    replay: Replay = 0.5,
+    common: Common,
+    as_json: AsJson = False,
+    talk: Talk,
+) -> None:
+    """Give a task of a finished run other rows; its group is trained again."""
+    with talking(**asdict(talk)):
+        from ensemblelora.additions import update_task
+
+        change = _carry_out(lambda: update_task(run, task, entry, training=training, replay=replay, **asdict(common)))
+    show_json(change) if as_json else _show(change)
+
+
+def _carry_out(change: Any) -> Change:
+    try:
+        found: Change = change()
+    except KeyboardInterrupt:
+        say("interrupted; give the same command again to go on")
+        raise
+    return found
+
+
+def _show(change: Change) -> None:
+    """Show where the task goes, what that costs, and where it lies."""
+    from ensemblelora.report.wording import format_flops
+
+    if change.options:
+        typer.echo(f"{change.task}: {change.reason}")
+        show_rows({option.place: _describe_task(option) for option in change.options}, title="predicted of the task")
+        saved = "loss that a place saves all tasks it touches, against leaving the task out"
+        show_rows({option.place: _describe_place(option) for option in change.options}, title=saved)
+    costs, verb = change.costs, "would cost about" if change.is_forecast else "cost"
+    spent, rerun = (sum(flops.values()) for flops in (costs.flops, costs.rerun_flops))
+    typer.echo(
+        f"{verb} {costs.learning_share:.0%} of a run from the beginning to choose, train and combine; with tests and "
+        f"baselines {costs.total_share:.0%} ({format_flops(spent)} of {format_flops(rerun)})"
+    )
+    if change.place == "nowhere":
+        typer.echo("nothing was trained, and the run stays as it is; --to says where the task goes nevertheless")
+    elif change.trained:
+        typer.echo(
+            f"{'to be trained' if change.is_forecast else 'trained'}: {', '.join(change.trained)} ({change.training})"
+        )
+    if change.folder == change.source:
+        return
+    if change.is_forecast:
+        typer.echo("no run yet; what was computed is kept for the same command without --dry-run:")
+    typer.echo(str(change.folder))
+
+
+def _describe_task(option: Option) -> dict[str, Any]:
+    from ensemblelora.report.wording import format_interval
+
+    return {
+        "loss": option.nll,
+        "loss_between": format_interval(option.nll_low, option.nll_high),
+        "accuracy": option.accuracy,
+        "accuracy_between": format_interval(option.accuracy_low, option.accuracy_high),
+        "loss_before_training": option.untrained_nll,
+    }
+
+
+def _describe_place(option: Option) -> dict[str, Any]:
+    ruled_out = "" if option.is_allowed else "ruled out by the run's budgets or constraints"
+    return {
+        "saved": option.gain,
+        "standard_error": option.gain_se,
+        "of_it_by_tasks_there": option.others,
+        "outcome": "chosen" if option.is_chosen else ruled_out,
+    }
