@@ -310,7 +310,7 @@ def test_the_run_that_was_kept_predicts_and_is_compared_as_any(tmp_path, caplog,
     before = load_run(tmp_path / "run").predict(TASKS[0], asked)
     adapters = {path.name: path.read_bytes() for path in (tmp_path / "run/adapters/group-0").iterdir()}
     record = tmp_path / "run" / "environment.json"
-    record.write_text(record.read_text().replace(json.loads(record.read_text())["created"], "long ago"))
+    artifacts.write_json(record, {**artifacts.read_json(record), "created": "long ago"})
     edit_rows(tmp_path / "tasks" / f"{TASKS[0]}.train.jsonl", lambda n, row: row | {"label": flip(row["label"])})
     with caplog.at_level(logging.WARNING, "ensemblelora"):
         assert main(["plan", str(recipe), "--set", "training.num_train_epochs=1", "--out", str(tmp_path / "run")]) == 0
