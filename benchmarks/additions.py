@@ -1,6 +1,7 @@
 """Datasets that arrive later: what adding one costs and gives, beside a run of all of them from the beginning.
 
-    python benchmarks/additions.py recipes/superglue-cpu.yaml --arrivals demo_sst2,demo_arc_easy,demo_mrpc --minutes 240
+    python benchmarks/additions.py recipes/additions-cpu.yaml \
+        --arrivals demo_sciq,recipes/cards/story_cloze_plain.yaml,demo_sst2_turned
 
 The recipe's run is made once. Each arrival is added to it, and beside that all its tasks and the arrival are run from
 the beginning, with the same settings; the one adapter for all tasks is left out of both. ``--set`` changes the recipe,
