@@ -419,8 +419,9 @@ def judge_noise(bench: Bench, request: Request, is_wrong: npt.NDArray[np.bool_],
     places = np.concatenate([source.rows for source in bench.question.sources if source.rows is not None])
     rows = np.concatenate([one.values for one in influence])
     result["auc_rows"] = float(roc_auc_score(~is_wrong[places], rows))
-    sets = {"chosen": tuple(result["chosen"]["backward"]), "all": bench.prospect.everything,
-            "clean": tuple(j for j, clean in enumerate(is_clean) if clean)}  # fmt: skip
+    searched = {name: tuple(result["chosen"][name]) for name in ("forward", "backward")}
+    clean = tuple(j for j, right in enumerate(is_clean) if right)
+    sets = {**searched, "all": bench.prospect.everything, "clean": clean}
     for name, choice in sets.items():
         if choice:
             trained = bench.pool.train(bench.prospect.subset_of(choice), judges=(0,))

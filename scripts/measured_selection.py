@@ -88,8 +88,12 @@ def render_noise(record: Record) -> Iterator[str]:
     for name in ("forward", "backward", "swap", "beam"):
         yield f"| {name} | {_format(record.get(f'share_noisy_{name}'), 1, '.0%')} |"
     yield ""
-    parts = [f"{name} {_format(record.get(f'accuracy_{name}'), 100, '.1f')}" for name in ("all", "chosen", "clean")]
-    yield from _wrap(f"Test accuracy of training on the clusters, %: {', '.join(parts)}.")
+    known = [name for name in ("all", "forward", "backward", "clean") if f"accuracy_{name}" in record]
+    parts = [f"{name} {_format(record[f'accuracy_{name}'], 100, '.1f')}" for name in known]
+    yield from _wrap(
+        "Test accuracy of training on all clusters, on those that a search took, and on the right ones, %: "
+        f"{', '.join(parts)}."
+    )
 
 
 def render_search(record: Record) -> Iterator[str]:

@@ -136,6 +136,7 @@ def test_features_are_taken_at_the_warm_up_and_adapters_start_at_the_base(run):
         n_trained = bench.prospect.oracle.budget.n_trained
         assert health["n_coordinates"] == n_trained, "A has a gradient there, too"
         assert bench.prospect.oracle.budget.num_train_epochs == 1, "what the warm-up has left of two"
+        assert not bench.prospect.oracle.budget.keeps_start, "else all sets that do harm are alike"
         probe = bench.pool.probe
         fresh = adapter_state(attach_fresh(config), THETA0)
         now = adapter_state(probe, THETA0)

@@ -69,18 +69,35 @@ def test_numbers_without_a_gradient_lengthen_the_way() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("clip", [1e9, 0.1])
-def test_one_coordinate_is_trained_as_torch_would(schedule: str, clip: float) -> None:
+@pytest.mark.parametrize("keeps_start", [True, False])
+def test_one_coordinate_is_trained_as_torch_would(schedule: str, clip: float, keeps_start: bool) -> None:
     features = make_features(*MODES, d=1)
     # A share of a step each: the subset's rows all go into one.
     budget = make_budget(
-        3, lr_scheduler_type=schedule, max_grad_norm=clip, steps_per_epoch=(0.4,) * 3, weight_decay=0.1
+        3,
+        lr_scheduler_type=schedule,
+        max_grad_norm=clip,
+        steps_per_epoch=(0.4,) * 3,
+        weight_decay=0.1,
+        keeps_start=keeps_start,
     )
     for subset in [(0,), (1, 2)]:
-        start = np.zeros(1)  # is evaluated too
-        path = [start, *train_with_torch(features, subset, budget, budget.num_train_epochs)]
+        start = [np.zeros(1)] if keeps_start else []
+        path = [*start, *train_with_torch(features, subset, budget, budget.num_train_epochs)]
         losses = [np.mean([predict_outcomes(features.validation[i], w[None]).nll.mean() for i in subset]) for w in path]
         found = simulate_training(features.train, features.validation, [subset], budget)
         np.testing.assert_allclose(found[0], path[int(np.argmin(losses))], rtol=1e-5)
+
+
+def test_trainings_that_only_harm_are_told_apart_where_the_start_is_not_kept() -> None:
+    features = selection_toys.plant_features([0.0, 0.5])
+    judge = replace(features.validation[0], labels=1 - features.validation[0].labels)
+    held, subsets, budget = [judge] * 3, [(1,), (2,)], selection_toys.make_budget(3)
+    kept = simulate_training(features.train, held, subsets, budget)
+    left = simulate_training(features.train, held, subsets, replace(budget, keeps_start=False))
+    assert not kept.any(), "no step towards right labels lowers the loss of wrong ones"
+    losses = predict_outcomes(judge, np.vstack([kept[:1], left])).nll.mean(axis=1)
+    assert losses[0] < losses[2] < losses[1], "half of the labels wrong do less harm than none"
 
 
 def test_the_second_moment_is_the_mean_over_all_coordinates() -> None:

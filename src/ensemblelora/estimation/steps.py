@@ -70,6 +70,8 @@ class TrainingBudget:
         n_coordinates: p', the trained numbers that have a gradient.
         seed: Of the order of rows.
         n_trained: p, all trained numbers; none: those with a gradient.
+        keeps_start: Whether the start is kept where no evaluation is better, as the trainer does. All trainings that do
+            only harm are then predicted alike; a search among them needs to know which does less.
     """
 
     learning_rate: float
@@ -83,6 +85,7 @@ class TrainingBudget:
     n_coordinates: float
     seed: int = 0
     n_trained: float | None = None
+    keeps_start: bool = True
 
     @property
     def reach(self) -> float:
@@ -188,7 +191,9 @@ def _simulate(
     generators = [generator_for(budget.seed, "simulated training", *map(str, subset)) for subset in subsets]
     optimizer = Optimizer(np.zeros((len(subsets), rows.blocks[0].proj_dim)), budget)
     best = np.zeros_like(optimizer.weights)
-    least = _validation_losses(held, [subset if judges is None else judges for subset in subsets], best)  # the start's
+    least = np.full(len(subsets), np.inf)
+    if budget.keeps_start:
+        least = _validation_losses(held, [subset if judges is None else judges for subset in subsets], best)
     for epoch in range(budget.num_train_epochs):
         batches = [deal_rows(rows, *given) for given in zip(subsets, per_epoch, generators, strict=True)]
         for j in range(int(per_epoch.max())):

@@ -214,6 +214,7 @@ def lay_out(
     if config.estimation.method == "steps":
         health = artifacts.read_json(work.path / artifacts.FEATURE_HEALTH_FILE)
         budget = stages.plan_budget(config, own, probe, n_coordinates=int(health["n_coordinates"]))
+        budget = replace(budget, keeps_start=False)
     prospect = make_prospect(question, store, config.estimation, budget)
     folder = work.path / SELECTION_FOLDER / request.target
     write_question(folder, question, prospect.oracle)
@@ -222,7 +223,10 @@ def lay_out(
     pool = Pool(config, folder, own, probe, start_fingerprint=start, crew=crew)
     features = stages.identify_features(work, probe, rows)
     chosen = [(source.name, source.rows) for source in sources]
-    identity = artifacts.fingerprint(sorted(features.values()), chosen, target, includes_target, config.estimation)
+    simulated = None if budget is None else asdict(budget)
+    identity = artifacts.fingerprint(
+        sorted(features.values()), chosen, target, includes_target, config.estimation, simulated
+    )
     return Bench(question, prospect, pool, artifacts.fingerprint(identity, settle_training(config)), work, store)
 
 
