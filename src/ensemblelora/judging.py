@@ -71,14 +71,14 @@ def evaluate_methods(
     plan: Plan,
     rows: Rows,
     *,
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Score base model, one adapter for all, and the ensemble on the test rows.
 
     Leaves ``results.json``, and in ``test_rows.npz`` what each row gave, by which two runs can be compared.
     The test rows are read here for the first time. Each task by its own group's adapter alone, which the plan
     predicted, and with the group's boosters cost no further pass, so they stand in the table too. Scores of the same
-    adapters and rows are taken over from the run folder ``earlier``.
+    adapters and rows are taken over from the run folders ``earlier``.
     """
     config, path = work.config, work.path / artifacts.RESULTS_FILE
     drop_checkpoints(work.path)  # every training is over; a kill may have left one whose adapter is there
@@ -142,7 +142,7 @@ def _score_split(
     work: Workspace,
     probe: AdaptedModel,
     digests: Mapping[str, str],
-    earlier: Path | None,
+    earlier: Sequence[Path],
     meter: Meter,
     split: EncodedSplit,
     names: Sequence[str],

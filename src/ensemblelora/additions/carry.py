@@ -127,13 +127,11 @@ class Carrier:
         """The training rows of a group that is trained, in its order: all, or of ``onward`` the drawn ones."""
         members = self.groups[group]
         every = [self.rows.train[i] for i in members]
-        if not self.is_onward(group):
-            return every
-        own = next(split for split in every if split.task == self.task)
-        others = [split for split in every if split.task != self.task]
-        drawn = draw_replay(others, round(self.replay * own.n_examples), seed=self.work.config.seed) if others else []
-        parts = {split.task: self._take(split, e) for split, e in zip(others, drawn, strict=True)}
-        return [parts.get(split.task, split) for split in every]
+        return self._draw(every, self.replay) if self.is_onward(group) else every
+
+    def pick_judges(self, group: int) -> list[EncodedSplit]:
+        """The validation rows that judge a group trained onward: the task's own, and about as many of the others'."""
+        return self._draw([self.rows.validation[i] for i in self.groups[group]], 1.0)
 
     def bring(self, stage: StageRun, identities: Mapping[str, str]) -> None:
         """Put adapters in place that are copied or trained onward; the rest is left to the stage."""
@@ -175,11 +173,10 @@ class Carrier:
     def _train_onward(self, group: int, name: str, identity: str, stage: StageRun) -> None:
         load_adapter(self.probe, name, self.source.folder.adapter(self._parent_adapter(group)))
         start = adapter_state(self.probe, name)
-        validation = [self.rows.validation[i] for i in self.groups[group]]
         self.work.folder.forget(name)
         (trained,) = training.fine_tune_together(
             self.probe,
-            [training.TrainingJob(name, self.pick_rows(group), validation, start=start)],
+            [training.TrainingJob(name, self.pick_rows(group), self.pick_judges(group), start=start)],
             self.work.config.training,
             seed=self.work.config.seed,
             checkpoints=self.work.path / _CHECKPOINTS / f"{name}-{identity[:12]}-onward",
@@ -187,6 +184,14 @@ class Carrier:
             keeps_last=True,
         )
         keep_adapter(self.work, self.probe, trained, identity)
+
+    def _draw(self, every: Sequence[EncodedSplit], share: float) -> list[EncodedSplit]:
+        """The rows of the task that changed, and so many of the others', over its own."""
+        n_own = sum(split.n_examples for split in every if split.task == self.task)
+        others = [split for split in every if split.task != self.task]
+        drawn = draw_replay(others, round(share * n_own), seed=self.work.config.seed) if others else []
+        parts = {split.task: self._take(split, e) for split, e in zip(others, drawn, strict=True)}
+        return [parts.get(split.task, split) for split in every]
 
     def _take(self, split: EncodedSplit, examples: np.ndarray) -> EncodedSplit:
         part = take_examples(split, examples)
@@ -220,7 +225,7 @@ class Carrier:
                 split,
                 names,
                 digests,
-                earlier=self.source.path,
+                earlier=(self.source.path,),
                 max_tokens=tokens,
                 meter=stage.meter,
             )

@@ -259,9 +259,10 @@ def _train(request: Request, source: Source, ready: _Prepared, placed: _Placed) 
         rounds = stages.boost_groups(
             work, probe, plan, members, store, rows, find=lambda stage: carrier.find_rounds(plan, members, stage)
         )
-        ensemble = stages.combine_members(work, probe, plan, members, rounds, rows, earlier=source.path)
+        kept = (source.path, work.path)  # the changed group's boosters were judged by scores that are there already
+        ensemble = stages.combine_members(work, probe, plan, members, rounds, rows, earlier=kept)
         shared = judging.train_baselines(work, probe, plan, rows)
-        table = judging.evaluate_methods(work, probe, ensemble, shared, plan, rows, earlier=source.path)
+        table = judging.evaluate_methods(work, probe, ensemble, shared, plan, rows, earlier=(source.path,))
         reporting.write_report(work)
         costs = compare_costs(_spent(work), _rerun(source, ready, request.task))
         trained = tuple(members[g] for g in carrier.list_trained())

@@ -1,8 +1,8 @@
 """Scores of adapters on rows, kept beside the run, so that a run that goes on from it need not score them again.
 
 One file a task and split, ``scores/TASK.SPLIT.npz``, holds an array for each adapter under the checksum of its weights.
-Test rows are kept by the stage that opens them. A run does not read its own file: a stage that is done again is charged
-with all of its passes, as it was the first time. A file that can't be read counts for nothing.
+Test rows are kept by the stage that opens them. A run made from the beginning does not read its own file: a stage that
+is done again is charged with all of its passes, as it was the first time. A file that can't be read counts for nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def score_members(
     names: Sequence[str],
     digests: Mapping[str, str],
     *,
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
     max_tokens: MaxTokens,
     meter: Meter | None = None,
 ) -> MemberScores:
@@ -45,7 +45,7 @@ def score_members(
         split: The rows.
         names: Adapters, in the order of the result.
         digests: Identity of each: of its weights, and of what it stands on.
-        earlier: Another run's folder; none: every adapter is run.
+        earlier: Folders of runs whose scores count, the first that has one; none: every adapter is run.
         max_tokens: Padded tokens in one forward pass.
         meter: Told what every pass costs.
 
@@ -55,7 +55,7 @@ def score_members(
     file = Path(SCORES_FOLDER) / f"{split.task}.{split.split}.npz"
     rows = fingerprint_split(split)
     keys = {name: artifacts.fingerprint(rows, digests[name]) for name in names}
-    known = {} if earlier is None else _read(earlier / file)
+    known = {key: values for run in reversed(earlier) for key, values in _read(run / file).items()}
     missing = [name for name in names if keys[name] not in known]
     if missing:
         found = predict_members(adapted, split, missing, max_tokens=max_tokens, meter=meter)

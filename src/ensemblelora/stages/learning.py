@@ -201,12 +201,12 @@ def combine_members(
     rounds: Sequence[BoostRound],
     rows: Rows,
     *,
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> Ensemble:
     """Fit every task's weights over the groups, on validation rows. Leaves ``ensemble.json``.
 
     Beside the weights stands each task's loss by its own group's adapter alone, as the plan predicted it.
-    Scores of the same adapters and rows are taken over from the run folder ``earlier``.
+    Scores of the same adapters and rows are taken over from the run folders ``earlier``.
     """
     config, path = work.config, work.path / artifacts.ENSEMBLE_FILE
     every = (
