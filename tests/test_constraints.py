@@ -418,7 +418,7 @@ def test_where_one_adapter_is_ruled_out_the_best_grouping_is_taken_though_it_los
     assert plan_for(friends, max_groups=4).decision == "one adapter"
     plan = plan_for(friends, max_groups=4, cannot_link=(names_of(0, 1),))
     assert plan.decision == "group" and plan.curve[len(plan.groups) - 1].gain < 0
-    assert "above one adapter for all" in plan.reason and "rule one adapter for all out" in plan.reason
+    assert "worse than one adapter for all" in plan.reason and "rule one adapter for all out" in plan.reason
     tight = plan_for(friends, max_groups=2, n_groups=4, max_group_size=2)
     assert tight.n_groups_auto == 4 and {len(group) for group in tight.groups} <= {1, 2}
 

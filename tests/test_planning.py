@@ -113,7 +113,9 @@ def test_conflicting_families_are_grouped(opposed_plan: Plan) -> None:
     assert plan.predicted.plan.mean_nll < plan.predicted.shared.mean_nll - 0.1
     assert plan.predicted.plan.mean_nll < plan.predicted.singles.mean_nll
     assert plan.predicted.plan.mean_accuracy > 0.8 > plan.predicted.shared.mean_accuracy
-    assert plan.reason.startswith("2 groups: predicted mean validation loss") and "below one adapter" in plan.reason
+    assert (
+        plan.reason.startswith("2 groups: predicted mean validation loss") and "better than one adapter" in plan.reason
+    )
     named = {comparison.name: comparison for comparison in plan.comparisons}
     assert list(named) == ["one adapter", "one per task", "random groups", "gradient cosine"]
     assert named["gradient cosine"].groups == plan.groups, "opposite families have opposite gradients"

@@ -411,7 +411,7 @@ class TestUnfinishedRuns:
         page = Page(write_report(make_planned_run(tmp_path)).read_text(encoding="utf-8"))
         names = [section["id"] for section in page.all("section")]
         assert names == ["asked", "plan", "affinity", "helping", "curve", "warnings", "power", "reproduce"]
-        assert "predicted validation loss 0.028 ± 0.006 (1 SE) below" in page.texts["h1"][0]
+        assert "mean validation loss predicted 0.028 ± 0.006 (1 SE) better" in page.texts["h1"][0]
         assert "Nothing is trained or tested yet" in page.text
 
     def test_the_least_that_can_be_reported(self, tmp_path):
@@ -591,7 +591,8 @@ class TestHeadline:
         members += [{"name": f"b{i}", "group": 0, "kind": "booster", "rate": 0.3} for i in range(n_boosters)]
         edit(tmp_path, "ensemble.json", weights=[[1.0]] * 10, members=members, boosting=[])
         headline = write_headline(load_record(tmp_path))
-        assert headline.startswith(f"One adapter for all 10 tasks{said} raised mean test accuracy by 12.7 points")
+        told = "2.3 points against the same adapter without boosters" if said else "12.7 points against the base model"
+        assert headline.startswith(f"One adapter for all 10 tasks{said} raised mean test accuracy by {told}")
         edit(tmp_path, "results.json", differences=[])
         assert write_headline(load_record(tmp_path)).startswith(f"One adapter for all 10 tasks{said}: mean test")
         page = write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
@@ -603,8 +604,8 @@ class TestHeadline:
             (1, [[0]], [], "One adapter for t0: there is nothing to group."),
             (3, [[0, 1, 2]], [], "One adapter for all 3 tasks: that is the plan."),
             (3, [[0, 1, 2]], [2], "One adapter for all 3 tasks: no grouping is predicted to be clearly better."),
-            (3, [[0], [1], [2]], [3], "One adapter for each of 3 tasks: predicted validation loss 0.040 below that"),
-            (3, [[0, 1], [2]], [2], "Training 3 tasks in 2 groups: predicted validation loss 0.040 below that of one"),
+            (3, [[0], [1], [2]], [3], "One adapter for each of 3 tasks: mean validation loss predicted 0.040 better"),
+            (3, [[0, 1], [2]], [2], "Training 3 tasks in 2 groups: mean validation loss predicted 0.040 better than"),
             (3, [[0, 1], [2]], [], "Training 3 tasks in 2 groups: that is the plan."),
         ],
     )
@@ -614,6 +615,13 @@ class TestHeadline:
         write_json(tmp_path / "plan.json", {"task_names": names, "groups": groups, "curve": points})
         assert write_headline(load_record(tmp_path)).startswith(expected)
         write_report(tmp_path)
+
+    def test_tile_and_table_say_who_is_in_how_many_groups_and_what_differs(self, tmp_path):
+        page = Page(write_report(make_run(tmp_path)).read_text(encoding="utf-8"))
+        sizes = [len(group) for group in json.loads((tmp_path / "plan.json").read_text())["groups"]]
+        assert f"10 tasks: {' + '.join(map(str, sizes))}" in page.text
+        assert "Differences in the mean over tasks" in page.text
+        assert page.text.count("Ensemble less one adapter for all") == 1, "a line a pair, all metrics in it"
 
     def test_without_an_interval_only_the_means_are_told(self, tmp_path):
         edit(make_run(tmp_path), "results.json", differences=[])

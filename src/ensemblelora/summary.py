@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ensemblelora.artifacts import REPORT_HTML_FILE
 from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
-from ensemblelora.report.headline import write_headline
+from ensemblelora.report.headline import describe_shape, write_headline
 from ensemblelora.report.plan_sections import describe_validation
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.records import CostsRecord, PlanRecord, Prediction, ResultsRecord, RunRecord, TaskScore
@@ -69,7 +69,9 @@ def summarize(folder: Path, *, size: tuple[int, int] | None = None) -> list[Part
 
 def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int, n_warnings: int) -> list[Part]:
     plan, results = record.plan, _leave_out_boosted(record.results)
-    parts: list[Part] = [Text(write_headline(record), style="bold")]
+    # Before there are results, the plan's reason says all that the headline would.
+    headline = f"{describe_shape(plan)}." if results is None else write_headline(record)
+    parts: list[Part] = [Text(headline, style="bold")]
     gap = [Text()] if has_tasks or results is None else []
     if has_tasks or results is None:
         parts.append(Text(plan.reason))

@@ -80,7 +80,7 @@ def describe_cosines(chosen: Candidate, before: Candidate, gain: float, gain_se:
     reason = f"{chosen.n_groups} groups by gradient cosine: {_describe_gain(chosen)}"
     if before.n_groups == 1:
         return f"{reason}; no grouping found by affinity is by more than one standard error."
-    return f"{reason}; {gain:.4f} ± {gain_se or 0.0:.4f} below the {before.n_groups} groups found by affinity."
+    return f"{reason}; {gain:.4f} ± {gain_se or 0.0:.4f} better than the {before.n_groups} groups found by affinity."
 
 
 def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candidate], *, can_share: bool = True) -> str:
@@ -238,10 +238,8 @@ def _describe_gain(candidate: Candidate) -> str:
             (abs(candidate.gain), candidate.gain_se),
         )
     )
-    return (
-        f"predicted mean validation loss {loss} nats, {gain} "
-        f"{'below' if candidate.gain >= 0 else 'above'} one adapter for all"
-    )
+    direction = "better" if candidate.gain >= 0 else "worse"
+    return f"predicted mean validation loss {loss} nats, {gain} {direction} than one adapter for all"
 
 
 def _say_how_to_allow(

@@ -26,7 +26,7 @@ from ensemblelora.report.wording import (
     format_signed,
 )
 
-__all__ = ["METHOD_LABELS", "describe_difference", "method_label", "write_headline", "write_tiles"]
+__all__ = ["METHOD_LABELS", "describe_difference", "describe_shape", "method_label", "write_headline", "write_tiles"]
 
 METHOD_LABELS = {
     "base": "Base model",
@@ -38,6 +38,8 @@ METHOD_LABELS = {
 }
 
 _MAX_SIZES = 6
+_RIVALS = ("base", "shared", "singles")
+"""of the tile; the ensemble's own parts stand in the table"""
 
 
 def method_label(method: str) -> str:
@@ -82,21 +84,19 @@ def write_tiles(run: RunRecord) -> tuple[Tile, ...]:
 def _headline_of_plan(plan: PlanRecord) -> str:
     n_groups = len(plan.groups)
     if plan.n_tasks == 1:
-        return f"{_shape(plan)}: there is nothing to group."
+        return f"{describe_shape(plan)}: there is nothing to group."
     if n_groups == 1 and any(point.n_groups > 1 for point in plan.curve):
-        return f"{_shape(plan)}: no grouping is predicted to be clearly better."
+        return f"{describe_shape(plan)}: no grouping is predicted to be clearly better."
     chosen = next((point for point in plan.curve if point.n_groups == n_groups), None)
     if n_groups == 1 or chosen is None or chosen.gain is None:
-        return f"{_shape(plan)}: that is the plan."
+        return f"{describe_shape(plan)}: that is the plan."
     error = "" if chosen.gain_se is None else f" ± {format_number(chosen.gain_se)} (1 SE)"
-    direction = "below" if chosen.gain >= 0 else "above"
-    return (
-        f"{_shape(plan)}: predicted validation loss {format_number(abs(chosen.gain))}{error} {direction} "
-        "that of one adapter for all."
-    )
+    direction = "better" if chosen.gain >= 0 else "worse"
+    size = f"{format_number(abs(chosen.gain))}{error}"
+    return f"{describe_shape(plan)}: mean validation loss predicted {size} {direction} than one adapter for all."
 
 
-def _shape(plan: PlanRecord) -> str:
+def describe_shape(plan: PlanRecord) -> str:
     """Say what is trained."""
     if plan.n_tasks == 1:
         return f"One adapter for {plan.task_names[0]}"
@@ -108,9 +108,8 @@ def _shape(plan: PlanRecord) -> str:
 
 
 def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
-    rival = "base" if len(run.plan.groups) == 1 else "shared"
-    against = "the base model as it is" if rival == "base" else "one adapter for all"
-    shape = _shape(run.plan) + _name_boosters(run.ensemble)
+    rival, against = _choose_rival(run)
+    shape = describe_shape(run.plan) + _name_boosters(run.ensemble)
     metric = "accuracy" if results.methods["ensemble"].mean("accuracy", run.plan.task_names) is not None else "nll"
     difference = results.find_difference("ensemble", rival, metric)
     if difference is None or difference.low is None or difference.high is None:
@@ -123,6 +122,14 @@ def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
         judgement = _judge(loss, loss.low or 0.0, loss.high or 0.0, against, confidence)
         judgement += f"; in mean test accuracy it made no difference that this run can show: {change}"
     return f"{shape} {judgement}."
+
+
+def _choose_rival(run: RunRecord) -> tuple[str, str]:
+    """What the ensemble is compared with first, and what to call it: the next simpler thing that was measured."""
+    if len(run.plan.groups) > 1:
+        return "shared", "one adapter for all"
+    is_boosted = run.ensemble is not None and any(member.kind == "booster" for member in run.ensemble.members)
+    return ("shared", "the same adapter without boosters") if is_boosted else ("base", "the base model as it is")
 
 
 def _name_boosters(ensemble: EnsembleRecord | None) -> str:
@@ -163,11 +170,14 @@ def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival:
 
 def _tile_of_groups(plan: PlanRecord) -> Tile:
     sizes = [len(group) for group in plan.groups]
-    listed = ", ".join(map(str, sizes)) if len(sizes) <= _MAX_SIZES else f"{min(sizes)} to {max(sizes)}"
-    if len(sizes) > 1 and min(sizes) == max(sizes):
-        detail = f"of {count(sizes[0], 'task')} each"
+    tasks = count(plan.n_tasks, "task")
+    if len(sizes) == 1:
+        detail = tasks
+    elif min(sizes) == max(sizes):
+        detail = f"{tasks}: {sizes[0]} in each"
     else:
-        detail = count(plan.n_tasks, "task") if len(sizes) == 1 else f"of {listed} tasks"
+        listed = " + ".join(map(str, sizes)) if len(sizes) <= _MAX_SIZES else f"{min(sizes)} to {max(sizes)} in each"
+        detail = f"{tasks}: {listed}"
     return Tile("Groups", str(len(sizes)), detail)
 
 
@@ -175,7 +185,7 @@ def _tile_of_accuracy(results: ResultsRecord, plan: PlanRecord) -> Tile:
     others = [
         f"{format_percent(value)} {method_label(method).lower()}"
         for method, scores in results.ordered_methods.items()
-        if method != "ensemble" and (value := scores.mean("accuracy", plan.task_names)) is not None
+        if method in _RIVALS and (value := scores.mean("accuracy", plan.task_names)) is not None
     ]
     mean = results.methods["ensemble"].mean("accuracy", plan.task_names)
     if mean is None:

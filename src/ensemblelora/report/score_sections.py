@@ -9,8 +9,8 @@ from ensemblelora.report.cells import task_cell
 from ensemblelora.report.chance import Chance, judge_chance
 from ensemblelora.report.charts import draw_scores
 from ensemblelora.report.differences import TaskDifference, draw_differences
-from ensemblelora.report.document import Block, Bullets, Cell, Column, FigureRow, Row, Section, Table, Text
-from ensemblelora.report.headline import describe_difference, method_label
+from ensemblelora.report.document import Block, Cell, Column, FigureRow, Row, Section, Table, Text
+from ensemblelora.report.headline import method_label
 from ensemblelora.report.records import Difference, MethodScores, ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.wording import (
     count,
@@ -51,9 +51,8 @@ def write_scores(run: RunRecord) -> Section | None:
     tasks = [name for name in run.plan.ordered_names if any(name in item.per_task for item in results.methods.values())]
     chance = judge_chance(results, tasks)
     blocks: list[Block] = [Text(_introduce(results, tasks, chance))]
-    differences = _difference_list(run, results)
-    if differences.items:
-        blocks.append(differences)
+    if (means := _mean_difference_table(run, results)) is not None:
+        blocks.append(means)
     labels = {method: method_label(method) for method in results.methods}
     if 0 < len(tasks) <= _MAX_PLOTTED_TASKS and _has_metric(results, "accuracy"):
         caption = f"Bars: {run.config.evaluation.confidence:.0%} intervals. Dotted: share of the most frequent class."
@@ -173,15 +172,32 @@ def _best_value(metric: _Metric, values: list[float | None]) -> float | None:
     return max(known) if metric.is_higher_better else min(known)
 
 
-def _difference_list(run: RunRecord, results: ResultsRecord) -> Bullets:
-    names = {"accuracy": "accuracy", "macro_f1": "macro-F1", "nll": "loss"}
-    items = [
-        f"{method_label(item.a)} against {method_label(item.b).lower()}, mean {names.get(item.metric, item.metric)}: "
-        f"{describe_difference(item, run.config.evaluation.confidence)}."
+def _mean_difference_table(run: RunRecord, results: ResultsRecord) -> Table | None:
+    """Compare methods in the mean over tasks, a pair a line, on the same rows."""
+    found = {
+        (item.a, item.b, item.metric): item
         for item in results.differences
         if item.difference is not None and item.task is None
-    ]
-    return Bullets(tuple(items))
+    }
+    metrics = [metric for metric in _METRICS if any(key == metric.key for _, _, key in found)]
+    rows = tuple(
+        Row(
+            (
+                Cell(f"{method_label(a)} less {method_label(b).lower()}"),
+                *(_difference_cell(metric, found.get((a, b, metric.key))) for metric in metrics),
+            )
+        )
+        for a, b in dict.fromkeys((a, b) for a, b, _ in found)
+    )
+    if not rows or not metrics:
+        return None
+    columns = (Column("Methods", is_number=False), *(Column(_name_difference(metric)) for metric in metrics))
+    note = f"With {run.config.evaluation.confidence:.0%} intervals; marked where they leave out 0."
+    return Table("Differences in the mean over tasks", columns, rows, note)
+
+
+def _name_difference(metric: _Metric) -> str:
+    return metric.name.replace(", %", ", points")
 
 
 def _difference_table(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> Table | None:
@@ -206,7 +222,7 @@ def _difference_table(run: RunRecord, results: ResultsRecord, tasks: list[str]) 
         )
         for name, items in found.items()
     )
-    columns = (Column("Task", is_number=False), *(Column(metric.name.replace(", %", ", points")) for metric in metrics))
+    columns = (Column("Task", is_number=False), *(Column(_name_difference(metric)) for metric in metrics))
     note = "Marked where the interval leaves out 0; of many tasks a few do by chance alone, so the means weigh more."
     return Table("Ensemble minus one adapter for all, task by task", columns, rows, note)
 
