@@ -206,6 +206,20 @@ def test_plan_and_results_are_those_of_the_folder():
     assert ensemblelora.load_run is load_run
 
 
+def test_doubts_are_of_tasks_that_nothing_is_above_chance_on(tmp_path):
+    copy_run(tmp_path)
+    run = load_run(tmp_path / "run")
+    scores = {name: [one["per_task"][name] for one in run.results["methods"].values()] for name in TASKS}
+    tested = [name for name in TASKS if any(one.get("is_above_chance") is not None for one in scores[name])]
+    doubtful = [name for name in tested if not any(one["is_above_chance"] for one in scores[name])]
+    assert doubtful and len(doubtful) < len(TASKS), "both kinds are in it"
+    told = " ".join(run.list_doubts(TASKS))
+    assert all((name in told) == (name in doubtful) for name in TASKS)
+    assert run.list_doubts([name for name in TASKS if name not in doubtful]) == []
+    (tmp_path / "run" / "results.json").unlink()
+    assert run.list_doubts(TASKS) == [], "nothing is known of a run that was not tested"
+
+
 def test_what_is_not_there_yet_is_said_with_the_command_that_makes_it(tmp_path):
     recipe = copy_run(tmp_path)
     with pytest.raises(OutputError, match="not a run folder"):

@@ -326,7 +326,7 @@ sys.exit(main(["run", {str(run)!r}]))
         process.send_signal(signal.SIGINT)
         _, talk = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert talk == f"interrupted; continue with: ensemblelora run '{run / 'config.yaml'}'\n"
+    assert talk == f"interrupted; continue with: ensemblelora run '{run}'\n"
 
 
 def test_ctrl_c_before_anything_was_begun(pipeline, recipe_file, capsys, tmp_path):
@@ -356,6 +356,7 @@ def test_demo_runs_its_recipe_and_names_the_one_command_it_needs(pipeline, monke
 class FakePrediction:
     label: str
     probabilities: dict[str, float]
+    task = "boolq"  # no field: what is shown is the rest
 
 
 @pytest.fixture
@@ -363,6 +364,7 @@ def loaded(monkeypatch) -> list[object]:
     """A run that says what it was asked."""
     asked: list[object] = []
     run = types.SimpleNamespace()
+    run.list_doubts = lambda tasks: []
     run.predict = lambda task, rows: asked.append((task, rows)) or [FakePrediction("yes", {"yes": 1.0}) for _ in rows]
     known = {"nll": 0.5, "nll_se": 0.1, "accuracy": 1.0, "accuracy_se": 0.0, "accuracy_low": 0.84, "accuracy_high": 1.0}
     answer = {"demo_cb": known | {"n_validation": 20, "is_in_subset": True}}
@@ -393,10 +395,16 @@ def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
         Prediction("a text", None, {}, {}, "books", routing, None, 0.25),
     ]
     api = types.ModuleType("ensemblelora.api")
-    api.load_run = lambda folder: types.SimpleNamespace(predict=lambda task, rows: answers)
+    told = ["On books no method is above chance."]
+    run = types.SimpleNamespace(
+        predict=lambda task, rows: answers, list_doubts=lambda tasks: told if "books" in tasks else []
+    )
+    api.load_run = lambda folder: run
     monkeypatch.setitem(sys.modules, "ensemblelora.api", api)
     assert main(["predict", "r", "--text", "one", "--text", "two"]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    out, err = capsys.readouterr()
+    assert err == "warning: On books no method is above chance.\n"
+    lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines == [
         "answer sure of the answer task sure of the task", "1 good 62% films 75%", "2 a text \u2013 books 25%",
     ]  # fmt: skip

@@ -154,7 +154,7 @@ def test_unknown_key_is_refused_in_every_stage(stage):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("training.epochs=3", "--set training.epochs: unknown key; did you mean num_train_epochs? "),
+        ("training.epochs=3", "--set training.epochs: unknown key; did you mean training.num_train_epochs? "),
         ("trainnig.num_train_epochs=3", "--set trainnig: unknown key; did you mean training? "),
         ("num_train_epochs=3", "--set num_train_epochs: unknown key; did you mean training.num_train_epochs? "),
         (

@@ -450,7 +450,7 @@ REFUSALS = [
     ({"format": "gguf"}, None, UsageError, "format 'gguf': expected one of peft, folded, merged"),
     ({"format": "peft", "rank": 4}, None, UsageError, "format peft keeps every member as it is"),
     ({"format": "peft", "task": TASKS[0]}, None, UsageError, "format peft keeps every member as it is"),
-    ({}, forget_ensemble, UsageError, "no ensemble.json yet; make it with: ensemblelora run"),
+    ({}, forget_ensemble, UsageError, "no trained ensemble yet; make it with: ensemblelora run"),
     ({"format": "peft"}, alter_adapter, StoreError, "group-1: damaged, or not what ensemble.json was fitted to"),
     ({}, lose_adapter, StoreError, "group-0-boost-1: damaged, or not what ensemble.json was fitted to"),
     ({}, drop_rows, DataError, f"'{TASKS[0]}': 11, .* give it its data back"),

@@ -167,7 +167,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path, server):
         time.sleep(0.01)
     assert child.kill(signal.SIGINT) == 130, talk_of(tmp_path)
     told = last_line(tmp_path)
-    assert told == f"interrupted; continue with: ensemblelora run {tmp_path / 'run' / 'config.yaml'}"
+    assert told == f"interrupted; continue with: ensemblelora run {tmp_path / 'run'}"
     assert "Traceback" not in talk_of(tmp_path)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert carry_out(server, ["run", str(tmp_path / "run" / "config.yaml"), "--quiet"], tmp_path / "log.txt") == 0

@@ -12,7 +12,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,8 @@ from ensemblelora.estimation import Oracle, compute_wilson_interval
 from ensemblelora.exporting import TOLERANCE, Export, Format, export_run
 from ensemblelora.generation import decode_answers, generate, list_contexts
 from ensemblelora.members import load_members
+from ensemblelora.report.chance import judge_chance
+from ensemblelora.report.records import ResultsRecord
 from ensemblelora.routing import Route, Router, open_router, read_texts, route_rows
 from ensemblelora.stages import read_oracle
 from ensemblelora.workspace import ORACLE_FILE
@@ -73,6 +75,19 @@ class Run:
             UsageError: If the run has not been evaluated.
         """
         return self._read(artifacts.RESULTS_FILE)
+
+    def list_doubts(self, tasks: Collection[str]) -> list[str]:
+        """Say in sentences on which of some tasks the run's own tests showed nothing better than one fixed answer.
+
+        Args:
+            tasks: Names.
+
+        Returns:
+            None where every task is above chance, or the run has not been evaluated.
+        """
+        if not (self.path / artifacts.RESULTS_FILE).exists():
+            return []
+        return list(judge_chance(ResultsRecord.model_validate(self.results, strict=False), sorted(tasks)).tell())
 
     def predict(self, task: str | None, rows: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
         """Answer questions of one task, or of whichever task each row is likeliest of.

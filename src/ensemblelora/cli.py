@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, config or data, 130 interrupted. ``
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from ensemblelora.exporting import Export
 
 __all__ = ["app", "main"]
+
+_logger = logging.getLogger(__name__)
 
 _WHOLE = "The whole method"
 _STAGE = "One stage, with what it needs before it"
@@ -165,7 +168,10 @@ def predict(
     with talking(**asdict(talk)):
         from ensemblelora.api import load_run
 
-        predictions = load_run(run).predict(task, rows)
+        found = load_run(run)
+        predictions = found.predict(task, rows)
+        for doubt in found.list_doubts({prediction.task for prediction in predictions}):
+            _logger.warning("%s", doubt)
     if as_json:
         return show_json(predictions)
     if task is None:
@@ -380,7 +386,6 @@ def _show_export(made: Export) -> None:
 
 
 def _say_how_to_continue(folder: Path) -> str:
-    file = folder / CONFIG_FILE
-    if file.exists():
-        return f"continue with: ensemblelora run {shlex.quote(str(file))}"
+    if (folder / CONFIG_FILE).exists():
+        return f"continue with: ensemblelora run {shlex.quote(str(folder))}"
     return "nothing was begun: give the same command again"

@@ -83,7 +83,7 @@ def _suggest_key(unknown: str, model: type[BaseModel]) -> str:
             sections[key] = list(field.annotation.model_fields)
     same = [f"{section}.{name}".lstrip(".") for section, keys in sections.items() if name in keys]
     close = difflib.get_close_matches(name, sections.get(parent, ()), n=1, cutoff=_LIKENESS)
-    found = same or close
+    found = same or [f"{parent}.{one}".lstrip(".") for one in close]
     hint = f"did you mean {' or '.join(found)}? " if found else ""
     return f"{hint}`ensemblelora config` lists the known ones"
 

@@ -38,6 +38,13 @@ __all__ = [
 EARLIER_FOLDER = "earlier"
 MADE_WITH_FILE = ".config.yaml"
 """a copy of the config that a run was made with, whose owner may edit the other one"""
+_CONTENTS = {
+    artifacts.ENSEMBLE_FILE: "trained ensemble",
+    artifacts.RESULTS_FILE: "test results",
+    artifacts.PLAN_FILE: "plan",
+    artifacts.COSTS_FILE: "costs",
+}
+"""What files hold, in the words of those who miss it."""
 _IDENTITY_FILE = "earlier.json"
 _LEFT_OUT = frozenset({EARLIER_FOLDER, "cache", "checkpoints", "export"})
 _APPENDED = ".jsonl"  # journals grow in place, so that a link would grow, too
@@ -92,7 +99,7 @@ def describe_missing(run: Path, name: str, command: str = "run") -> str:
         name: Of the file.
         command: Which makes it, from what the run has.
     """
-    text = f"{run}: no {name} yet; make it with: ensemblelora {command} {shlex.quote(str(run))}"
+    text = f"{run}: no {_CONTENTS.get(name, name)} yet; make it with: ensemblelora {command} {shlex.quote(str(run))}"
     kept = [number for number, folder in _list_kept(run).items() if (folder / name).exists()]
     if not kept:
         return text

@@ -39,6 +39,7 @@ Row = Mapping[str, Any]
 
 _Field = Callable[[Row], Any]
 
+_MAX_NAMED = 8
 _MOST_CHOICES = 2**15 - 1
 _MOST_DIGITS = 18
 _TEMPLATE_ERRORS = (
@@ -230,9 +231,14 @@ def _check_fields(card: TaskCard, columns: Collection[str], environment: Environ
             continue
         unknown += [f"{key}: unknown column {name!r}" for name in sorted(names)]
     if unknown:
-        faults.append(f"{', '.join(unknown)} (columns: {', '.join(columns)})")
+        faults.append(f"{', '.join(unknown)} ({_list_columns(columns)})")
     if faults:
         raise DataError("; ".join(faults))
+
+
+def _list_columns(columns: Collection[str]) -> str:
+    named = ", ".join([*columns][:_MAX_NAMED])
+    return f"columns: {named}" + (f" and {len(columns) - _MAX_NAMED} more" if len(columns) > _MAX_NAMED else "")
 
 
 def _find_names(template: nodes.Template) -> set[str]:
@@ -254,7 +260,7 @@ def _compile_field(key: str, text: str, columns: Collection[str], environment: E
         try:
             return template.render(row)
         except UndefinedError as error:
-            raise DataError(f"{key}: {error.message} (columns: {', '.join(columns)})") from None
+            raise DataError(f"{key}: {error.message} ({_list_columns(columns)})") from None
         except _TEMPLATE_ERRORS as error:
             raise DataError(f"{key}: {_one_line(error)}") from None
 
