@@ -27,14 +27,17 @@ from ensemblelora.additions.source import change_cards, read_source, settle_conf
 from ensemblelora.api import load_run
 from ensemblelora.cli import main
 from ensemblelora.config import EstimationConfig
+from ensemblelora.data.batching import collate
 from ensemblelora.data.catalog import load_card
 from ensemblelora.data.synthetic import make_planted_tasks
 from ensemblelora.errors import DataError, OutputError, UsageError
 from ensemblelora.estimation import Oracle, compute_clustered_se
 from ensemblelora.evaluation.rows import TaskRows
+from ensemblelora.passes import run_lower, with_cache
 from ensemblelora.stages import kept
 from measured import render_measured
 from tests.test_planning import make_features
+from tests.test_prefix import make_top
 from tests.tiny import make_adapted, make_split
 from tests.tiny_run import SIZES, TASKS, copy_run, edit_rows, finished_run, flip, make_inputs, write_task
 
@@ -155,6 +158,26 @@ def test_a_group_trained_onward_is_judged_by_as_many_rows_of_the_others_as_of_th
     )
     assert [(one.task, one.n_examples) for one in carrier.pick_judges(0)] == [("a", 9), ("b", 3), ("new", 12)]
     assert [(one.task, one.n_examples) for one in carrier.pick_rows(0)] == [("a", 4), ("b", 2), ("new", 12)], "half"
+
+
+def test_of_rows_that_are_replayed_no_others_are_run(tmp_path: Path) -> None:
+    splits = tuple(make_split("verbalizer", n=n, task=name) for name, n in (("a", 30), ("new", 12)))
+    adapted = with_cache(make_top(), tmp_path, splits, max_bytes=10**8)
+    assert adapted.prefix is not None and adapted.prefix.cache is not None
+    carrier = make_carrier(((0, 1),), ("a", "new"), "new", "onward", (("a",),))
+    rows = SimpleNamespace(names=carrier.rows.names, train=splits, validation=splits)
+    work = SimpleNamespace(config=SimpleNamespace(seed=3))
+    carrier = replace(carrier, rows=rows, probe=adapted, work=work)
+    (part, own), cache = carrier.pick_rows(0), adapted.prefix.cache
+    assert own is splits[1] and part.n_examples == 6
+    run_lower(adapted, collate([(part, 0)], 0))
+    assert cache.holds(part) and not cache.holds(splits[0])
+    run_lower(adapted, collate([(splits[0], 0)], 0))
+    again, n_files = carrier.pick_rows(0)[0], len(list(tmp_path.rglob("hidden.npy")))
+    run_lower(adapted, collate([(again, 0)], 0))
+    assert cache.holds(again) and len(list(tmp_path.rglob("hidden.npy"))) == n_files, (
+        "from the whole, once it is there"
+    )
 
 
 def test_only_the_group_that_changed_is_trained() -> None:

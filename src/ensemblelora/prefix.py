@@ -163,6 +163,11 @@ class HiddenCache:
                 f"{limit} and are computed each time"
             )
 
+    def holds(self, split: EncodedSplit) -> bool:
+        """Whether a split's rows have been run and are kept."""
+        place = self._places.get(id(split))
+        return place is not None and place.is_filled
+
     def enlist_part(self, part: EncodedSplit, whole: EncodedSplit, rows: NDArray[np.int64]) -> None:
         """Let some rows of a split be found as those of a split of their own; nothing if the whole is not kept."""
         if (place := self._places.get(id(whole))) is not None:

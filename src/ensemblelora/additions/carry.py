@@ -195,8 +195,11 @@ class Carrier:
 
     def _take(self, split: EncodedSplit, examples: np.ndarray) -> EncodedSplit:
         part = take_examples(split, examples)
-        if self.probe.prefix is not None and self.probe.prefix.cache is not None:
-            self.probe.prefix.cache.enlist_part(part, split, list_rows(split, examples))
+        cache = self.probe.prefix.cache if self.probe.prefix is not None else None
+        if cache is not None and cache.holds(split):
+            cache.enlist_part(part, split, list_rows(split, examples))
+        elif cache is not None:  # as a part of the whole it would have all of its rows run
+            cache.enlist([part], cleans=False)
         return part
 
     def _load_boosters(self, group: int, member: str, earlier: Sequence[BoostRound]) -> list[BoostRound]:
