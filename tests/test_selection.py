@@ -63,7 +63,8 @@ def slow_rows(prospect: Prospect, choice: tuple[int, ...]) -> np.ndarray:
         weights = fit_subsets(features.train, [subset], l2_penalty=oracle.l2_penalty, tolerance=1e-9).weights
     else:
         weights = simulate_training(features.train, features.validation, [subset], oracle.budget, judges=(0,))
-    return predict_outcomes(features.validation[0], weights).nll[0]
+    start, trained = predict_outcomes(features.validation[0], np.vstack([0 * weights, weights])).nll
+    return trained if trained.mean() <= start.mean() else start + 0.1 * (trained - start)
 
 
 def slow_gain(prospect: Prospect, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, float]:
@@ -95,6 +96,16 @@ def additions(prospect: Prospect, limit: int | None = None):
 
 def removals(chosen):
     return [tuple(i for i in chosen if i != j) for j in chosen]
+
+
+def test_of_sets_that_do_harm_each_counts_for_a_tenth_of_it():
+    (features,) = make_prospect([0.0, 1.0, 1.0], RIDGE).oracle.replicates
+    prospect = make_prospect([0.0, 1.0, 1.0], RIDGE, includes_target=False)
+    start, right, wrong, both = prospect.score([(), (0,), (1,), (1, 2)]).values
+    true = [fit_subsets(features.train, [subset], l2_penalty=1.0).weights for subset in [(2,), (2, 3)]]
+    harm = predict_outcomes(features.validation[0], np.vstack(true)).nll.mean(axis=1) - start
+    assert start == pytest.approx(np.log(2)) and right < start and (harm > 0.1).all()
+    np.testing.assert_allclose([wrong - start, both - start], 0.1 * harm, rtol=1e-4)
 
 
 # Searches

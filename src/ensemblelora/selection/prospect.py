@@ -24,6 +24,8 @@ FloatArray = npt.NDArray[np.float64]
 Choice = tuple[int, ...]
 """indices of sources, ascending"""
 
+_SHARE_OF_HARM = 0.1
+
 
 @dataclass(frozen=True, eq=False)
 class Estimates:
@@ -75,9 +77,16 @@ class Prospect:
         self.oracle.solve([self.subset_of(choice) for choice in choices])
 
     def row_nll(self, choices: Sequence[Choice]) -> FloatArray:
-        """The target's loss on every validation row under each set, ``(n_seeds, k, n_val)``."""
-        outcomes = self.oracle.row_outcomes([self.subset_of(choice) for choice in choices], 0)
-        return np.stack([outcome.nll for outcome in outcomes])
+        """The target's loss on every validation row under each set, ``(n_seeds, k, n_val)``.
+
+        Where training on a set only does harm, the trainer keeps its start. A small part of the harm still counts, so
+        that such sets are told apart.
+        """
+        outcomes = self.oracle.row_outcomes([(), *map(self.subset_of, choices)], 0)
+        rows = np.stack([outcome.nll for outcome in outcomes])
+        start, trained = rows[:, :1], rows[:, 1:]
+        does_harm = trained.mean(axis=2, keepdims=True) > start.mean(axis=2, keepdims=True)
+        return np.where(does_harm, start + _SHARE_OF_HARM * (trained - start), trained)
 
     def score(self, choices: Sequence[Choice]) -> Estimates:
         """The target's mean loss under each set."""
