@@ -129,6 +129,8 @@ def test_one_family_stays_together(seed: int) -> None:
     assert plan.decision == "one adapter" and plan.groups == (tuple(range(6)),)
     assert plan.reason.startswith("No grouping is predicted to beat one adapter for all")
     assert plan.predicted.plan == plan.predicted.shared
+    asked = plan_for(make_oracle(make_features((0,) * 6, seed=seed)), max_groups=4, n_groups=1)
+    assert asked.reason.endswith(" nats."), "one adapter is neither better nor worse than itself"
 
 
 def test_three_families_are_told_apart() -> None:

@@ -580,7 +580,7 @@ class TestHeadline:
         edit(tmp_path, "ensemble.json", weights=[[1.0]] * 10, members=[], boosting=[])
         headline = write_headline(load_record(tmp_path))
         assert headline.startswith(
-            "One adapter for all 10 tasks raised mean test accuracy by 12.7 points against the base"
+            "The plan is one adapter for all 10 tasks. It raised mean test accuracy by 12.7 points against the base"
         )
 
     @pytest.mark.parametrize(("n_boosters", "said"), [(0, ""), (1, " with 1 booster"), (2, " with 2 boosters")])
@@ -591,10 +591,12 @@ class TestHeadline:
         members += [{"name": f"b{i}", "group": 0, "kind": "booster", "rate": 0.3} for i in range(n_boosters)]
         edit(tmp_path, "ensemble.json", weights=[[1.0]] * 10, members=members, boosting=[])
         headline = write_headline(load_record(tmp_path))
-        told = "2.3 points against the same adapter without boosters" if said else "12.7 points against the base model"
-        assert headline.startswith(f"One adapter for all 10 tasks{said} raised mean test accuracy by {told}")
+        who = f"{said.strip().capitalize()} it" if said else "It"
+        opening = f"The plan is one adapter for all 10 tasks. {who}"
+        assert headline.startswith(f"{opening} raised mean test accuracy by 12.7 points against the base model (95%")
+        assert ("Against the same adapter without boosters: +2.3 points (95% interval" in headline) == bool(said)
         edit(tmp_path, "results.json", differences=[])
-        assert write_headline(load_record(tmp_path)).startswith(f"One adapter for all 10 tasks{said}: mean test")
+        assert write_headline(load_record(tmp_path)).startswith(f"{opening}: mean test accuracy 62.0% against 49.3%")
         page = write_report(tmp_path).with_suffix(".md").read_text(encoding="utf-8")
         assert "The frame shows 1 group." in page and not re.search(r"\b1 groups", page)
 
@@ -672,7 +674,7 @@ class TestScores:
         table = find_table(compose_document(load_record(finished)), "Accuracy")
         able = [row.cells[0].text for row in table.rows if not row.is_summary and not row.cells[0].tag]
         overall, above = [row for row in table.rows if row.is_summary]
-        assert above.cells[0].text == f"Mean of {len(able)} above chance"
+        assert above.cells[0].text == f"Mean of {len(able)} unmarked"
         for cells, names in ((overall.cells, TASKS), (above.cells, able)):
             for cell, method in zip(cells[1:4], ("base", "shared", "ensemble"), strict=True):
                 mean = np.mean([ACCURACY[method][TASKS.index(name)] for name in names])

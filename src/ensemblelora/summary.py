@@ -15,9 +15,10 @@ from rich.text import Text
 
 from ensemblelora.artifacts import REPORT_HTML_FILE
 from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
+from ensemblelora.report.departure import explain_departure
 from ensemblelora.report.headline import describe_shape, write_headline
 from ensemblelora.report.plan_sections import describe_validation
-from ensemblelora.report.reading import load_record
+from ensemblelora.report.reading import leave_out_repeats, load_record
 from ensemblelora.report.records import CostsRecord, PlanRecord, Prediction, ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.result_sections import warn_of_linearity
 from ensemblelora.report.wording import (
@@ -55,7 +56,7 @@ def summarize(folder: Path, *, size: tuple[int, int] | None = None) -> list[Part
         UsageError: If the run has no plan yet.
         StoreError: If one of its files is damaged.
     """
-    record = load_record(folder)
+    record = leave_out_repeats(load_record(folder))
     width, height = size or shutil.get_terminal_size((_WIDTH, _HEIGHT))
     console = Console(width=width, highlight=False)
     shown: list[Part] = []
@@ -74,7 +75,7 @@ def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int,
     parts: list[Part] = [Text(headline, style="bold")]
     gap = [Text()] if has_tasks or results is None else []
     if has_tasks or results is None:
-        parts.append(Text(plan.reason))
+        parts.append(Text(f"{plan.reason} {explain_departure(record)}".strip()))
     parts += [Text(), _list_groups(plan, n_groups), Text()]
     if results is None:
         parts += [_tabulate_predictions(plan), *gap]
@@ -137,6 +138,8 @@ def _tabulate_predictions(plan: PlanRecord) -> Table:
         "the base model": plan.predicted.base,
     }
     for name, predicted in ways.items():
+        if name == "this plan" and len(plan.groups) == 1:
+            continue  # it is one adapter for all
         table.add_row(name, *_write_prediction(predicted))
     return table
 
@@ -152,7 +155,7 @@ def _write_prediction(predicted: Prediction) -> tuple[str, str, str, str]:
 
 def _tabulate_accuracy(plan: PlanRecord, results: ResultsRecord) -> Table:
     table = _new_table("test accuracy", "rows", "majority", *results.methods)
-    for task in plan.task_names:
+    for task in plan.ordered_names:
         scores = [method.per_task.get(task, TaskScore()) for method in results.methods.values()]
         table.add_row(
             Text(task),
@@ -206,15 +209,14 @@ def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:
 
 
 def _list_costs(costs: CostsRecord | None) -> Iterator[str]:
-    stages = [stage for stage in costs.stages if stage.wall_seconds is not None] if costs else []
-    if not stages:
+    if costs is None or costs.wall_seconds is None:
         return
+    stages = [stage for stage in costs.stages if stage.wall_seconds is not None]
     longest = sorted(stages, key=lambda stage: -(stage.wall_seconds or 0))[:2]
-    total = sum(stage.wall_seconds or 0 for stage in stages)
     parts = ", ".join(f"{stage.stage} {format_seconds(stage.wall_seconds)}" for stage in longest)
     peaks = [stage.peak_memory_bytes for stage in stages if stage.peak_memory_bytes is not None]
     peak = f"; {format_bytes(max(peaks))} of memory at most" if peaks else ""
-    yield f"{format_seconds(total)} in all ({parts}){peak}"
+    yield f"{format_seconds(costs.wall_seconds)} in all ({parts}){peak}"
 
 
 def _new_table(*columns: str) -> Table:

@@ -230,7 +230,7 @@ def _name_some(names: Sequence[str]) -> str:
 
 
 def _describe_gain(candidate: Candidate) -> str:
-    """Say what a number of groups is predicted to give against one adapter."""
+    """Say what a number of groups is predicted to give against one adapter, where it is not that itself."""
     loss, gain = (
         f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
         for value, error in (
@@ -238,6 +238,8 @@ def _describe_gain(candidate: Candidate) -> str:
             (abs(candidate.gain), candidate.gain_se),
         )
     )
+    if candidate.n_groups == 1:
+        return f"predicted mean validation loss {loss} nats"
     direction = "better" if candidate.gain >= 0 else "worse"
     return f"predicted mean validation loss {loss} nats, {gain} {direction} than one adapter for all"
 

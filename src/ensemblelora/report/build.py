@@ -29,7 +29,7 @@ from ensemblelora.report.helping import write_helping
 from ensemblelora.report.pareto_section import write_pareto
 from ensemblelora.report.plan_sections import write_affinity, write_curve, write_plan
 from ensemblelora.report.power_section import write_power
-from ensemblelora.report.reading import load_record
+from ensemblelora.report.reading import leave_out_repeats, load_record
 from ensemblelora.report.records import RunRecord
 from ensemblelora.report.result_sections import (
     write_boosting,
@@ -87,6 +87,7 @@ def write_report(folder: Path) -> Path:
 
 def compose_document(run: RunRecord) -> Document:
     """Turn what a run holds into the report's text, tables and figures."""
+    run = leave_out_repeats(run)
     sections = [section for write in _SECTIONS if (section := write(run)) is not None]
     model, created = run.environment.model.name, run.environment.created
     version = run.environment.package_version

@@ -28,7 +28,7 @@ def write_costs(run: RunRecord) -> Section | None:
         return None
     blocks: list[Block] = [Text(_summarize(costs))]
     if costs.stages:
-        blocks.append(_stage_table(costs.stages))
+        blocks.append(_stage_table(costs))
     if costs.methods:
         blocks.append(_method_table(costs.methods))
     return Section("costs", "What it cost", blocks)
@@ -63,10 +63,9 @@ def write_reproduction(run: RunRecord) -> Section:
 
 
 def _summarize(costs: CostsRecord) -> str:
-    seconds = sum(stage.wall_seconds or 0.0 for stage in costs.stages)
     flops = sum(stage.flops or 0.0 for stage in costs.stages)
     peak = max((stage.peak_memory_bytes or 0.0 for stage in costs.stages), default=0.0)
-    parts = [format_seconds(seconds), format_flops(flops), f"at most {format_bytes(peak)} of memory"]
+    parts = [format_seconds(costs.wall_seconds), format_flops(flops), f"at most {format_bytes(peak)} of memory"]
     text = f"In all {', '.join(parts)}." if costs.stages else ""
     shared, ours = costs.methods.get("shared"), costs.methods.get("ensemble")
     if shared and ours and shared.train_flops and ours.train_flops is not None:
@@ -81,8 +80,8 @@ def _summarize(costs: CostsRecord) -> str:
     return text.strip() or "The ledger is still empty."
 
 
-def _stage_table(stages: Iterable[StageCosts]) -> Table:
-    stages = tuple(stages)
+def _stage_table(costs: CostsRecord) -> Table:
+    stages = costs.stages
     memory = [stage.peak_memory_bytes for stage in stages]
     accelerator = [stage.peak_accelerator_bytes for stage in stages]
     cells = [
@@ -94,7 +93,7 @@ def _stage_table(stages: Iterable[StageCosts]) -> Table:
     ]
     total = (
         Cell("All stages"),
-        Cell(format_seconds(_total(stage.wall_seconds for stage in stages))),
+        Cell(format_seconds(costs.wall_seconds)),
         Cell(format_flops(_total(stage.flops for stage in stages))),
         _largest_cell(memory),
         *([_largest_cell(accelerator)] if any(accelerator) else []),
@@ -103,7 +102,7 @@ def _stage_table(stages: Iterable[StageCosts]) -> Table:
     labels = ("Wall time", "FLOPs", "Peak memory", *(("Accelerator memory",) if any(accelerator) else ()), "Tokens")
     columns = (Column("Stage", is_number=False), *map(Column, labels))
     rows = [Row((Cell(stage.stage), *row)) for stage, *row in zip(stages, *cells, strict=True)]
-    note = "FLOPs by formula; memory and time as measured. Bars compare within a column."
+    note = "FLOPs by formula; memory and time as measured, writing this report left out. Bars compare within a column."
     return Table("By stage", columns, (*rows, Row(total, is_summary=True)), note)
 
 

@@ -26,7 +26,15 @@ from ensemblelora.report.wording import (
     format_signed,
 )
 
-__all__ = ["METHOD_LABELS", "describe_difference", "describe_shape", "method_label", "write_headline", "write_tiles"]
+__all__ = [
+    "METHOD_LABELS",
+    "describe_difference",
+    "describe_shape",
+    "find_rival",
+    "method_label",
+    "write_headline",
+    "write_tiles",
+]
 
 METHOD_LABELS = {
     "base": "Base model",
@@ -38,7 +46,8 @@ METHOD_LABELS = {
 }
 
 _MAX_SIZES = 6
-_RIVALS = ("base", "shared", "singles")
+_METRIC_NAMES = {"accuracy": "mean test accuracy", "nll": "mean test loss"}
+_RIVALS = ("shared", "singles", "base")
 """of the tile; the ensemble's own parts stand in the table"""
 
 
@@ -47,8 +56,13 @@ def method_label(method: str) -> str:
     return METHOD_LABELS.get(method, method)
 
 
+def find_rival(plan: PlanRecord) -> str:
+    """Return the method that a run is compared with first: one adapter for all, or where that is the plan, the base."""
+    return "base" if len(plan.groups) == 1 else "shared"
+
+
 def write_headline(run: RunRecord) -> str:
-    """Say in one sentence whether the tasks were grouped, how, and what that gained, with its interval."""
+    """Say in a sentence or two whether the tasks were grouped, how, and what that gained, with its interval."""
     if run.results is None or "ensemble" not in run.results.methods:
         return _headline_of_plan(run.plan)
     return _headline_of_results(run, run.results)
@@ -75,9 +89,8 @@ def write_tiles(run: RunRecord) -> tuple[Tile, ...]:
         tiles.append(_tile_of_prediction(run.plan))
     if run.costs is not None:
         tiles += [tile for tile in (_tile_of_flops(run.costs.methods), _tile_of_bytes(run.costs.methods)) if tile]
-        seconds = [stage.wall_seconds for stage in run.costs.stages if stage.wall_seconds is not None]
-        if seconds:
-            tiles.append(Tile("Wall time", format_seconds(sum(seconds)), count(len(run.costs.stages), "stage")))
+        if (seconds := run.costs.wall_seconds) is not None:
+            tiles.append(Tile("Wall time", format_seconds(seconds), count(len(run.costs.stages), "stage")))
     return tuple(tiles)
 
 
@@ -108,12 +121,39 @@ def describe_shape(plan: PlanRecord) -> str:
 
 
 def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
-    rival, against = _choose_rival(run)
+    if len(run.plan.groups) == 1:
+        return _headline_of_one(run, results)
     shape = describe_shape(run.plan) + _name_boosters(run.ensemble)
-    metric = "accuracy" if results.methods["ensemble"].mean("accuracy", run.plan.task_names) is not None else "nll"
+    return _measure(shape, run, results, find_rival(run.plan), "one adapter for all")
+
+
+def _headline_of_one(run: RunRecord, results: ResultsRecord) -> str:
+    """Say that one adapter is the plan, what it gained over the base model, and what its boosters added to that."""
+    shape, boosters = describe_shape(run.plan), _name_boosters(run.ensemble)
+    opening = f"The plan is {shape[0].lower()}{shape[1:]}."
+    who = f"{boosters.strip().capitalize()} it" if boosters else "It"
+    told = _measure(who, run, results, find_rival(run.plan), "the base model")
+    plain = next((name for name in (OWN_GROUP, "shared") if name in results.methods), None)
+    if not boosters or plain is None:
+        return f"{opening} {told}"
+    metric = _choose_metric(run, results)
+    added = results.find_difference("ensemble", plain, metric)
+    if added is None or added.low is None or added.high is None:
+        return f"{opening} {told}"
+    change = describe_difference(added, run.config.evaluation.confidence)
+    return f"{opening} {told} Against the same adapter without boosters: {change} in {_METRIC_NAMES[metric]}."
+
+
+def _choose_metric(run: RunRecord, results: ResultsRecord) -> str:
+    return "accuracy" if results.methods["ensemble"].mean("accuracy", run.plan.task_names) is not None else "nll"
+
+
+def _measure(who: str, run: RunRecord, results: ResultsRecord, rival: str, against: str) -> str:
+    """Say in a sentence what the ensemble gained over a rival in the mean over tasks."""
+    metric = _choose_metric(run, results)
     difference = results.find_difference("ensemble", rival, metric)
     if difference is None or difference.low is None or difference.high is None:
-        return f"{shape}: {_compare_means(results, run.plan, metric, rival, against)}."
+        return f"{who}: {_compare_means(results, run.plan, metric, rival, against)}."
     confidence = run.config.evaluation.confidence
     judgement = _judge(difference, difference.low, difference.high, against, confidence)
     loss = results.find_difference("ensemble", rival, "nll")
@@ -121,15 +161,7 @@ def _headline_of_results(run: RunRecord, results: ResultsRecord) -> str:
         change = describe_difference(difference, confidence)
         judgement = _judge(loss, loss.low or 0.0, loss.high or 0.0, against, confidence)
         judgement += f"; in mean test accuracy it made no difference that this run can show: {change}"
-    return f"{shape} {judgement}."
-
-
-def _choose_rival(run: RunRecord) -> tuple[str, str]:
-    """What the ensemble is compared with first, and what to call it: the next simpler thing that was measured."""
-    if len(run.plan.groups) > 1:
-        return "shared", "one adapter for all"
-    is_boosted = run.ensemble is not None and any(member.kind == "booster" for member in run.ensemble.members)
-    return ("shared", "the same adapter without boosters") if is_boosted else ("base", "the base model as it is")
+    return f"{who} {judgement}."
 
 
 def _name_boosters(ensemble: EnsembleRecord | None) -> str:
@@ -146,8 +178,7 @@ def _is_shown(difference: Difference) -> bool:
 
 def _judge(difference: Difference, low: float, high: float, against: str, confidence: float) -> str:
     """Say raised, lowered, or not shown to differ, as the interval allows."""
-    is_rate = difference.metric == "accuracy"
-    what = "mean test accuracy" if is_rate else "mean test loss"
+    is_rate, what = difference.metric == "accuracy", _METRIC_NAMES[difference.metric]
     value = difference.difference or 0.0
     size = f"{format_points(value)} points" if is_rate else format_number(abs(value))
     scale, digits = (100.0, 1) if is_rate else (1.0, 3)
@@ -161,8 +192,7 @@ def _judge(difference: Difference, low: float, high: float, against: str, confid
 def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival: str, against: str) -> str:
     show = format_percent if metric == "accuracy" else format_number
     mine = results.methods["ensemble"].mean(metric, plan.task_names)
-    what = "mean test accuracy" if metric == "accuracy" else "mean test loss"
-    text = f"{what} {show(mine)}"
+    text = f"{_METRIC_NAMES[metric]} {show(mine)}"
     if rival in results.methods:
         text += f" against {show(results.methods[rival].mean(metric, plan.task_names))} for {against}"
     return text
@@ -182,22 +212,29 @@ def _tile_of_groups(plan: PlanRecord) -> Tile:
 
 
 def _tile_of_accuracy(results: ResultsRecord, plan: PlanRecord) -> Tile:
-    others = [
-        f"{format_percent(value)} {method_label(method).lower()}"
-        for method, scores in results.ordered_methods.items()
-        if method in _RIVALS and (value := scores.mean("accuracy", plan.task_names)) is not None
-    ]
     mean = results.methods["ensemble"].mean("accuracy", plan.task_names)
     if mean is None:
         loss = results.methods["ensemble"].mean("nll", plan.task_names)
         return Tile("Mean test loss", format_number(loss), "nats, lower is better")
+    # Where the plan is one adapter for all, that is no rival of the ensemble, but a part of it.
+    rivals = [name for name in _RIVALS if name in results.methods and (name != "shared" or len(plan.groups) > 1)]
+    others = [
+        f"{format_percent(value)} {method_label(name).lower()}"
+        for name in rivals
+        if (value := results.methods[name].mean("accuracy", plan.task_names)) is not None
+    ]
     coverage = describe_coverage(results.methods["ensemble"].count("accuracy", plan.task_names), plan.n_tasks)
-    return Tile(f"Mean test accuracy {coverage}".strip(), format_percent(mean), "; ".join(others))
+    detail = "; ".join(["ensemble", *others])
+    return Tile(f"Mean test accuracy {coverage}".strip(), format_percent(mean), detail)
 
 
 def _tile_of_prediction(plan: PlanRecord) -> Tile:
-    plan_way, shared = (_with_error(way) for way in (plan.predicted.plan, plan.predicted.shared))
-    return Tile("Predicted loss", plan_way, f"{shared} with one adapter for all")
+    rival, name = (
+        (plan.predicted.base, "the base model")
+        if len(plan.groups) == 1
+        else (plan.predicted.shared, "one adapter for all")
+    )
+    return Tile("Predicted loss", _with_error(plan.predicted.plan), f"{_with_error(rival)} with {name}")
 
 
 def _with_error(way: Prediction) -> str:
@@ -221,5 +258,5 @@ def _tile_of_bytes(methods: dict[str, MethodCosts]) -> Tile | None:
     if costs is None or costs.adapter_bytes is None:
         return None
     passes = costs.inference_forward_passes
-    detail = "" if passes is None else f"{format_ratio(passes)} forward passes to predict"
+    detail = "" if passes is None else f"{format_ratio(passes)} forward pass{'' if passes == 1 else 'es'} to predict"
     return Tile("Adapters", format_bytes(costs.adapter_bytes), detail)

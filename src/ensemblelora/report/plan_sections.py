@@ -6,6 +6,7 @@ import numpy as np
 
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.charts import draw_curve
+from ensemblelora.report.departure import explain_departure, part_pairs
 from ensemblelora.report.document import (
     Block,
     Cell,
@@ -52,7 +53,7 @@ def write_plan(run: RunRecord) -> Section:
         "one per task": "Train one adapter per task.",
     }
     opening = decisions.get(plan.decision, plan.decision)
-    blocks: list[Block] = [Text(f"{opening} {plan.reason}".strip()), Groups(_cards(plan))]
+    blocks: list[Block] = [Text(_join(opening, plan.reason, explain_departure(run))), Groups(_cards(plan))]
     if (picture := _draw_groups(run)) is not None:
         blocks.append(picture)
     table = _prediction_table(plan)
@@ -110,7 +111,8 @@ def write_affinity(run: RunRecord) -> Section | None:
             " The first map is ordered by a tree of average linkage, in which the closest join first (over it, with "
             "the groups' colours at its leaves); the tree knows nothing of the groups."
         )
-    blocks: list[Block] = [Text(_explain_affinity(values, affinity, plan)), FigureRow(tuple(figures), caption, legend)]
+    text = _join(_explain_affinity(values, affinity, plan), explain_departure(run))
+    blocks: list[Block] = [Text(text), FigureRow(tuple(figures), caption, legend)]
     if plan.n_tasks <= _MAX_MATRIX_TABLE:
         blocks.append(_matrix_table(values, affinity.se, plan))
     elif plan.n_tasks > MAX_LABELLED_TASKS:
@@ -156,8 +158,10 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
         "One adapter per task": plan.predicted.singles,
         "Base model": plan.predicted.base,
     }
+    if len(plan.groups) == 1:
+        ways.pop("One adapter for all")  # it is the plan
     if plan.n_tasks == 1:
-        ways = {label: way for label, way in ways.items() if label in ("The plan", "Base model")}
+        ways.pop("One adapter per task")
     known = {label: way for label, way in ways.items() if way.mean_nll is not None}
     if not known:
         return None
@@ -183,12 +187,8 @@ def _plus_minus(error: float | None) -> str:
 
 
 def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRecord) -> str:
-    group_of = np.empty(plan.n_tasks, dtype=int)
-    for group, tasks in enumerate(plan.groups):
-        group_of[list(tasks)] = group
     is_pair = np.triu(np.isfinite(values), k=1)
-    is_inside = group_of[:, None] == group_of[None, :]
-    inside, outside = values[is_pair & is_inside], values[is_pair & ~is_inside]
+    inside, outside = part_pairs(values, plan.groups)
     text = f"All {count(plan.n_tasks * (plan.n_tasks - 1) // 2, 'pair')} of tasks"
     if affinity.counts is not None and plan.n_tasks > 2:
         met = affinity.counts[np.triu_indices(plan.n_tasks, k=1)]
@@ -203,6 +203,10 @@ def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRe
         text += f". Pairs differ by {format_number(spread)} (standard deviation); {format_number(error)} is the "
         text += "standard error of a typical one"
     return f"{text}."
+
+
+def _join(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _range_of(numbers: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.chance import judge_chance
 from ensemblelora.report.document import Block, Bullets, Cell, Column, Row, Section, Table
-from ensemblelora.report.headline import method_label
+from ensemblelora.report.headline import find_rival, method_label
 from ensemblelora.report.records import ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.wording import count, format_number, format_percent
 
@@ -74,7 +74,7 @@ def _powers_of_results(run: RunRecord, confidence: float) -> list[str]:
     if results is None:
         return ["Nothing is trained or tested yet: everything above is a prediction."]
     items = []
-    rival = "base" if len(run.plan.groups) == 1 else "shared"
+    rival = find_rival(run.plan)
     difference = results.find_difference("ensemble", rival, "accuracy")
     if difference is not None and difference.low is not None and difference.high is not None:
         error = _standard_error(difference.low, difference.high, confidence)
@@ -91,13 +91,14 @@ def _powers_of_results(run: RunRecord, confidence: float) -> list[str]:
 
 
 def _power_table(run: RunRecord, confidence: float) -> Table | None:
-    if run.results is None or not {"shared", "ensemble"} <= set(run.results.methods):
+    rival = find_rival(run.plan)
+    if run.results is None or not {rival, "ensemble"} <= set(run.results.methods):
         return None
     ours = run.results.methods["ensemble"].per_task
     groups = run.plan.group_by_name
     rows = []
     for name in run.plan.ordered_names:
-        error = _difference_error(run.results, name, confidence)
+        error = _difference_error(run.results, rival, name, confidence)
         if error is None:
             continue
         smallest = estimate_detectable_difference(error, confidence=confidence)
@@ -117,8 +118,9 @@ def _power_table(run: RunRecord, confidence: float) -> Table | None:
         Column("Smallest visible difference"),
     )
     note = (
-        f"Difference in accuracy between the ensemble and one adapter for all that would be found in {_POWER:.0%} of "
-        "runs, from comparing the two row by row where that was done, else as if they erred independently."
+        f"Difference in accuracy between the ensemble and {method_label(rival).lower()} that would be found in "
+        f"{_POWER:.0%} of runs, from comparing the two row by row where that was done, else as if they erred "
+        "independently."
     )
     return Table("What one task's test rows could show", columns, tuple(rows), note)
 
@@ -130,12 +132,12 @@ def _describe_groups(score: TaskScore) -> str:
     return f"in {count(score.n_groups, 'group')}"
 
 
-def _difference_error(results: ResultsRecord, task: str, confidence: float) -> float | None:
-    """Return the standard error of ensemble minus shared; none where the rows can't give one."""
-    paired = results.find_difference("ensemble", "shared", "accuracy", task)
+def _difference_error(results: ResultsRecord, rival: str, task: str, confidence: float) -> float | None:
+    """Return the standard error of ensemble minus rival; none where the rows can't give one."""
+    paired = results.find_difference("ensemble", rival, "accuracy", task)
     if paired is not None and paired.low is not None and paired.high is not None:
         return _standard_error(paired.low, paired.high, confidence)
-    scores = [results.methods[method].per_task.get(task) for method in ("ensemble", "shared")]
+    scores = [results.methods[method].per_task.get(task) for method in ("ensemble", rival)]
     errors = [_accuracy_error(score, confidence) for score in scores]
     return math.hypot(*(error or 0.0 for error in errors)) if all(errors) else None
 

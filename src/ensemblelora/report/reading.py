@@ -6,6 +6,7 @@ Every file but the plan may be missing: a run is reported as far as it has come.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from ensemblelora.artifacts import (
     load_arrays,
 )
 from ensemblelora.errors import StoreError, UsageError
-from ensemblelora.evaluation.rows import name_methods
+from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP, name_methods
 from ensemblelora.report.asked_record import ConfigRecord, TasksRecord
 from ensemblelora.report.feature_record import FeatureRecord
 from ensemblelora.report.records import (
@@ -39,7 +40,7 @@ from ensemblelora.report.records import (
 )
 from ensemblelora.yamltext import YamlError, parse_yaml
 
-__all__ = ["load_record"]
+__all__ = ["leave_out_repeats", "load_record"]
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -75,6 +76,22 @@ def load_record(folder: Path) -> RunRecord:
         costs=costs,
         tasks=_read(folder / TASKS_FILE, TasksRecord),
     )
+
+
+def leave_out_repeats(run: RunRecord) -> RunRecord:
+    """Show one adapter for all once where it is the plan: there it is the group's own adapter, too.
+
+    With its boosters it is the ensemble.
+    """
+    if run.results is None or len(run.plan.groups) > 1 or "ensemble" not in run.results.methods:
+        return run
+    repeated = {BOOSTED_GROUP, *([OWN_GROUP] if "shared" in run.results.methods else [])}
+    methods = {name: scores for name, scores in run.results.methods.items() if name not in repeated}
+    costs = run.costs
+    if costs is not None:
+        spent = {name: item for name, item in costs.methods.items() if name not in repeated}
+        costs = costs.model_copy(update={"methods": spent})
+    return replace(run, results=run.results.model_copy(update={"methods": methods}), costs=costs)
 
 
 def _read(path: Path, kind: type[Record]) -> Record | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ensemblelora.report.asked_record import ConfigRecord, TasksRecord
 from ensemblelora.report.feature_record import FeatureRecord
@@ -349,10 +349,21 @@ class MethodCosts(_Record):
 
 
 class CostsRecord(_Record):
-    """costs.json: the ledger."""
+    """costs.json: the ledger, without the stage that writes the report: a page can't say what it took itself."""
 
     stages: tuple[StageCosts, ...] = ()
     methods: dict[str, MethodCosts] = {}
+
+    @field_validator("stages")
+    @classmethod
+    def _leave_report_out(cls, stages: tuple[StageCosts, ...]) -> tuple[StageCosts, ...]:
+        return tuple(stage for stage in stages if stage.stage != "report")
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Of all stages together; none where no stage has a time."""
+        known = [stage.wall_seconds for stage in self.stages if stage.wall_seconds is not None]
+        return sum(known) if known else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from ensemblelora.report.wording import (
     format_percent,
     format_ratio,
     format_signed,
+    group_letter,
     join_names,
 )
 
@@ -126,7 +127,7 @@ def write_linearity(run: RunRecord) -> Section | None:
     if linearity.tasks:
         blocks.append(_linearity_table(linearity, run))
     if linearity.distances:
-        blocks.append(_distance_table(linearity))
+        blocks.append(_distance_table(linearity, run.ensemble))
     return Section("linearity", "Does the linear model hold", blocks) if blocks else None
 
 
@@ -163,6 +164,10 @@ def _outcome_table(run: RunRecord) -> Table:
         BOOSTED_GROUP: ("The plan with boosters", Prediction()),
         "ensemble": ("The plan with weights and boosters", Prediction()),
     }
+    if len(run.plan.groups) == 1 and "shared" in methods:
+        ways = {"base": ways["base"], "shared": ("The plan, one adapter for all", predicted.plan)}
+        if run.ensemble is not None and any(member.kind == "booster" for member in run.ensemble.members):
+            ways["ensemble"] = ("The plan with boosters", Prediction())
     rows = []
     for method, (label, way) in ways.items():
         if method not in methods and way.mean_nll is None:
@@ -253,11 +258,12 @@ def _r2_cell(value: float | None) -> Cell:
     return Cell(format_number(value, 2), share=None if value is None else min(1.0, max(0.0, value)))
 
 
-def _distance_table(linearity: Linearity) -> Table:
+def _distance_table(linearity: Linearity, ensemble: EnsembleRecord | None) -> Table:
+    group_of = {member.name: member.group for member in ensemble.members} if ensemble else {}
     rows = tuple(
         Row(
             (
-                Cell(name),
+                Cell(name, f"group {group_letter(group_of[name])}" if name in group_of else ""),
                 Cell(format_percent(distance.relative_to_model, 2)),
                 Cell(format_percent(distance.relative_to_adapter_init, 1)),
             )

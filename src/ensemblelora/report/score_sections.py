@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ensemblelora.report.cells import task_cell
@@ -10,7 +11,7 @@ from ensemblelora.report.chance import Chance, judge_chance
 from ensemblelora.report.charts import draw_scores
 from ensemblelora.report.differences import TaskDifference, draw_differences
 from ensemblelora.report.document import Block, Cell, Column, FigureRow, Row, Section, Table, Text
-from ensemblelora.report.headline import method_label
+from ensemblelora.report.headline import find_rival, method_label
 from ensemblelora.report.records import Difference, MethodScores, ResultsRecord, RunRecord, TaskScore
 from ensemblelora.report.wording import (
     count,
@@ -50,9 +51,8 @@ def write_scores(run: RunRecord) -> Section | None:
         return None
     tasks = [name for name in run.plan.ordered_names if any(name in item.per_task for item in results.methods.values())]
     chance = judge_chance(results, tasks)
-    blocks: list[Block] = [Text(_introduce(results, tasks, chance))]
-    if (means := _mean_difference_table(run, results)) is not None:
-        blocks.append(means)
+    blocks: list[Block] = [Text(_introduce(run, results, tasks, chance))]
+    blocks += _mean_difference_tables(run, results)
     labels = {method: method_label(method) for method in results.methods}
     if 0 < len(tasks) <= _MAX_PLOTTED_TASKS and _has_metric(results, "accuracy"):
         caption = f"Bars: {run.config.evaluation.confidence:.0%} intervals. Dotted: share of the most frequent class."
@@ -70,21 +70,23 @@ def write_scores(run: RunRecord) -> Section | None:
 
 
 def _draw_many(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> FigureRow | None:
-    """What many tasks gained against one adapter for all, where a line a task and method could not be read."""
+    """What many tasks gained against the first rival, where a line a task and method could not be read."""
     metric = next((one for one in (_METRICS[0], _METRICS[2]) if _has_metric(results, one.key)), None)
     if metric is None:
         return None
+    rival = find_rival(run.plan)
     rows = [
         TaskDifference(name, run.plan.group_by_name[name], item.difference, item.low, item.high)
         for name in tasks
-        if (item := results.find_difference("ensemble", "shared", metric.key, name)) is not None
+        if (item := results.find_difference("ensemble", rival, metric.key, name)) is not None
         and item.difference is not None
     ]
     if not rows:
         return None
     what = "accuracy" if metric.key == "accuracy" else "loss"
     figure = draw_differences("differences", rows, f"Difference in {what}", digits=3)
-    caption = "The ensemble less one adapter for all, with intervals; marks are filled where these leave out 0."
+    less = f"The ensemble less {method_label(rival).lower()}"
+    caption = f"{less}, with intervals; marks are filled where these leave out 0."
     return FigureRow((figure,), caption)
 
 
@@ -93,16 +95,19 @@ def _has_metric(results: ResultsRecord, key: str) -> bool:
     return any(getattr(score, key) is not None for score in scores)
 
 
-def _introduce(results: ResultsRecord, tasks: list[str], chance: Chance) -> str:
+def _introduce(run: RunRecord, results: ResultsRecord, tasks: list[str], chance: Chance) -> str:
     rows = [
         max(item.per_task[name].n_examples for item in results.methods.values() if name in item.per_task)
         for name in tasks
     ]
     text = f"{count(sum(rows), 'test row')} of {count(len(tasks), 'task')}, seen by no stage before this one."
+    if len(run.plan.groups) == 1 and {"shared", "ensemble"} <= set(results.methods):
+        boosted = any(member.kind == "booster" for member in run.ensemble.members) if run.ensemble else False
+        text += f" The plan is one adapter for all: the ensemble is that adapter{' with its boosters' * boosted}."
     doubtful = [name for name in tasks if name in chance]
     if doubtful:
-        left_out = ", and the second mean leaves them out" if len(doubtful) < len(tasks) else ""
-        text += f" {' '.join(chance.tell())} These tasks have no best method{left_out}."
+        left_out = "; the second mean leaves them out" if len(doubtful) < len(tasks) else ""
+        text += f" {' '.join(chance.tell())} These tasks are marked and have no best method{left_out}."
     if any(score.kind == "sequence" for item in results.methods.values() for score in item.per_task.values()):
         text += (
             " For free-text tasks, accuracy is the share of exact matches; they have no classes, and a dash stands for "
@@ -120,7 +125,7 @@ def _score_table(metric: _Metric, run: RunRecord, results: ResultsRecord, tasks:
     rows.append(_mean_row(metric, f"Mean of {len(tasks)}", methods, tasks))
     able = [name for name in tasks if name not in chance]
     if 0 < len(able) < len(tasks):
-        rows.append(_mean_row(metric, f"Mean of {len(able)} above chance", methods, able))
+        rows.append(_mean_row(metric, f"Mean of {len(able)} unmarked", methods, able))
     arrow = "higher is better" if metric.is_higher_better else "lower is better"
     kind = "Wilson's, one observation per group of rows" if metric.key == "accuracy" else "by bootstrap of the rows"
     confidence = f"{run.config.evaluation.confidence:.0%} intervals"
@@ -165,35 +170,42 @@ def _mean_row(metric: _Metric, label: str, methods: dict[str, MethodScores], tas
 
 
 def _best_value(metric: _Metric, values: list[float | None]) -> float | None:
-    """Return the best of at least two values; one method alone is not the best of anything."""
+    """Return the best of at least two values; among equals, as alone, no method is the best of anything."""
     known = [value for value in values if value is not None]
-    if len(known) < 2:
+    if len(set(known)) < 2:
         return None
     return max(known) if metric.is_higher_better else min(known)
 
 
-def _mean_difference_table(run: RunRecord, results: ResultsRecord) -> Table | None:
-    """Compare methods in the mean over tasks, a pair a line, on the same rows."""
-    found = {
-        (item.a, item.b, item.metric): item
-        for item in results.differences
-        if item.difference is not None and item.task is None
-    }
-    metrics = [metric for metric in _METRICS if any(key == metric.key for _, _, key in found)]
-    rows = tuple(
-        Row(
-            (
-                Cell(f"{method_label(a)} less {method_label(b).lower()}"),
-                *(_difference_cell(metric, found.get((a, b, metric.key))) for metric in metrics),
+def _mean_difference_tables(run: RunRecord, results: ResultsRecord) -> Iterator[Table]:
+    """Compare methods in the mean over tasks, a pair a line, on the same rows; pairs without the ensemble folded."""
+    others = sorted((name for name in results.ordered_methods if name != "ensemble"), key=lambda name: name != "shared")
+    own = [("ensemble", other) for other in others]
+    rest = list(itertools.combinations(reversed([name for name in results.ordered_methods if name != "ensemble"]), 2))
+    caption, note = "Differences in the mean over tasks", "intervals; marked where they leave out 0."
+    for summary, pairs in (("", own), ("Differences between the other methods", rest)):
+        found = {pair: [results.find_difference(*pair, metric.key) for metric in _METRICS] for pair in pairs}
+        metrics = [metric for place, metric in enumerate(_METRICS) if any(items[place] for items in found.values())]
+        if not metrics:
+            continue
+        rows = tuple(
+            Row(
+                (
+                    Cell(f"{method_label(a)} less {method_label(b).lower()}"),
+                    *(_difference_cell(*both) for both in zip(_METRICS, items, strict=True) if both[0] in metrics),
+                )
             )
+            for (a, b), items in found.items()
+            if any(items)
         )
-        for a, b in dict.fromkeys((a, b) for a, b, _ in found)
-    )
-    if not rows or not metrics:
-        return None
-    columns = (Column("Methods", is_number=False), *(Column(_name_difference(metric)) for metric in metrics))
-    note = f"With {run.config.evaluation.confidence:.0%} intervals; marked where they leave out 0."
-    return Table("Differences in the mean over tasks", columns, rows, note)
+        columns = (Column("Methods", is_number=False), *(Column(_name_difference(metric)) for metric in metrics))
+        yield Table(
+            f"{caption}, without the ensemble" if summary else caption,
+            columns,
+            rows,
+            f"With {run.config.evaluation.confidence:.0%} {note}",
+            summary,
+        )
 
 
 def _name_difference(metric: _Metric) -> str:
@@ -201,10 +213,11 @@ def _name_difference(metric: _Metric) -> str:
 
 
 def _difference_table(run: RunRecord, results: ResultsRecord, tasks: list[str]) -> Table | None:
-    """Compare the ensemble with one adapter for all task by task, on the same rows."""
+    """Compare the ensemble with its first rival task by task, on the same rows."""
     groups = run.plan.group_by_name
+    rival = find_rival(run.plan)
     found = {
-        name: [results.find_difference("ensemble", "shared", metric.key, name) for metric in _METRICS] for name in tasks
+        name: [results.find_difference("ensemble", rival, metric.key, name) for metric in _METRICS] for name in tasks
     }
     metrics = [metric for place, metric in enumerate(_METRICS) if any(items[place] for items in found.values())]
     if not metrics:
@@ -224,7 +237,7 @@ def _difference_table(run: RunRecord, results: ResultsRecord, tasks: list[str]) 
     )
     columns = (Column("Task", is_number=False), *(Column(_name_difference(metric)) for metric in metrics))
     note = "Marked where the interval leaves out 0; of many tasks a few do by chance alone, so the means weigh more."
-    return Table("Ensemble minus one adapter for all, task by task", columns, rows, note)
+    return Table(f"Ensemble minus {method_label(rival).lower()}, task by task", columns, rows, note)
 
 
 def _difference_cell(metric: _Metric, item: Difference | None) -> Cell:

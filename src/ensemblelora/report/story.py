@@ -8,7 +8,7 @@ from ensemblelora.affinity import choose_subset_size
 from ensemblelora.report.asked_record import ConfigRecord, TaskRecord
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.document import Block, Cell, Column, Row, Section, Step, Steps, Table, Text
-from ensemblelora.report.headline import describe_difference, method_label
+from ensemblelora.report.headline import describe_difference, find_rival, method_label
 from ensemblelora.report.records import PlanRecord, ResultsRecord, RunRecord
 from ensemblelora.report.wording import (
     NOTHING,
@@ -16,7 +16,6 @@ from ensemblelora.report.wording import (
     format_number,
     format_percent,
     format_ratio,
-    format_signed,
     group_letter,
 )
 
@@ -78,13 +77,18 @@ def _tell_predicted(plan: PlanRecord) -> str:
     warned = f" {count(len(plan.warnings), 'warning')}: see below." if plan.warnings else ""
     if ours is None:
         return f"{n_groups}; the plan names no loss.{warned}"
+    if len(plan.groups) == 1:
+        base = plan.predicted.base.mean_nll
+        against = "" if base is None else f" against {format_number(base)} of the base model"
+        return f"one adapter for all: validation loss {format_number(ours)}{against}.{warned}"
     text = f"{n_groups}: validation loss {format_number(ours)}"
-    if len(plan.groups) == 1 or shared is None:
+    if shared is None:
         return f"{text}.{warned}"
     text += f" against {format_number(shared)} with one adapter for all"
     if chosen is not None and chosen.gain is not None:
         error = "" if chosen.gain_se is None else f" ± {format_number(chosen.gain_se)}"
-        text += f", {format_signed(chosen.gain)}{error} saved on rows that did not choose the groups"
+        direction = "better" if chosen.gain >= 0 else "worse"
+        text += f", {format_number(abs(chosen.gain))}{error} {direction} on rows that did not choose the groups"
     return f"{text}.{warned}"
 
 
@@ -104,7 +108,7 @@ def _tell_outcome(run: RunRecord) -> str:
 
 def _against(results: ResultsRecord, run: RunRecord, metric: str) -> str:
     """Name the rival's mean, and the difference where it is known."""
-    rival = "base" if len(run.plan.groups) == 1 else "shared"
+    rival = find_rival(run.plan)
     if rival not in results.methods:
         return ""
     theirs = results.methods[rival].mean(metric, run.plan.task_names)
