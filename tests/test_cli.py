@@ -40,6 +40,7 @@ from tests.report_runs import make_planned_run, make_run, write_free_text
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = list(typer.main.get_command(app).commands)
 STAGES = ("features", "affinity", "group", "train", "boost", "combine", "evaluate")
+LOADING = "loading libraries, data and model smollm2-135m ...\n"
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def test_json_is_all_that_stdout_gets(pipeline, recipe_file, capsys):
     shown = capsys.readouterr()
     expected = {"folder": "r", "plan": {"groups": [[0, 1], [2]]}, "results": {"nll": None}, "costs": {"flops": 1}}
     assert json.loads(shown.out) == {**expected, "report": None}
-    assert shown.err == "features: 0.0 s\n"
+    assert shown.err == f"{LOADING}features: 0.0 s\n"
     assert main(["run", str(recipe_file), "--json", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -293,10 +294,11 @@ def test_a_failure_is_one_line_and_debug_shows_the_traceback(error, code, messag
     pipeline.answer = fail
     assert main(["run", str(recipe_file)]) == code
     plain = capsys.readouterr()
-    assert plain.out == "" and plain.err.startswith("error: ") and message in plain.err and plain.err.count("\n") == 1
+    told = plain.err.removeprefix(LOADING)
+    assert plain.out == "" and told.startswith("error: ") and message in told and told.count("\n") == 1
     assert main(["run", str(recipe_file), "--debug"]) == code
     traced = capsys.readouterr().err
-    assert "Traceback" in traced and traced.endswith(plain.err)
+    assert "Traceback" in traced and traced.endswith(told)
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_continue(tmp_path):
@@ -326,7 +328,56 @@ sys.exit(main(["run", {str(run)!r}]))
         process.send_signal(signal.SIGINT)
         _, talk = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert talk == f"interrupted; continue with: ensemblelora run '{run}'\n"
+    assert talk == f"{LOADING}interrupted; continue with: ensemblelora run '{run}'\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("run SOURCE --set seed=1", "run RUN"),
+        ("plan SOURCE", "plan RUN"),
+        ("train SOURCE --cluster local:2 --per-job cpus=1", "train RUN --cluster local:2 --per-job cpus=1"),
+        ("demo", "run RUN"),
+    ],
+)
+def test_ctrl_c_names_the_command_that_goes_on_no_further_than_the_one_given(given, told, tmp_path, pipeline, capsys):
+    def interrupt(config: RunConfig) -> FakeResult:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text("data: {tasks: [a]}", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    pipeline.answer = interrupt
+    (tmp_path / "mine.yaml").write_text("data: {tasks: [a]}", encoding="utf-8")
+    words = given.replace("SOURCE", str(tmp_path / "mine.yaml")).split()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 130
+    command = told.replace("RUN", str(tmp_path / "run"))
+    assert capsys.readouterr().err == f"{LOADING}interrupted; continue with: ensemblelora {command}\n"
+
+
+def test_a_dry_run_that_is_interrupted_names_no_command(pipeline, recipe_file, monkeypatch, capsys):
+    def interrupt(config: RunConfig, *, until: str) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "foresee", interrupt)
+    assert main(["run", str(recipe_file), "--dry-run"]) == 130
+    assert capsys.readouterr().err == LOADING
+
+
+def test_what_is_loaded_is_said_before_anything_heavy_is_imported(recipe_file):
+    code = f"""
+import sys
+from ensemblelora import progress
+progress.note = lambda text: (print(text, "torch" in sys.modules), sys.exit())
+from ensemblelora.cli import main
+main(["run", {str(recipe_file)!r}])
+"""
+    assert run_python(code).stdout == f"{LOADING.strip()} False\n"
+
+
+def test_help_says_how_to_begin(capsys):
+    assert main(["--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "ensemblelora demo" in told and "ensemblelora plan FOLDER" in told
 
 
 def test_ctrl_c_before_anything_was_begun(pipeline, recipe_file, capsys, tmp_path):
@@ -335,7 +386,7 @@ def test_ctrl_c_before_anything_was_begun(pipeline, recipe_file, capsys, tmp_pat
 
     pipeline.answer = interrupt
     assert main(["run", str(recipe_file), "--out", str(tmp_path / "new")]) == 130
-    assert capsys.readouterr().err == "interrupted; nothing was begun: give the same command again\n"
+    assert capsys.readouterr().err == f"{LOADING}interrupted; nothing was begun: give the same command again\n"
 
 
 def test_demo_runs_its_recipe_and_names_the_one_command_it_needs(pipeline, monkeypatch, capsys):
@@ -392,7 +443,7 @@ def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
     routing = {"films": 0.75, "books": 0.25}
     answers = [
         Prediction("good", {"good": 0.625, "bad": 0.375}, {}, {}, "films", routing, 0.625, 0.75),
-        Prediction("a text", None, {}, {}, "books", routing, None, 0.25),
+        Prediction("a text", None, {}, {}, "books", routing, None, 0.25, "at chance"),
     ]
     api = types.ModuleType("ensemblelora.api")
     told = ["On books no method is above chance."]
@@ -403,7 +454,7 @@ def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ensemblelora.api", api)
     assert main(["predict", "r", "--text", "one", "--text", "two"]) == 0
     out, err = capsys.readouterr()
-    assert err == "warning: On books no method is above chance.\n"
+    assert err == "warning: in this run's own test: on books no method is above chance.\n"
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines == [
         "answer sure of the answer task sure of the task", "1 good 62% films 75%", "2 a text \u2013 books 25%",
@@ -412,6 +463,7 @@ def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
     first, second = json.loads(capsys.readouterr().out)
     assert (first["probability"], first["task_probability"], first["routing"]) == (0.625, 0.75, routing)
     assert (second["probability"], second["task_probability"]) == (None, 0.25)
+    assert (first["doubt"], second["doubt"]) == (None, "at chance")
 
 
 @pytest.mark.parametrize(("content", "message"), [('{"a": 1}\n{"a": ', "line 2: not valid JSON"), ("\n", "no rows")])
@@ -495,8 +547,8 @@ def test_library_talk_follows_the_flags(pipeline, recipe_file, capsys):
             assert main(["run", str(recipe_file), *([flag] if flag else [])]) == 0
         heard[flag] = capsys.readouterr().err
     assert heard["--quiet"] == ""
-    assert heard[None] == "warning: a [warning]\n"
-    assert heard["-v"] == "an info\nwarning: a [warning]\n"
+    assert heard[None] == f"{LOADING}warning: a [warning]\n"
+    assert heard["-v"] == f"{LOADING}an info\nwarning: a [warning]\n"
     assert "advice" in heard["-vv"] and "deprecated" in heard["-vv"]
 
 

@@ -134,7 +134,7 @@ def test_an_interrupted_federation_says_how_to_go_on(
 
     monkeypatch.setattr(engines, "run_federation", stop)
     code, _, err = run_cli(capsys, "federate", config.out)
-    assert code == 130 and f"continue with: ensemblelora federate {config.out}/config.yaml" in err
+    assert code == 130 and f"continue with: ensemblelora federate {config.out}\n" in err
     other = write_recipe(make_config(tmp_path, out=str(tmp_path / "other")), tmp_path)
     code, _, err = run_cli(capsys, "federate", other)
     assert code == 130 and "nothing was begun" in err

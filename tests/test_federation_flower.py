@@ -369,7 +369,7 @@ def test_an_interrupted_simulation_says_how_to_go_on_and_another_engine_takes_it
         os.killpg(process.pid, signal.SIGINT)
         _, told = process.communicate(timeout=120)
     assert process.returncode == 130, told
-    assert f"continue with: ensemblelora federate {tmp_path}/run/config.yaml" in told and "Traceback" not in told
+    assert f"continue with: ensemblelora federate {tmp_path}/run\n" in told and "Traceback" not in told
     n_sent = artifacts.read_json(tmp_path / "run" / "traffic.json")["features"]["n_messages"]
     outcome = run_federation(config.model_copy(update={"engine": make_config(tmp_path).engine}))
     assert outcome.traffic["features"]["n_messages"] == n_sent == 30, "features are not asked for again"

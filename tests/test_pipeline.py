@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -13,9 +14,10 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from ensemblelora import pipeline
+from ensemblelora import pipeline, progress
 from ensemblelora.adapters import attach, load_adapter
 from ensemblelora.artifacts import load_arrays
 from ensemblelora.config import parse_config
@@ -83,6 +85,32 @@ def assert_same_outcome(folder: Path, other: Path, *names: str) -> None:
 
 def refuse_constant(name: str) -> Any:
     pytest.fail(f"{name} is no JSON")
+
+
+def test_stages_are_numbered_without_gaps_up_to_the_last_one_asked_for(tmp_path):
+    recipe = copy_run(tmp_path)
+
+    def list_said(until: str, **changes: Any) -> list[str]:
+        stream = io.StringIO()
+        with progress.announcing(Console(file=stream, force_terminal=False, width=200)):
+            pipeline.run(read_config(recipe, **changes), until=until)
+        return [line for line in stream.getvalue().splitlines() if line.startswith("[")]
+
+    def number(names: list[str]) -> list[str]:
+        return [f"[{i}/{len(names)}] {name}" for i, name in enumerate(names, 1)]
+
+    def list_ended(said: list[str]) -> list[str]:
+        return [line.partition(":")[0] for line in said if not line.endswith(" ...")]
+
+    without = [name for name in EVERY_STAGE if name != "baselines"]
+    assert list_ended(list_said("report")) == number(EVERY_STAGE)
+    assert list_said("group") == [f"{title}: done before" for title in number(EVERY_STAGE[:3])]
+    assert list_ended(list_said("evaluate", evaluation={"baselines": ["base"]})) == number(without[:7])
+    one = list_said("evaluate", grouping={"n_groups": 1})
+    assert list_ended(one) == number(EVERY_STAGE[:8])
+    warm = read_config(recipe, gradients={"linearize_at": "warmup"})
+    assert pipeline._list_stages(warm, "affinity") == ["warmup", "features", "affinity"]
+    assert "[7/8] baselines: not needed, since the plan is one adapter for all" in one and "[4/8] train ..." in one
 
 
 def test_a_finished_run_holds_every_file_whole_and_nothing_else():

@@ -32,6 +32,32 @@ def test_a_stage_leaves_one_line_where_there_is_no_terminal():
     assert stream.getvalue().splitlines() == ["features: 0.0 s"]
 
 
+def test_stages_of_a_known_sequence_are_numbered_and_no_others():
+    console, stream = listen(terminal=False)
+    with progress.announcing(console), progress.counting(["features", "train", "baselines"]):
+        with progress.stage("features"), progress.stage("routing"):
+            pass
+        progress.note(f"{progress.number('train')}: done before")
+        progress.skip("baselines", "not needed")
+        progress.skip("warmup", "not counted")
+    with progress.announcing(console), progress.stage("features"):
+        progress.skip("baselines", "not counted")
+    assert stream.getvalue().splitlines() == [
+        "[1/3] features ...", "routing: 0.0 s", "[1/3] features: 0.0 s", "[2/3] train: done before",
+        "[3/3] baselines: not needed", "features: 0.0 s",
+    ]  # fmt: skip
+
+
+def test_a_terminal_numbers_the_stage_beside_its_bar():
+    console, stream = listen(terminal=True)
+    shown = []
+    with progress.announcing(console), progress.counting(["features", "train"]), progress.stage("train"):
+        drawn = console.render_lines(progress._bars.get().get_renderable())
+        shown = ["".join(segment.text for segment in line) for line in drawn]
+    assert any("[2/2] train" in line for line in shown)
+    assert re.search(r"\[2/2\] train: \d\.\d s$", stream.getvalue().rstrip()) and "..." not in stream.getvalue()
+
+
 def test_a_terminal_shows_the_loop_and_keeps_only_the_stage():
     console, stream = listen(terminal=True)
     with progress.announcing(console), progress.stage("features"):

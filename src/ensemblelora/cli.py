@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ensemblelora import __version__
+from ensemblelora import __version__, progress
 from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.cli_add import add_change_commands
 from ensemblelora.cli_analyze import add_analyze_command
@@ -54,8 +54,9 @@ _Push = Annotated[
 
 app = typer.Typer(
     name="ensemblelora",
-    help="Given datasets and a language model: which datasets to fine-tune together, one adapter per group, "
-    "and their ensemble, against one adapter for all.",
+    help="Find out which of your datasets to fine-tune a language model on together, train one adapter per group, "
+    "combine them, and test that against one adapter for all. To begin: `ensemblelora demo`, or "
+    "`ensemblelora plan FOLDER` with one CSV or JSONL file a dataset (columns text and label).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -92,10 +93,10 @@ def _root(
 @app.command(rich_help_panel=_WHOLE)
 @spread
 def demo(request: Request, place: Place, *, as_json: AsJson = False, dry_run: DryRun = False, talk: Talk) -> None:
-    """Run the whole method on real tasks and a small real model, without a hub."""
+    """Run the whole method on real tasks and a small real model from two pip packages; no model hub is asked."""
     config = read_demo(request.overrides)
     with talking(**asdict(talk)):
-        _carry_out(config, "report", place, as_json=as_json, dry_run=dry_run)
+        _carry_out(config, "run", "report", place, as_json=as_json, dry_run=dry_run)
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ class _Pipeline:
 
 _PIPELINES = (
     _Pipeline("plan", "group", _WHOLE, "Say which tasks to train together, and what that would give, before training."),
-    _Pipeline("run", "report", _WHOLE, "Run the whole method; a run that was broken off continues where it was."),
+    _Pipeline("run", "report", _WHOLE, "Run the whole method; a run that was broken off goes on where it was."),
     _Pipeline("features", "features", _STAGE, "Collect every task's projected gradients at the base model."),
-    _Pipeline("affinity", "affinity", _STAGE, "Ask the oracle about subsets of tasks, and fill the affinity matrix."),
+    _Pipeline(
+        "affinity", "affinity", _STAGE, "Predict training on many subsets of tasks, and from that who helps whom."
+    ),
     _Pipeline("group", "group", _STAGE, "Choose the groups, how many, and whether to group at all."),
     _Pipeline("train", "train", _STAGE, "Fine-tune one adapter per group."),
     _Pipeline("boost", "boost", _STAGE, "Add adapters where a group still errs."),
@@ -135,7 +138,7 @@ def _add_pipeline(entry: _Pipeline) -> None:
     ) -> None:
         config = read_request(source, request.overrides)
         with talking(**asdict(talk)):
-            _carry_out(config, entry.until, place, as_json=as_json, dry_run=dry_run)
+            _carry_out(config, entry.name, entry.until, place, as_json=as_json, dry_run=dry_run)
 
 
 for _entry in _PIPELINES:
@@ -149,19 +152,19 @@ def predict(
     *,
     task: Annotated[
         str | None,
-        typer.Option("--task", metavar="NAME", help="Which task's question it is; without it, the likeliest's."),
+        typer.Option("--task", metavar="NAME", help="The task to answer for; without it, each row's likeliest one."),
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="TEXT", help="A text to predict, or a JSON object of columns; repeatable."),
+        typer.Option("--text", metavar="TEXT", help="A text to answer, or a JSON object of columns; repeatable."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="Rows to predict, a JSON object or text a line.")
+        Path | None, typer.Option("--file", metavar="FILE", help="A file of them, one a line, instead of --text.")
     ] = None,
     as_json: AsJson = False,
     talk: Talk,
 ) -> None:
-    """Predict with a run's ensemble."""
+    """Answer questions with a finished run's ensemble: a label, or a text, for each."""
     if (file is None) == (not text):
         raise UsageError("predict: give the input as --text or as --file, one of the two")
     rows: list[Any] = list(text or ()) if file is None else read_questions(file)
@@ -171,7 +174,7 @@ def predict(
         found = load_run(run)
         predictions = found.predict(task, rows)
         for doubt in found.list_doubts({prediction.task for prediction in predictions}):
-            _logger.warning("%s", doubt)
+            _logger.warning("in this run's own test: %s%s", doubt[0].lower(), doubt[1:])
     if as_json:
         return show_json(predictions)
     if task is None:
@@ -189,7 +192,7 @@ def ask(
     as_json: AsJson = False,
     talk: Talk,
 ) -> None:
-    """Ask the oracle what training any subset of tasks together would give, without training."""
+    """Predict what training any subset of a run's tasks together would give, without training."""
     given = [name.strip() for name in subset.split(",") if name.strip()]
     names = list(dict.fromkeys(given))
     with talking(**asdict(talk)):
@@ -311,17 +314,19 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _carry_out(config: RunConfig, until: str, place: Place, *, as_json: bool, dry_run: bool) -> None:
-    """Run or estimate, and show the result."""
-    from ensemblelora import pipeline
-
+def _carry_out(config: RunConfig, command: str, until: str, place: Place, *, as_json: bool, dry_run: bool) -> None:
+    """Run or estimate, and show the result; ``command`` is what goes on with the run folder."""
     cluster = place.read()
-    if dry_run:
-        return show_foresight(pipeline.foresee(config, until=until), config, as_json=as_json)
+    progress.note(f"loading libraries, data and model {config.model.name} ...")  # nothing else is said for seconds
     try:
+        from ensemblelora import pipeline
+
+        if dry_run:
+            return show_foresight(pipeline.foresee(config, until=until), config, as_json=as_json)
         result = pipeline.run(config, until=until, cluster=cluster)
     except KeyboardInterrupt:
-        say(f"interrupted; {_say_how_to_continue(Path(config.out))}")
+        if not dry_run:
+            say(f"interrupted; {_say_how_to_continue(command, Path(config.out), place)}")
         raise
     if result.folder.absolute() != Path(config.out).absolute():  # kept beside the first of several processes
         return None
@@ -385,7 +390,7 @@ def _show_export(made: Export) -> None:
     typer.echo(str(made.folder))
 
 
-def _say_how_to_continue(folder: Path) -> str:
+def _say_how_to_continue(command: str, folder: Path, place: Place) -> str:
     if (folder / CONFIG_FILE).exists():
-        return f"continue with: ensemblelora run {shlex.quote(str(folder))}"
+        return f"continue with: {shlex.join(['ensemblelora', command, str(folder), *place.arguments])}"
     return "nothing was begun: give the same command again"

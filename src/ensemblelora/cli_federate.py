@@ -89,11 +89,10 @@ def _carry_out(config: FederationConfig) -> Outcome:
     try:
         return run_federation(config)
     except KeyboardInterrupt:
-        file = Path(config.out) / CONFIG_FILE
-        told = (
-            f"continue with: ensemblelora federate {shlex.quote(str(file))}" if file.exists() else "nothing was begun"
-        )
-        say(f"interrupted; {told}")
+        folder = Path(config.out)
+        is_begun = (folder / CONFIG_FILE).exists()
+        command = f"ensemblelora federate {shlex.quote(str(folder))}"
+        say(f"interrupted; continue with: {command}" if is_begun else "interrupted; nothing was begun")
         raise
 
 

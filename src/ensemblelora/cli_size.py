@@ -46,7 +46,7 @@ def forecast(
     as_json: AsJson = False,
     talk: Talk,
 ) -> None:
-    """Predict a run's time, memory, disk and FLOPs on another machine, of a model whose config.json is enough."""
+    """Predict a run's time, memory, disk and FLOPs on another machine, without the model's weights."""
     config = read_request(source, request.overrides)
     if min(tasks, rows, tokens, classes - 1) < 1 or held_out <= 0:
         raise UsageError("forecast: expected 1 or more tasks, rows and tokens, 2 classes, and --held-out above 0")

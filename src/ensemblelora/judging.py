@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensemblelora import artifacts
+from ensemblelora import artifacts, progress
 from ensemblelora.accounting.meter import Meter, MethodCosts
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_bytes, load_adapter, measure_distance
 from ensemblelora.config import MaxTokens
@@ -52,6 +52,7 @@ def train_baselines(work: Workspace, probe: AdaptedModel, plan: Plan, rows: Rows
     is_wanted = SHARED in work.config.evaluation.baselines
     if not is_wanted or len(plan.groups) == 1:
         work.drop_costs("baselines")
+        progress.skip("baselines", "not needed, since the plan is one adapter for all")
         return "group-0" if is_wanted else None
     everyone = range(len(rows.names))
     with work.stage("baselines", rows.learning_fingerprint(), work.start_fingerprint, work.config.training) as stage:

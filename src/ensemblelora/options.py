@@ -25,13 +25,15 @@ Source = Annotated[
         metavar="CONFIG|FOLDER", help="A YAML recipe, a run folder, or a folder of CSV and JSONL files, one task each."
     ),
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/demo.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; auto takes the best.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Write the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Predict time, memory, disk and FLOPs, and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", metavar="", help="Only predict time, memory, disk and FLOPs; train nothing.")
+]
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,18 @@ class Request:
     """What changes a recipe."""
 
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="The run folder, instead of runs/<name of CONFIG>.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="The run folder, instead of runs/<name of CONFIG or FOLDER>."),
     ] = None
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change a value, such as training.num_train_epochs=1; repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value, such as training.num_train_epochs=1; repeatable. `ensemblelora config` lists all.",
         ),
     ] = None
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Root of all randomness.")] = None
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of all that is random.")] = None
     device: Device = None
     model: Annotated[
         str | None,
@@ -82,7 +87,7 @@ class Place:
         typer.Option(
             "--per-job",
             metavar="cpus=N,gpus=N",
-            help="What a job holds there; also memory_gb=N. By default an accelerator, or an equal share.",
+            help="What each of these jobs gets; also memory_gb=N. By default an accelerator, or an equal share.",
         ),
     ] = None
 
@@ -90,16 +95,22 @@ class Place:
         """Understand both; none: jobs run in this process."""
         return read_cluster(self.cluster, self.per_job)
 
+    @property
+    def arguments(self) -> list[str]:
+        """Both as they are given on the command line."""
+        options = {"--cluster": self.cluster, "--per-job": self.per_job}
+        return [word for option, value in options.items() if value is not None for word in (option, value)]
+
 
 @dataclass(frozen=True)
 class Talk:
     """How much a command says on stderr."""
 
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Errors only on stderr.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Say nothing but errors on stderr.")] = False
     verbose: Annotated[
         int,
         typer.Option(
-            "--verbose", "-v", metavar="", count=True, show_default=False, help="More on stderr; -vv: all of it."
+            "--verbose", "-v", metavar="", count=True, show_default=False, help="Say more on stderr; -vv: all there is."
         ),
     ] = 0
     debug: Debug = False

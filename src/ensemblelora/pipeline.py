@@ -19,6 +19,7 @@ from ensemblelora.forecast import add_up, forecast_run
 from ensemblelora.report.wording import count, join_names
 from ensemblelora.scheduling import Cluster, open_scheduler
 from ensemblelora.sharding import find_place
+from ensemblelora.startpoint import is_warm
 from ensemblelora.workspace import check_place, open_workspace
 
 __all__ = ["STAGES", "Foresight", "RunResult", "estimate", "foresee", "read_result", "run"]
@@ -77,6 +78,7 @@ def run(config: RunConfig, *, until: str = "report", cluster: Cluster | None = N
     tasks, rows, probe = stages.prepare(config)
     start = stages.identify_start(config, probe, rows)
     with (
+        progress.counting(_list_stages(config, until)),
         open_scheduler(cluster) as scheduler,
         open_workspace(config, until=until, start_fingerprint=start, scheduler=scheduler) as work,
     ):
@@ -98,6 +100,14 @@ def run(config: RunConfig, *, until: str = "report", cluster: Cluster | None = N
     if until == "report":
         stages.drop_lower_layers(Path(config.out))
     return read_result(Path(config.out))
+
+
+def _list_stages(config: RunConfig, until: str) -> list[str]:
+    """Name the stages that a run goes through, in their order."""
+    left_out = set() if is_warm(config) else {"warmup"}
+    if "shared" not in config.evaluation.baselines:
+        left_out.add("baselines")
+    return [name for name in _COSTLY[: _COSTLY.index(until) + 1] if name not in left_out]
 
 
 def _take_place(config: RunConfig, cluster: Cluster | None) -> RunConfig:

@@ -2,13 +2,13 @@
 
 The library announces stages and wraps its loops; it never prints. The command line turns the announcements
 on with :func:`announcing`: bars on a terminal; anywhere else a line per stage, and one every half minute from the
-loop that is running.
+loop that is running. Stages of a sequence that is known beforehand are numbered (:func:`counting`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-__all__ = ["announcing", "mention", "note", "stage", "track"]
+__all__ = ["announcing", "counting", "mention", "note", "number", "skip", "stage", "track"]
 
 Item = TypeVar("Item")
 
@@ -35,6 +35,7 @@ class _Listener:
 
 _listener: ContextVar[_Listener | None] = ContextVar("_listener", default=None)
 _bars: ContextVar[Progress | None] = ContextVar("_bars", default=None)
+_sequence: ContextVar[tuple[str, ...]] = ContextVar("_sequence", default=())
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
@@ -77,14 +78,44 @@ def stage(name: str) -> Iterator[None]:
     if listener is None:
         yield
         return
-    started = time.perf_counter()
+    title, started = number(name), time.perf_counter()
+    if title != name and not listener.console.is_terminal:  # where bars don't say which stage of how many runs
+        note(f"{title} ...")
     try:
-        with _showing_bars(listener.console, name):
+        with _showing_bars(listener.console, title):
             yield
     except BaseException:
-        note(f"{name}: stopped after {time.perf_counter() - started:.1f} s")
+        note(f"{title}: stopped after {time.perf_counter() - started:.1f} s")
         raise
-    note(f"{name}: {time.perf_counter() - started:.1f} s")
+    note(f"{title}: {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def counting(names: Sequence[str]) -> Iterator[None]:
+    """Number the stages of these names inside this context, which come in this order: ``[3/9] group``."""
+    token = _sequence.set(tuple(names))
+    try:
+        yield
+    finally:
+        _sequence.reset(token)
+
+
+def number(name: str) -> str:
+    """A stage's name after its number in the sequence that is counted; the bare name where it is in none.
+
+    Example:
+        >>> with counting(["features", "affinity"]):
+        ...     number("affinity"), number("export")
+        ('[2/2] affinity', 'export')
+    """
+    names = _sequence.get()
+    return f"[{names.index(name) + 1}/{len(names)}] {name}" if name in names else name
+
+
+def skip(name: str, reason: str) -> None:
+    """Say why a stage that is counted is left out, so that no number is missing; nothing of any other stage."""
+    if name in _sequence.get():
+        note(f"{number(name)}: {reason}")
 
 
 def note(text: str) -> None:

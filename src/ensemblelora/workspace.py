@@ -116,7 +116,7 @@ class OpenRun:
         if is_needed:
             yield from self._carry_out(run)
         else:
-            progress.note(f"{name}: done before")
+            progress.note(f"{progress.number(name)}: done before")
             self._change_ledger(self.ledger.confirming(name))
             yield run
         self._note(name).unlink(missing_ok=True)
