@@ -419,6 +419,11 @@ def test_a_folder_of_cards_gives_the_cards(tmp_path: Path) -> None:
             [{"txt": "a", "kind": "p"}],
             "expected columns text and label.*got txt, kind.*a card x.yaml beside.*doc_to_text: txt .*_target: kind",
         ),
+        (
+            "x.jsonl",
+            [{f"c{i}": "a" for i in range(20)} | {"lable": "p"}],
+            r"got lable, c0, c1, c2, c3, c4 and 15 more\. Rename",
+        ),
         ("x.jsonl", [], "empty"),
     ],
 )

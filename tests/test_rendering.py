@@ -113,6 +113,19 @@ def test_answers_that_are_no_text(value: Any, message: str) -> None:
         render({"text": "x", "a": value}, doc_to_choice=None, doc_to_target="a", output_type="generate_until")
 
 
+def test_of_many_columns_the_nearest_come_first_and_few_in_all() -> None:
+    row = {f"col_{i}": "a" for i in range(20)} | {"sentence": "b", "sentiment": 0}
+    with pytest.raises(DataError) as fault:
+        render(row, doc_to_text="{{sentnce}} {{col_1}}", group="{{sentnce}}", doc_to_target="sentimnt")
+    assert str(fault.value) == (
+        "doc_to_text and group: unknown column 'sentnce', doc_to_target: unknown column 'sentimnt' "
+        "(columns: sentiment, sentence, col_0, col_1, col_2, col_3 and 16 more)"
+    )
+    nested = {f"col_{i}": "a" for i in range(20)} | {"nested": {"inner": 1}, "label": 0}
+    with pytest.raises(DataError, match=r"'colour'.*\(columns: col_0, .*col_5 and 16 more\)"):
+        render(nested, doc_to_text="{{nested.colour}}")
+
+
 def test_all_unknown_columns_come_at_once() -> None:
     with pytest.raises(DataError, match=r"'txt', .*'lable', .*'grp'"):
         render(doc_to_text="{{txt}}", doc_to_target="{{lable}}", group="{{grp}}")

@@ -5,7 +5,8 @@ The command line prints the message without a traceback and exits with ``exit_co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ClusterError",
@@ -21,6 +22,7 @@ __all__ = [
     "UsageError",
     "first_line",
     "join_faults",
+    "list_nearest",
     "quote",
 ]
 
@@ -28,6 +30,9 @@ _QUOTED = 80
 """characters of a value that a message shows"""
 _TOLD = 20
 """faults that a message tells"""
+_NAMED = 6
+"""names out of many that a message lists"""
+_LIKENESS = 0.6  # of two names of which one may be the other, misspelt
 
 
 class EnsembleLoraError(Exception):
@@ -104,3 +109,21 @@ def join_faults(faults: Sequence[str]) -> str:
     """Faults on one line; of very many, the first."""
     more = [f"and {len(faults) - _TOLD:,} more"] if len(faults) > _TOLD else []
     return "; ".join([*faults[:_TOLD], *more])
+
+
+def list_nearest(names: Iterable[str], arrived: Sequence[str]) -> str:
+    """Names of which one was probably meant: those most like what arrived first, and of many a handful.
+
+    Example:
+        >>> list_nearest(["id", "source", "year", "review", "stars", "url", "page", "sentence"], ["sentnce"])
+        'sentence, id, source, year, review, stars and 2 more'
+    """
+    ranked = sorted(names, key=lambda name: -max((_measure_likeness(name, one) for one in arrived), default=0.0))
+    more = f" and {len(ranked) - _NAMED:,} more" if len(ranked) > _NAMED else ""
+    return ", ".join(ranked[:_NAMED]) + more
+
+
+def _measure_likeness(first: str, second: str) -> float:
+    """From 0, where one is hardly the other misspelt, so that names which are unlike stay in their order."""
+    ratio = difflib.SequenceMatcher(None, first.casefold(), second.casefold()).ratio()
+    return ratio if ratio >= _LIKENESS else 0.0

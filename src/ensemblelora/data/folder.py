@@ -20,7 +20,7 @@ from ensemblelora.data.choices import ChoiceColumns, describe_target, find_choic
 from ensemblelora.data.reading import list_folder, read_file
 from ensemblelora.data.remote import Source, name_of, show_place, show_url
 from ensemblelora.data.task import TaskCard
-from ensemblelora.errors import DataError
+from ensemblelora.errors import DataError, list_nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +33,7 @@ _FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".p
 _ANSWERS = ("answer", "output", "response")
 _QUESTIONS = {"question": "Question", "instruction": "Instruction", "text": ""}
 _CONTEXTS = ("input", "context")
+_UNDERSTOOD = ("text", "label", "choices", *_QUESTIONS, *_ANSWERS)
 _MAX_CLASSES = 100
 _FEW_ROWS = 20
 """of fewer, a label of its own for every other row says nothing"""
@@ -143,9 +144,9 @@ def _explain_columns(path: str, stem: str, columns: Sequence[str]) -> str:
     first, last = columns[0], columns[-1]
     return (
         f"data file {path}: expected columns text and label; question, choices and answer; or question and answer; got "
-        f"{', '.join(columns)}. Rename them, or put a card {stem}.yaml beside the file that says what they mean, "
-        f"such as doc_to_text: {first} / doc_to_choice: [its classes in order] / doc_to_target: {last} (one line each; "
-        "see README, 'With your own files')"
+        f"{list_nearest(columns, _UNDERSTOOD)}. Rename them, or put a card {stem}.yaml beside the file that says what "
+        f"they mean, such as doc_to_text: {first} / doc_to_choice: [its classes in order] / doc_to_target: {last} (one "
+        "line each; see README, 'With your own files')"
     )
 
 

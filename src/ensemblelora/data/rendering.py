@@ -20,7 +20,7 @@ from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, Un
 
 from ensemblelora.data.sandbox import make_environment
 from ensemblelora.data.task import Example, TaskCard
-from ensemblelora.errors import DataError, quote
+from ensemblelora.errors import DataError, list_nearest, quote
 
 __all__ = [
     "Renderer",
@@ -39,8 +39,8 @@ Row = Mapping[str, Any]
 
 _Field = Callable[[Row], Any]
 
-_MAX_NAMED = 8
 _MOST_CHOICES = 2**15 - 1
+_QUOTED_NAME = re.compile("'([^']+)'")
 _MOST_DIGITS = 18
 _TEMPLATE_ERRORS = (
     *(TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError),
@@ -214,12 +214,12 @@ def _check_fields(card: TaskCard, columns: Collection[str], environment: Environ
     keys = ("doc_to_text", "doc_to_choice", "doc_to_target", "group")
     fields = {key: getattr(card, key) for key in keys}
     faults: list[str] = []
-    unknown: list[str] = []
+    unknown: dict[str, list[str]] = {}
     for key, text in fields.items():
         if not isinstance(text, str) or text in columns or not text:
             continue
         if "{" not in text and not (key == "doc_to_choice" and text.startswith("[")):
-            unknown.append(f"{key}: unknown column {text!r}")  # plain words would be the same for every row
+            unknown.setdefault(text, []).append(key)  # plain words would be the same for every row
             continue
         try:
             names = _find_names(environment.parse(text)) - set(environment.globals) - set(columns)
@@ -229,16 +229,13 @@ def _check_fields(card: TaskCard, columns: Collection[str], environment: Environ
         except (ValueError, RecursionError) as error:
             faults.append(f"{key}: not a valid template ({_one_line(error)}): {quote(text)}")
             continue
-        unknown += [f"{key}: unknown column {name!r}" for name in sorted(names)]
+        for name in sorted(names):
+            unknown.setdefault(name, []).append(key)
     if unknown:
-        faults.append(f"{', '.join(unknown)} ({_list_columns(columns)})")
+        told = ", ".join(f"{' and '.join(keys)}: unknown column {quote(name)}" for name, keys in unknown.items())
+        faults.append(f"{told} (columns: {list_nearest(columns, list(unknown))})")
     if faults:
         raise DataError("; ".join(faults))
-
-
-def _list_columns(columns: Collection[str]) -> str:
-    named = ", ".join([*columns][:_MAX_NAMED])
-    return f"columns: {named}" + (f" and {len(columns) - _MAX_NAMED} more" if len(columns) > _MAX_NAMED else "")
 
 
 def _find_names(template: nodes.Template) -> set[str]:
@@ -260,7 +257,8 @@ def _compile_field(key: str, text: str, columns: Collection[str], environment: E
         try:
             return template.render(row)
         except UndefinedError as error:
-            raise DataError(f"{key}: {error.message} ({_list_columns(columns)})") from None
+            named = list_nearest(columns, _QUOTED_NAME.findall(error.message or ""))
+            raise DataError(f"{key}: {error.message} (columns: {named})") from None
         except _TEMPLATE_ERRORS as error:
             raise DataError(f"{key}: {_one_line(error)}") from None
 
