@@ -216,8 +216,18 @@ def test_doubts_are_of_tasks_that_nothing_is_above_chance_on(tmp_path):
     told = " ".join(run.list_doubts(TASKS))
     assert all((name in told) == (name in doubtful) for name in TASKS)
     assert run.list_doubts([name for name in TASKS if name not in doubtful]) == []
-    (tmp_path / "run" / "results.json").unlink()
+    for name in (doubtful[0], next(name for name in TASKS if name not in doubtful)):
+        [answer] = run.predict(name, ["x"])
+        assert answer.doubt in (("at chance", "too few rows") if name in doubtful else (None,))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{", encoding="utf-8")])
+def test_predictions_need_no_test_results(tmp_path, damage):
+    copy_run(tmp_path)
+    damage(tmp_path / "run" / "results.json")
+    run = load_run(tmp_path / "run")
     assert run.list_doubts(TASKS) == [], "nothing is known of a run that was not tested"
+    assert [answer.doubt for answer in run.predict(TASKS[0], ["x"])] == [None]
 
 
 def test_what_is_not_there_yet_is_said_with_the_command_that_makes_it(tmp_path):
@@ -237,7 +247,7 @@ def test_what_is_not_there_yet_is_said_with_the_command_that_makes_it(tmp_path):
         with pytest.raises(UsageError, match=f"make it with: ensemblelora {stage} {tmp_path / 'run'} .*{kept}"):
             call()
     (tmp_path / "run" / "oracle.json").unlink()
-    with pytest.raises(UsageError, match="make it with: ensemblelora plan "):
+    with pytest.raises(UsageError, match="no plan yet; make it with: ensemblelora plan "):
         load_run(tmp_path / "run").ask([TASKS[0]])
     (tmp_path / "run" / "tasks.json").unlink()
     with pytest.raises(UsageError, match="nothing was done yet; start with: ensemblelora run"):

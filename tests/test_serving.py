@@ -254,6 +254,7 @@ def test_rows_are_answered_in_order_with_everything_that_is_known():
         "routing": None,
         "probability": None,
         "task_probability": None,
+        "doubt": None,
     }
     assert second["label"] == "{'text': 'b'}!"
     assert routed["routing"] == {"toy": 0.75, "other": 0.25}

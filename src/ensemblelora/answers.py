@@ -35,6 +35,9 @@ class Prediction:
     """how sure the label is; none for free text"""
     task_probability: float | None = None
     """where no task was named: how sure it is that the row is of this one"""
+    doubt: str | None = None
+    """``at chance`` or ``too few rows``, where the run's own test did not show any method to be above always answering
+    the task's most frequent class; none where it did, or where there was no such test"""
 
 
 @dataclass(frozen=True)

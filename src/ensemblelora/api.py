@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from scipy.special import softmax
 
 from ensemblelora import artifacts
@@ -36,7 +37,7 @@ from ensemblelora.estimation import Oracle, compute_wilson_interval
 from ensemblelora.exporting import TOLERANCE, Export, Format, export_run
 from ensemblelora.generation import decode_answers, generate, list_contexts
 from ensemblelora.members import load_members
-from ensemblelora.report.chance import judge_chance
+from ensemblelora.report.chance import Chance, judge_chance
 from ensemblelora.report.records import ResultsRecord
 from ensemblelora.routing import Route, Router, open_router, read_texts, route_rows
 from ensemblelora.stages import read_oracle
@@ -83,11 +84,9 @@ class Run:
             tasks: Names.
 
         Returns:
-            None where every task is above chance, or the run has not been evaluated.
+            None where every task is above chance, or there are no test results that can be read.
         """
-        if not (self.path / artifacts.RESULTS_FILE).exists():
-            return []
-        return list(judge_chance(ResultsRecord.model_validate(self.results, strict=False), sorted(tasks)).tell())
+        return list(judge_chance(self._tested, sorted(tasks)).tell())
 
     def predict(self, task: str | None, rows: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
         """Answer questions of one task, or of whichever task each row is likeliest of.
@@ -197,6 +196,19 @@ class Run:
         return export_run(self.path, out, format=format, task=task, rank=rank, tolerance=tolerance)
 
     @cached_property
+    def _tested(self) -> ResultsRecord:
+        """The test results; empty where there are none, or none that can be read, since predictions don't need them."""
+        try:
+            path = self.path / artifacts.RESULTS_FILE
+            return ResultsRecord.model_validate(self.results, strict=False) if path.exists() else ResultsRecord()
+        except (StoreError, ValidationError):
+            return ResultsRecord()
+
+    @cached_property
+    def _chance(self) -> Chance:
+        return judge_chance(self._tested, list(self.cards))
+
+    @cached_property
     def _model(self) -> tuple[AdaptedModel, Ensemble]:
         self._read(artifacts.ENSEMBLE_FILE)
         ensemble = load_ensemble(self.path / artifacts.ENSEMBLE_FILE)
@@ -264,6 +276,7 @@ class Run:
                 routing=one.routing,
                 probability=None if some is None else some[label],
                 task_probability=None if one.routing is None else one.routing[task],
+                doubt=self._chance.mark(task) or None,
             )
             for label, some, one in zip(labels, probabilities, asked, strict=True)
         ]

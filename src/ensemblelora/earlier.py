@@ -42,9 +42,9 @@ _CONTENTS = {
     artifacts.ENSEMBLE_FILE: "trained ensemble",
     artifacts.RESULTS_FILE: "test results",
     artifacts.PLAN_FILE: "plan",
-    artifacts.COSTS_FILE: "costs",
+    "oracle.json": "plan",  # the stages before it leave it
 }
-"""What files hold, in the words of those who miss it."""
+"""what files hold, in the words of those who miss it"""
 _IDENTITY_FILE = "earlier.json"
 _LEFT_OUT = frozenset({EARLIER_FOLDER, "cache", "checkpoints", "export"})
 _APPENDED = ".jsonl"  # journals grow in place, so that a link would grow, too
