@@ -87,6 +87,18 @@ def refuse_constant(name: str) -> Any:
     pytest.fail(f"{name} is no JSON")
 
 
+def test_a_class_of_one_row_is_foreseen_and_carried_through(tmp_path):
+    make_inputs(tmp_path)
+    (tmp_path / "mix").mkdir()
+    rows = "".join(f"row number {i},{('good', 'bad')[i % 2]}\n" for i in range(40))
+    for name, rare in (("books", "a rare one,odd\n"), ("films", "")):
+        (tmp_path / "mix" / f"{name}.csv").write_text(f"text,label\n{rows}{rare}", encoding="utf-8")
+    config = read_config(tmp_path / "recipe.yaml", data={"tasks": [str(tmp_path / "mix")]})
+    assert pipeline.foresee(config).stages["total"]["n_tokens"] > 0
+    results = pipeline.run(config, until="evaluate").results
+    assert results is not None and set(results["methods"]["ensemble"]["per_task"]) == {"books", "films"}
+
+
 def test_stages_are_numbered_without_gaps_up_to_the_last_one_asked_for(tmp_path):
     recipe = copy_run(tmp_path)
 

@@ -28,7 +28,7 @@ _MOST_NAMED = 12
 
 STAGES = ("features", "affinity", "group", "train", "boost", "combine", "evaluate", "report")
 _COSTLY = ("warmup", *STAGES[:-2], "baselines", "evaluate", "report")
-"""stages that a forecast may name, in their order"""
+"""stages that a forecast may name and a run may go through, in their order"""
 
 
 @dataclass(frozen=True)
