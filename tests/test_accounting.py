@@ -418,14 +418,49 @@ def test_the_accelerator_peak_is_torchs_own() -> None:
 RECORD = StageRecord("train", 2.0, 10, 3, 4, 100, None)
 
 
-def test_a_continued_stage_is_joined_and_a_repeated_one_replaced() -> None:
+def test_a_repeated_stage_is_replaced() -> None:
     later = StageRecord("train", 1.0, 5, 1, 2, 80, 7)
     first = Ledger().with_stage(StageRecord("features")).with_stage(RECORD)
-    joined = first.with_stage(later, is_continued=True)
-    assert joined.stages == (StageRecord("features"), StageRecord("train", 3.0, 15, 4, 6, 100, 7))
+    assert RECORD.joined(later) == StageRecord("train", 3.0, 15, 4, 6, 100, 7)
     assert first.with_stage(later).stages == (StageRecord("features"), later)
-    assert Ledger().with_stage(RECORD, is_continued=True).stages == (RECORD,)
     assert first.stages[1] == RECORD
+
+
+def part(flops: int, **more: Any) -> StageRecord:
+    return StageRecord("train", flops=flops, **more)
+
+
+def test_a_stage_costs_what_it_made_and_what_it_used_again_cost_to_make() -> None:
+    made = part(12, parts={"a": part(4, peak_memory_bytes=9), "b": part(6)})
+    ledger = Ledger().with_stage(made, parts=["a", "b"])
+    assert ledger.stages == (made,), "all of it was made now: the stage's own 2 too"
+    for before in (ledger, ledger.doubting(["train"])):
+        (again,) = before.with_stage(part(8, parts={"c": part(7)}), parts=["a", "c", "never noted"]).stages
+        assert (again.flops, again.peak_memory_bytes) == (8 + 4, 9) and not again.parts["a"].parts
+    (twice,) = ledger.with_stage(part(5, parts={"b": part(5)}), parts=["b", "b"]).stages
+    assert (twice.flops, twice.parts["b"]) == (5, part(5)), "made anew, it is not what it was"
+    unfinished = ledger.with_stage(part(1, parts={"b": part(1)}))
+    assert unfinished.stages[0].flops == 1
+    assert unfinished.with_stage(part(6, parts={"b": part(6)}), parts=["a", "b"]).stages[0].flops == 10
+
+
+def test_a_meter_notes_parts_while_they_are_made_and_shares_out_what_is_made_together() -> None:
+    with Meter("train") as meter:
+        meter.add_flops(1)
+        with pytest.raises(ZeroDivisionError), meter.part({"a": 1}):
+            meter.add_tokens(3, 5)
+            assert meter.record.parts["a"].n_padded_tokens == 5, "a killed process has noted it"
+            raise ZeroDivisionError
+        with meter.part({"b": 1, "c": 2}):
+            meter.add_flops(10)
+            meter.add_dequantization(2)
+        with meter.part({"a": 1}):
+            meter.add_flops(100)
+    a, b, c = (meter.record.parts[name] for name in "abc")
+    assert (a.n_tokens, a.n_padded_tokens, a.flops) == (3, 5, 100) and a.peak_memory_bytes > 0
+    assert (b.flops, c.flops, b.dequantization_flops + c.dequantization_flops) == (3, 7, 2)
+    assert meter.record.flops == 111 and meter.record.wall_seconds > a.wall_seconds + b.wall_seconds + c.wall_seconds
+    assert c.wall_seconds == pytest.approx(2 * b.wall_seconds)
 
 
 def test_the_total_sums_costs_and_takes_the_highest_peak() -> None:
@@ -441,6 +476,8 @@ def test_a_ledger_survives_json() -> None:
     assert ledger.to_dict().keys() == {"stages", "methods"}, "as it always was"
     doubted = ledger.doubting(["train"])
     assert Ledger.from_dict(json.loads(json.dumps(doubted.to_dict()))) == doubted != ledger
+    noted = ledger.with_stage(part(3, parts={"a": part(3)}))
+    assert Ledger.from_dict(json.loads(json.dumps(noted.to_dict()))) == noted != ledger
 
 
 def test_a_doubted_cost_counts_again_once_it_is_confirmed_or_done_anew() -> None:
@@ -453,7 +490,17 @@ def test_a_doubted_cost_counts_again_once_it_is_confirmed_or_done_anew() -> None
     assert doubted.with_stage(again) == ledger.with_stage(again), "what it cost before is not counted beside it"
 
 
-@pytest.mark.parametrize("values", [{}, [], {"stages": [{"x": 1}], "methods": {}}, {"stages": [], "methods": []}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        [],
+        {"stages": [{"x": 1}], "methods": {}},
+        {"stages": [], "methods": []},
+        {"stages": ["x"], "methods": {}},
+        {"stages": [{"stage": "train", "parts": {"a": 1}}], "methods": {}},
+    ],
+)
 def test_a_damaged_ledger_is_refused(values: Any) -> None:
     with pytest.raises(StoreError, match=r"costs\.json.*delete it"):
         Ledger.from_dict(values)

@@ -312,6 +312,65 @@ def test_a_changed_training_row_costs_its_task_and_its_group(tmp_path, carried_o
     assert unchanged == {f"run/adapters/group-{alone}/adapter_model.safetensors"}
 
 
+def costs_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {record["stage"]: record for record in read_json(folder, "costs.json")["stages"]}
+
+
+def lengthen(folder: Path) -> None:
+    """Give the first task longer rows."""
+    file = folder / "tasks" / f"{TASKS[0]}.train.jsonl"
+    edit_rows(file, lambda number, row: row | {"text": row["text"] + " and more words"} if number < 9 else row)
+
+
+def test_a_run_with_a_changed_file_costs_what_one_from_the_beginning_does(tmp_path):
+    recipe = copy_run(tmp_path)
+    before = costs_of(tmp_path)
+    groups = [[TASKS[i] for i in group] for group in read_json(tmp_path, "plan.json")["groups"]]
+    changes = {"grouping": {"groups": groups}}
+    lengthen(tmp_path)
+    weights = times_of(tmp_path, "adapters/group-?/*.safetensors")
+    pipeline.run(read_config(recipe, **changes))
+    assert sum(times_of(tmp_path, "adapters/group-?/*.safetensors")[path] == at for path, at in weights.items()) == 1
+    fresh = tmp_path / "fresh"
+    pipeline.run(read_config(recipe, **changes, out=str(fresh / "run")))
+    after, twin = costs_of(tmp_path), costs_of(fresh)
+    assert list(after) == list(twin) == EVERY_STAGE
+    for stage in EVERY_STAGE:
+        for count in ("flops", "n_tokens", "n_padded_tokens"):
+            assert after[stage][count] == twin[stage][count], (stage, count)
+    for stage in ("features", "train"):
+        assert after[stage]["flops"] > before[stage]["flops"] > 0, "the rows are longer now"
+    methods = [read_json(folder, "costs.json")["methods"]["ensemble"] for folder in (tmp_path, fresh)]
+    assert all(methods[0][what] == methods[1][what] > 0 for what in ("train_flops", "select_flops"))
+
+
+def test_of_adapters_that_were_trained_together_the_one_used_again_costs_its_share(tmp_path):
+    recipe = make_inputs(tmp_path)
+    changes = {"grouping": {"groups": [[*TASKS[:2]], [*TASKS[2:]]]}, "training": {"together": True}}
+    pipeline.run(read_config(recipe, **changes), until="train")
+    before = costs_of(tmp_path)["train"]
+    assert len(before["parts"]) == 2 and sum(one["flops"] for one in before["parts"].values()) == before["flops"]
+    lengthen(tmp_path)
+    pipeline.run(read_config(recipe, **changes), until="train")
+    after = costs_of(tmp_path)["train"]
+    markers = [read_json(tmp_path, f"stages/group-{g}.json")["fingerprint"] for g in range(2)]
+    assert [marker in before["parts"] for marker in markers].count(True) == 1
+    parts = [after["parts"][marker]["flops"] for marker in markers]
+    assert min(parts) > 0 and after["flops"] == sum(parts)
+
+
+def test_what_is_made_again_after_damage_is_counted_beside_what_was_not(tmp_path):
+    recipe = copy_run(tmp_path)
+    (tmp_path / "run" / "feature_health.json").unlink()
+    weights = tmp_path / "run" / "adapters" / "group-1" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    before = costs_of(tmp_path)
+    result = pipeline.run(read_config(recipe))
+    for stage in ("features", "train"):
+        assert costs_of(tmp_path)[stage]["flops"] == before[stage]["flops"] > 0
+    assert not any("parts" in stage for stage in result.costs["stages"]), "which is for later runs"
+
+
 def test_missing_and_damaged_files_are_made_again_as_they_were(tmp_path, carried_out):
     recipe = copy_run(tmp_path)
     run = tmp_path / "run"

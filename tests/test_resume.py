@@ -126,6 +126,8 @@ def test_a_run_killed_again_and_again_ends_bit_by_bit_as_if_nothing_had_happened
     once["group"] += once["affinity"]  # in a new process it first solves again what the affinity stage had in memory
     for stage in ("features", "affinity", "group"):  # each was done again from its start, or not at all
         assert 0 < costs[stage] <= 2 * once[stage]
+    spent = {record["stage"]: record["flops"] for record in read_json(tmp_path, "costs.json")["stages"]}
+    assert spent["features"] >= once["features"], "of tasks that were done before a kill, too"
 
 
 @pytest.mark.slow

@@ -218,6 +218,11 @@ def test_a_run_in_other_processes_gives_the_same_bits(tmp_path, monkeypatch):
     kinds = [name.split()[0] for name in elsewhere.done]
     assert (kinds.count("features"), kinds.count("adapter"), kinds.count("subsets")) == (2 * n_tasks, n_groups + 1, 1)
     assert elsewhere.done[-1] == "adapter shared", "the baseline too"
+    for record in read_json(tmp_path, "costs.json")["stages"]:
+        if record["stage"] in ("features", "train"):
+            parts = record["parts"].values()
+            assert len(parts) == {"features": 2 * n_tasks, "train": n_groups}[record["stage"]]
+            assert sum(part["flops"] for part in parts) == record["flops"] > 0, "each is noted, wherever it was made"
     features = FeatureStore(tmp_path / "run" / "features")
     assert not (features.folder / "pieces").exists() and not (tmp_path / "run" / "checkpoints").exists()
     for task in read_json(tmp_path, "plan.json")["task_names"]:

@@ -6,13 +6,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ensemblelora import artifacts, attempts, progress, workspace
-from ensemblelora.accounting.meter import MethodCosts
+from ensemblelora.accounting.meter import MethodCosts, StageRecord
 from ensemblelora.artifacts import RunFolder, write_json
 from ensemblelora.config import RunConfig
 from ensemblelora.data.identity import fingerprint_split
@@ -122,6 +123,48 @@ def test_what_a_killed_process_spent_is_known(tmp_path, monkeypatch):
         assert flops_of(work) == {"features": 1, "train": 111}
         assert work.seconds_of("train") > 0.005
     assert not note.exists()
+
+
+def make(work: Workspace, parts: dict[str, int], missing: str, *, fails: bool = False) -> None:
+    """Carry out a stage that consists of parts, of which some are there already."""
+    with suppress(ZeroDivisionError), work.stage("train", sorted(parts), is_complete=False, parts=parts) as stage:
+        for name in missing:
+            with stage.meter.part({name: 1}):
+                stage.meter.add_flops(parts[name])
+        stage.meter.add_flops(1)
+        if fails:
+            raise ZeroDivisionError
+
+
+def test_each_part_of_a_stage_counts_once_at_what_it_cost_when_it_was_made(tmp_path):
+    folder = tmp_path / "run"
+    with opened(folder) as work:
+        make(work, {"a": 10, "b": 20}, "ab")
+        assert flops_of(work) == {"train": 31}
+        make(work, {"a": 10, "c": 40}, "c")
+        assert flops_of(work) == {"train": 51}, "b is no part of it any more"
+        make(work, {"a": 10, "d": 80}, "d", fails=True)
+    with opened(folder) as work:
+        make(work, {"a": 10, "d": 80}, "")
+        assert flops_of(work) == {"train": 92}, "what was made before it was broken off is not made again"
+        make(work, {"a": 10, "e": 160}, "e", fails=True)
+        make(work, {"e": 160, "f": 320}, "f")
+        assert flops_of(work) == {"train": 481}, "made for other inputs, by an attempt that was broken off"
+        make(work, {"b": 20, "e": 160}, "")
+        assert flops_of(work) == {"train": 181}, "b was there all the time"
+        make(work, {"b": 25, "e": 160}, "b")
+        assert flops_of(work) == {"train": 186}
+
+
+def test_parts_made_side_by_side_take_no_longer_than_their_stage(tmp_path):
+    elsewhere = {name: StageRecord("job", 100.0, 5) for name in "ab"}
+    with opened(tmp_path / "run") as work:
+        with work.stage("train", 1, parts="ab") as stage:
+            for name, spent in elsewhere.items():
+                stage.meter.add_record(replace(spent, parts={name: spent}))
+        (record,) = work.ledger.stages
+    assert record.flops == 10 and record.wall_seconds < 50
+    assert record.parts["a"].wall_seconds == pytest.approx(record.wall_seconds / 2)
 
 
 def test_costs_of_a_stage_that_the_plan_does_without_are_dropped(tmp_path):

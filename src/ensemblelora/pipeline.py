@@ -183,6 +183,12 @@ def read_result(folder: Path) -> RunResult:
         folder=path,
         plan=read(artifacts.PLAN_FILE),
         results=read(artifacts.RESULTS_FILE),
-        costs=costs and {name: value for name, value in costs.items() if name != "unconfirmed"},
+        costs=costs and _leave_out_notes(costs),
         report=html if html.exists() else None,
     )
+
+
+def _leave_out_notes(costs: dict[str, Any]) -> dict[str, Any]:
+    """The ledger without what is in it for later runs alone."""
+    stages = [{key: value for key, value in stage.items() if key != "parts"} for stage in costs["stages"]]
+    return {name: value for name, value in costs.items() if name != "unconfirmed"} | {"stages": stages}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -23,10 +23,10 @@ from typing import Any
 
 from ensemblelora import __version__, artifacts, progress
 from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts
-from ensemblelora.attempts import Attempt
+from ensemblelora.attempts import Attempt, read_ledger, write_ledger
 from ensemblelora.config import RunConfig, dump_config
 from ensemblelora.earlier import MADE_WITH_FILE, list_changes, set_aside
-from ensemblelora.errors import OutputError, StoreError
+from ensemblelora.errors import OutputError
 from ensemblelora.files import is_temporary
 from ensemblelora.scheduling import HERE, Scheduler
 
@@ -44,8 +44,6 @@ __all__ = [
 
 ORACLE_FILE = "oracle.json"
 """the ridge that the subset oracle uses, and what it was chosen from"""
-
-_COSTS_COPY = ".costs.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -78,6 +76,8 @@ class StageRun:
     meter: Meter
     files: list[Path] = field(default_factory=list)
     """what the stage leaves; recorded with checksums when it ends"""
+    parts: Collection[str] = ()
+    """identities of what it consists of, where some of that may be used again and the rest made"""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -99,20 +99,23 @@ class OpenRun:
         return self.folder.path
 
     @contextmanager
-    def stage(self, name: str, *inputs: object, is_complete: bool = True) -> Iterator[StageRun]:
+    def stage(
+        self, name: str, *inputs: object, is_complete: bool = True, parts: Collection[str] = ()
+    ) -> Iterator[StageRun]:
         """Announce a stage, measure it, and mark it done if its body ends well.
 
         A stage that is broken off goes on counting where it was: its costs are in the ledger once, all attempts
-        together.
+        together. Of parts that are used again, what they cost to make is in its costs, too.
 
         Args:
             name: The stage's name; its marker's too.
             inputs: Everything its result depends on.
             is_complete: False if something it leaves is missing that its marker does not watch.
+            parts: Identities of what it consists of, under which its meter notes the cost of those that it makes.
         """
         identity = artifacts.fingerprint(__version__, name, *inputs)
         is_needed = not (self.folder.is_done(name, identity) and is_complete)
-        run = StageRun(name, identity, is_needed, Meter(name))
+        run = StageRun(name, identity, is_needed, Meter(name), parts=parts)
         if is_needed:
             yield from self._carry_out(run)
         else:
@@ -168,7 +171,7 @@ class OpenRun:
         return max((peak for peak, _ in peaks), default=0), max((added for _, added in peaks), default=0)
 
     def _carry_out(self, run: StageRun) -> Iterator[StageRun]:
-        attempt = Attempt(self._note(run.name), run.fingerprint, run.meter)
+        attempt = Attempt(self._note(run.name), run.fingerprint, run.meter, parts=run.parts)
         if self._news:
             self._keep_finished(run)
             self.settle()
@@ -178,6 +181,7 @@ class OpenRun:
                 yield run
         finally:
             self._write_ledger(self.ledger.with_stage(attempt.spent))
+        self._change_ledger(self.ledger.with_stage(attempt.spent, parts=run.parts))
         self.folder.mark_done(run.name, run.fingerprint, files=run.files)
 
     def _keep_finished(self, run: StageRun) -> None:
@@ -226,8 +230,7 @@ class OpenRun:
 
     def _write_ledger(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        for name in (_COSTS_COPY, artifacts.COSTS_FILE):
-            artifacts.write_json(self.path / name, ledger.to_dict())
+        write_ledger(self.path, ledger)
 
     def _note(self, name: str) -> Path:
         return self.path / artifacts.STAGES_FOLDER / f"{name}.begun.json"
@@ -353,23 +356,7 @@ def open_workspace(
 @contextmanager
 def _hold(folder: artifacts.RunFolder) -> Iterator[OpenRun]:
     with folder.lock():
-        yield OpenRun(folder=folder, ledger=_read_ledger(folder.path))
-
-
-def _read_ledger(folder: Path) -> Ledger:
-    """What a run has cost so far; by the copy where the file is damaged, since no stage can tell what it once took."""
-    path, copy = folder / artifacts.COSTS_FILE, folder / _COSTS_COPY
-    if not path.exists():
-        return Ledger()
-    try:
-        return Ledger.from_dict(artifacts.read_json(path))
-    except StoreError as error:
-        if not copy.exists():
-            raise
-        ledger = Ledger.from_dict(artifacts.read_json(copy))
-        _logger.warning("%s; it is written anew from its copy", str(error).partition(";")[0])
-        artifacts.write_json(path, ledger.to_dict())
-        return ledger
+        yield OpenRun(folder=folder, ledger=read_ledger(folder.path))
 
 
 def describe_environment(

@@ -11,8 +11,9 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +24,7 @@ from ensemblelora.errors import StoreError
 __all__ = ["Ledger", "Meter", "MethodCosts", "StageRecord"]
 
 _SAMPLING_SECONDS = 0.02
+_COUNTS = ("flops", "n_tokens", "n_padded_tokens", "dequantization_flops")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class StageRecord:
         peak_accelerator_bytes: Highest memory torch held on the accelerator; none where there is none.
         dequantization_flops: Operations that unpack a 4-bit base, one a weight and pass; not in ``flops``.
         added_memory_bytes: Of the peak, what was not resident when the stage began.
+        parts: What single parts took, by identity, that can be used again without the others; in a ledger, of earlier
+            inputs too.
     """
 
     stage: str
@@ -50,6 +54,7 @@ class StageRecord:
     peak_accelerator_bytes: int | None = None
     dequantization_flops: int = 0
     added_memory_bytes: int = 0
+    parts: Mapping[str, StageRecord] = field(default_factory=dict, hash=False)
 
     def joined(self, later: StageRecord) -> StageRecord:
         """Return the cost of a stage that was interrupted and went on: sums, and the higher of the peaks."""
@@ -64,7 +69,30 @@ class StageRecord:
             peak_accelerator_bytes=max(peaks, default=None),
             dequantization_flops=self.dequantization_flops + later.dequantization_flops,
             added_memory_bytes=max(self.added_memory_bytes, later.added_memory_bytes),
+            parts=_join_parts(self.parts, later.parts),
         )
+
+    def shared_out(self, shares: Mapping[str, int]) -> dict[str, StageRecord]:
+        """Divide the counts and the time in proportion; what is whole stays whole, and adds up again."""
+        found, stop, total = {}, 0, sum(shares.values())
+        for name, share in shares.items():
+            start, stop = stop, stop + share
+            values = {key: getattr(self, key) for key in _COUNTS}
+            counts = {key: value * stop // total - value * start // total for key, value in values.items()}
+            found[name] = replace(self, wall_seconds=self.wall_seconds * share / total, **counts)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; without parts, where there are none."""
+        values = dataclasses.asdict(replace(self, parts={}))
+        del values["parts"]
+        return values | ({"parts": {name: one.to_dict() for name, one in self.parts.items()}} if self.parts else {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StageRecord:
+        """Read what :meth:`to_dict` gave; a TypeError or AttributeError if it is something else."""
+        parts = {name: cls.from_dict(one) for name, one in values.get("parts", {}).items()}
+        return cls(**{**values, "parts": parts})
 
 
 @dataclass(frozen=True)
@@ -91,34 +119,39 @@ class Ledger:
     """The costs of a run so far.
 
     Attributes:
-        stages: Of the run as it is now, in the order they first ran.
+        stages: Of the run as it is now, in the order they first ran: of what was used again, what it cost to make.
         methods: By name.
         unconfirmed: Of stages that have not been looked at again since something before them was done anew. What they
             left may still be used, and is counted then.
     """
 
     stages: tuple[StageRecord, ...] = ()
-    methods: Mapping[str, MethodCosts] = dataclasses.field(default_factory=dict)
+    methods: Mapping[str, MethodCosts] = field(default_factory=dict)
     unconfirmed: tuple[StageRecord, ...] = ()
 
-    def with_stage(self, record: StageRecord, *, is_continued: bool = False) -> Ledger:
-        """Return the ledger with a stage's cost entered.
+    def with_stage(self, record: StageRecord, *, parts: Collection[str] = ()) -> Ledger:
+        """Return the ledger with a stage's cost entered; one that is already there is replaced.
 
         Args:
-            record: The cost; a stage that is already there is replaced, since it was done again from the start.
-            is_continued: The stage went on from where an earlier attempt broke off, so the two are joined.
+            record: What the stage has cost now, all attempts at it together.
+            parts: What it consists of, once it is finished: of a part that was not made now, what it cost is added.
         """
-        known = {old.stage: old for old in self.stages}
-        old = known.get(record.stage)
-        known[record.stage] = old.joined(record) if old is not None and is_continued else record
+        noted = next((old.parts for old in (*self.stages, *self.unconfirmed) if old.stage == record.stage), {})
+        made = record.parts
+        for name in dict.fromkeys(parts):
+            if name in noted and name not in made:
+                record = record.joined(noted[name])
+        # Parts of other inputs stay noted: their files may be there still when they are asked for again.
+        record = replace(record, parts={**noted, **made})
+        known = {old.stage: old for old in self.stages} | {record.stage: record}
         waiting = tuple(one for one in self.unconfirmed if one.stage != record.stage)
-        return dataclasses.replace(self, stages=tuple(known.values()), unconfirmed=waiting)
+        return replace(self, stages=tuple(known.values()), unconfirmed=waiting)
 
     def doubting(self, names: Collection[str]) -> Ledger:
         """Return the ledger with these stages' costs uncounted until each is confirmed or done again."""
         doubted = tuple(record for record in self.stages if record.stage in names)
         again = {record.stage for record in doubted}
-        return dataclasses.replace(
+        return replace(
             self,
             stages=tuple(record for record in self.stages if record.stage not in again),
             unconfirmed=(*(record for record in self.unconfirmed if record.stage not in again), *doubted),
@@ -131,7 +164,7 @@ class Ledger:
 
     def with_method(self, name: str, costs: MethodCosts) -> Ledger:
         """Return the ledger with one method's costs entered or replaced."""
-        return dataclasses.replace(self, methods={**self.methods, name: costs})
+        return replace(self, methods={**self.methods, name: costs})
 
     @property
     def total(self) -> StageRecord:
@@ -144,11 +177,11 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for ``costs.json``."""
         values: dict[str, Any] = {
-            "stages": [dataclasses.asdict(record) for record in self.stages],
+            "stages": [record.to_dict() for record in self.stages],
             "methods": {name: dataclasses.asdict(costs) for name, costs in self.methods.items()},
         }
         if self.unconfirmed:
-            values["unconfirmed"] = [dataclasses.asdict(record) for record in self.unconfirmed]
+            values["unconfirmed"] = [record.to_dict() for record in self.unconfirmed]
         return values
 
     @classmethod
@@ -160,7 +193,7 @@ class Ledger:
         """
         try:
             stages, unconfirmed = (
-                tuple(StageRecord(**record) for record in records)
+                tuple(StageRecord.from_dict(record) for record in records)
                 for records in (values["stages"], values.get("unconfirmed", ()))
             )
             methods = {name: MethodCosts(**costs) for name, costs in values["methods"].items()}
@@ -184,6 +217,9 @@ class Meter:
     def __init__(self, stage: str) -> None:
         """Name the stage; counting starts on entering the context."""
         self._record = StageRecord(stage)
+        self._open: tuple[StageRecord, float, Mapping[str, int]] | None = None
+        self.on_part: Callable[[], object] = lambda: None
+        """called when a part is made"""
         self._started = time.perf_counter()
         self._process = psutil.Process()
         self._peak = self._resident = 0
@@ -218,11 +254,36 @@ class Meter:
     @property
     def record(self) -> StageRecord:
         """The counts so far; time and memory are filled in when the stage ends."""
-        return self._record
+        if (opened := self._open) is None:
+            return self._record
+        (before, started, shares), now = opened, self._record
+        own = StageRecord(
+            now.stage,
+            wall_seconds=time.perf_counter() - started,
+            peak_memory_bytes=self._peak,
+            added_memory_bytes=self._peak - self._resident,
+            peak_accelerator_bytes=_read_accelerator_peak(),
+            **{key: getattr(now, key) - getattr(before, key) for key in _COUNTS},
+        )
+        return replace(now, parts=_join_parts(before.parts, own.shared_out(shares)))
+
+    @contextmanager
+    def part(self, shares: Mapping[str, int]) -> Iterator[None]:
+        """Note what is counted inside for the parts that are made there, too; peaks are the stage's so far.
+
+        Args:
+            shares: Identity of each part, and its weight in the sum.
+        """
+        self._open = self._record, time.perf_counter(), shares
+        try:
+            yield
+        finally:
+            self._record, self._open = self.record, None
+            self.on_part()
 
     def add_tokens(self, n_tokens: int, n_padded_tokens: int) -> None:
         """Count tokens that a model read: real ones, and the positions computed for them."""
-        self._record = dataclasses.replace(
+        self._record = replace(
             self._record,
             n_tokens=self._record.n_tokens + n_tokens,
             n_padded_tokens=self._record.n_padded_tokens + n_padded_tokens,
@@ -230,21 +291,22 @@ class Meter:
 
     def add_flops(self, flops: int) -> None:
         """Count floating-point operations, as a formula of :mod:`~ensemblelora.accounting.formulas` gives them."""
-        self._record = dataclasses.replace(self._record, flops=self._record.flops + flops)
+        self._record = replace(self._record, flops=self._record.flops + flops)
 
     def add_dequantization(self, flops: int) -> None:
         """Count operations that unpack weights, apart from what is computed with them."""
         total = self._record.dequantization_flops + flops
-        self._record = dataclasses.replace(self._record, dequantization_flops=total)
+        self._record = replace(self._record, dequantization_flops=total)
 
     def add_record(self, record: StageRecord) -> None:
         """Count what another process did for this stage: its work and its peaks; its time passed beside this one's."""
-        elsewhere = dataclasses.replace(record, wall_seconds=0.0)
+        elsewhere = replace(record, wall_seconds=0.0)
         self._record = self._record.joined(elsewhere)
+        self.on_part()
 
     def add_seconds(self, seconds: float) -> None:
         """Count time in which this stage's work was done before it began."""
-        self._record = dataclasses.replace(self._record, wall_seconds=self._record.wall_seconds + seconds)
+        self._record = replace(self._record, wall_seconds=self._record.wall_seconds + seconds)
 
     def _sample(self) -> None:
         self._peak = max(self._peak, self._process.memory_info().rss)
@@ -252,6 +314,10 @@ class Meter:
     def _sample_until_over(self) -> None:
         while not self._is_over.wait(_SAMPLING_SECONDS):
             self._sample()
+
+
+def _join_parts(first: Mapping[str, StageRecord], second: Mapping[str, StageRecord]) -> dict[str, StageRecord]:
+    return {**first, **{name: first[name].joined(one) if name in first else one for name, one in second.items()}}
 
 
 def _find_cuda() -> Any:

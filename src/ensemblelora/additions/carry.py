@@ -174,15 +174,16 @@ class Carrier:
         load_adapter(self.probe, name, self.source.folder.adapter(self._parent_adapter(group)))
         start = adapter_state(self.probe, name)
         self.work.folder.forget(name)
-        (trained,) = training.fine_tune_together(
-            self.probe,
-            [training.TrainingJob(name, self.pick_rows(group), self.pick_judges(group), start=start)],
-            self.work.config.training,
-            seed=self.work.config.seed,
-            checkpoints=self.work.path / _CHECKPOINTS / f"{name}-{identity[:12]}-onward",
-            meter=stage.meter,
-            keeps_last=True,
-        )
+        with stage.meter.part({identity: 1}):
+            (trained,) = training.fine_tune_together(
+                self.probe,
+                [training.TrainingJob(name, self.pick_rows(group), self.pick_judges(group), start=start)],
+                self.work.config.training,
+                seed=self.work.config.seed,
+                checkpoints=self.work.path / _CHECKPOINTS / f"{name}-{identity[:12]}-onward",
+                meter=stage.meter,
+                keeps_last=True,
+            )
         keep_adapter(self.work, self.probe, trained, identity)
 
     def _draw(self, every: Sequence[EncodedSplit], share: float) -> list[EncodedSplit]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -185,12 +186,14 @@ def collect_features(
         plan, projector = plan_features(layers, splits, config, seed=seed), make_projector(config, seed=seed)
         job = _Pass(adapted, layers, projector, plan, config.max_tokens_per_batch, meter)
         if plan.form == "gram":
-            return _collect_gram(job, parts, store, fingerprints)
+            with _noted(meter, fingerprints[parts[0].key]):  # all blocks are of one piece
+                return _collect_gram(job, parts, store, fingerprints)
         health = check_health(adapted, layers, projector, _list_kinds(parts), config.max_tokens_per_batch)
         missing = [part for part in parts if not store.has(*part.key, fingerprints[part.key])]
         if hand_out is None:
             for part in missing:
-                _write_block(store, part, fingerprints[part.key], _iterate_rows(job, part))
+                with _noted(meter, fingerprints[part.key]):
+                    _write_block(store, part, fingerprints[part.key], _iterate_rows(job, part))
     if hand_out is not None:
         pieces = {part.key: _cut(part, plan) for part in missing}
         hand_out([piece for cut in pieces.values() for piece in cut])
@@ -235,7 +238,13 @@ def collect_piece(
     with activate(adapted, THETA0):
         layers, projector = find_active_layers(adapted, splits), make_projector(config, seed=seed)
         job = _Pass(adapted, layers, projector, piece.plan, config.max_tokens_per_batch, meter)
-        _write_block(own, part, fingerprint, _iterate_rows(job, part))
+        with _noted(meter, fingerprint):
+            _write_block(own, part, fingerprint, _iterate_rows(job, part))
+
+
+def _noted(meter: Meter | None, identity: str) -> AbstractContextManager[None]:
+    """Inside, what is counted is the cost of one block."""
+    return nullcontext() if meter is None else meter.part({identity: 1})
 
 
 def _cut(part: _Part, plan: FeaturePlan) -> list[FeaturePiece]:

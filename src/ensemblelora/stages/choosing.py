@@ -61,7 +61,8 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
     store = FeatureStore(work.path / artifacts.FEATURES_FOLDER)
     wanted = identify_features(work, probe, rows)
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
-    with work.stage("features", sorted(wanted.values()), is_complete=is_complete) as stage:
+    identities = sorted(wanted.values())
+    with work.stage("features", identities, is_complete=is_complete, parts=identities) as stage:
         if stage.is_needed:
             elsewhere = partial(_collect_elsewhere, work, probe, rows, wanted, stage.meter)
             health = collect_features(

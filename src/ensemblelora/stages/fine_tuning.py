@@ -61,15 +61,16 @@ def train_one(
     train, validation = ([part[task] for task in group] for part in (rows.train, rows.validation))
     start = adapter_state(probe, probe.origin) if is_whole else None
     checkpoints = bench.folder.path / CHECKPOINTS / f"{name}-{identity[:12]}"
-    (trained,) = training.fine_tune_together(
-        probe,
-        [training.TrainingJob(name, train, validation, start=start)],
-        settings,
-        seed=bench.config.seed,
-        checkpoints=checkpoints,
-        meter=meter,
-        keeps_last=True,
-    )
+    with meter.part({identity: 1}):
+        (trained,) = training.fine_tune_together(
+            probe,
+            [training.TrainingJob(name, train, validation, start=start)],
+            settings,
+            seed=bench.config.seed,
+            checkpoints=checkpoints,
+            meter=meter,
+            keeps_last=True,
+        )
     write_adapter(bench.folder, probe, trained, identity)
     shutil.rmtree(checkpoints, ignore_errors=True)
 

@@ -80,7 +80,7 @@ def train_groups(
     """
     groups, settings = {f"group-{g}": group for g, group in enumerate(plan.groups)}, settle_training(work.config)
     identities = {name: identify_adapter(work, name, group, rows, settings) for name, group in groups.items()}
-    with work.stage("train", identities) as stage:
+    with work.stage("train", identities, parts=identities.values()) as stage:
         if stage.is_needed:
             if bring is not None:
                 bring(stage, identities)
@@ -331,23 +331,24 @@ def _train_together(
     """Train the adapters that are not there yet in lock step."""
     settings = settle_training(work.config)
     identities = {name: identify_adapter(work, name, group, rows, settings) for name, group in groups.items()}
-    missing = [name for name, identity in identities.items() if not work.folder.is_done(name, identity)]
-    if not missing:
-        return
-    jobs = []
-    for name in missing:
+    jobs, shares = [], {}
+    for name in [name for name, identity in identities.items() if not work.folder.is_done(name, identity)]:
         work.folder.forget(name)
         train, validation = ([part[task] for task in groups[name]] for part in (rows.train, rows.validation))
         jobs.append(training.TrainingJob(name, train, validation))
-    found = training.fine_tune_together(
-        probe,
-        jobs,
-        settings,
-        seed=work.config.seed,
-        checkpoints=work.path / CHECKPOINTS / artifacts.fingerprint([identities[name] for name in missing])[:12],
-        meter=stage.meter,
-        keeps_last=True,
-    )
+        shares[identities[name]] = sum(split.tokens.size for split in train)
+    if not jobs:
+        return
+    with stage.meter.part(shares):
+        found = training.fine_tune_together(
+            probe,
+            jobs,
+            settings,
+            seed=work.config.seed,
+            checkpoints=work.path / CHECKPOINTS / artifacts.fingerprint([*shares])[:12],
+            meter=stage.meter,
+            keeps_last=True,
+        )
     for trained in found:
         write_adapter(work.folder, probe, trained, identities[trained.name])
     drop_checkpoints(work.path)
