@@ -175,9 +175,7 @@ def test_of_rows_that_are_replayed_no_others_are_run(tmp_path: Path) -> None:
     run_lower(adapted, collate([(splits[0], 0)], 0))
     again, n_files = carrier.pick_rows(0)[0], len(list(tmp_path.rglob("hidden.npy")))
     run_lower(adapted, collate([(again, 0)], 0))
-    assert cache.holds(again) and len(list(tmp_path.rglob("hidden.npy"))) == n_files, (
-        "from the whole, once it is there"
-    )
+    assert cache.holds(again) and len(list(tmp_path.rglob("hidden.npy"))) == n_files, "from the whole, once it is there"
 
 
 def test_only_the_group_that_changed_is_trained() -> None:
