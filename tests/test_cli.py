@@ -188,13 +188,19 @@ def test_json_is_all_that_stdout_gets(pipeline, recipe_file, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_summary_fits_one_screen_and_names_what_matters(pipeline, recipe_file, tmp_path, capsys):
+def test_the_summary_names_what_matters_and_a_file_gets_all_of_it(pipeline, recipe_file, tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run")
+    warnings = [f"warning {n}" for n in range(6)]
+    write_json(run / "plan.json", json.loads((run / "plan.json").read_text(encoding="utf-8")) | {"warnings": warnings})
     pipeline.answer = lambda config: FakeResult(run, plan={}, results={}, costs={})
     assert main(["run", str(recipe_file), "--out", str(run)]) == 0
     shown = capsys.readouterr().out
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     assert all(name in shown for name in (*plan["task_names"], "base", "shared", "ensemble", "accuracy", "training"))
+    assert all(warning in shown for warning in warnings) and plan["reason"] in " ".join(shown.split())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["run", str(recipe_file), "--out", str(run)]) == 0
+    assert not all(warning in capsys.readouterr().out for warning in warnings), "a screen is not scrolled away"
 
 
 @pytest.mark.parametrize("n_groups", [1, 3, 10])

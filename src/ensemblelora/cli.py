@@ -45,6 +45,9 @@ _STAGE = "One stage, with what it needs before it"
 _USE = "Use and inspect a run"
 _SETUP = "Set up"
 
+_PAGE = (100, 10_000)
+"""columns and lines of what is no terminal: nothing is left out"""
+
 _License = Annotated[
     str | None, typer.Option("--license", metavar="ID", help="What the cards publish it under, such as apache-2.0.")
 ]
@@ -337,7 +340,7 @@ def _carry_out(config: RunConfig, command: str, until: str, place: Place, *, as_
         return typer.echo(str(result.folder))
     from ensemblelora.summary import summarize
 
-    show_table(*summarize(result.folder))
+    show_table(*summarize(result.folder, size=None if sys.stdout.isatty() else _PAGE))
 
 
 def _show_answer(answer: Mapping[str, Mapping[str, Any]], names: Sequence[str], confidence: float) -> None:
