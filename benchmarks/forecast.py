@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from common import Journal, finish_worker, keep_record, make_parser
 
-MODEL, SOURCE = "smollm2-135m", "demo_boolq.yaml"
+MODEL, SOURCE = "smollm2-135m", "demo_boolq"
 FACTORS = (1, 2, 4, 8)
 TASKS, ROWS = 2, 12
 """tasks of the smallest run, and training rows of each; half as many validation rows, and test rows"""

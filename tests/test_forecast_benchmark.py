@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ensemblelora.data.catalog import resolve_cards
 from measured import render_measured
 from tests.tiny_run import SETTINGS, TASKS, make_inputs
 
@@ -100,6 +101,12 @@ def test_ratios_are_predicted_over_true_and_the_worst_is_the_farthest(
     monkeypatch.setattr(sys, "argv", ["forecast.py", "--minutes", "0"])
     script.main()
     assert "out of time before rows-1" in capsys.readouterr().err
+
+
+def test_the_shipped_card_that_is_measured_is_found(script: ModuleType, tmp_path: Path) -> None:
+    config = script.make_config("tasks-2", tmp_path)
+    parts = [card.task for card in resolve_cards(config.data.tasks)]
+    assert parts == ["part_00", "part_01", "part_02", "part_03"], "the fixture's sizes go to twice the tasks"
 
 
 @pytest.mark.slow
