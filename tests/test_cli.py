@@ -33,7 +33,10 @@ from ensemblelora.config import RunConfig, parse_config
 from ensemblelora.console import show_json
 from ensemblelora.data.catalog import find_cards
 from ensemblelora.errors import DataError, SolverError
+from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
 from ensemblelora.files import write_json
+from ensemblelora.report.closing_sections import write_warnings
+from ensemblelora.report.reading import load_record
 from ensemblelora.summary import summarize
 from tests.report_runs import make_planned_run, make_run, write_free_text
 
@@ -250,8 +253,41 @@ def test_the_summary_shows_the_plans_warnings_and_counts_those_it_leaves_out(tmp
     shown = capsys.readouterr().out
     lines = [line.rstrip() for line in shown.splitlines() if line.startswith("warning: ")]
     assert lines[0].startswith("warning: R² of the linear model is below 0.5 on social_i_qa and winogrande"), "measured"
-    assert lines[1:] == [f"warning: {warning}" for warning in told[:6]]
-    assert "and 2 warnings more: see the report" in shown
+    assert lines[1:] == [f"warning: {warning}" for warning in told], "there is room"
+    console.show_table(*summarize(run, size=(100, 40)))
+    shown = capsys.readouterr().out
+    n_shown = sum(line.startswith("warning: ") for line in shown.splitlines())
+    assert 0 < n_shown < 9 and f"and {9 - n_shown} warnings more: see the report" in shown, "the report has all nine"
+    assert list(write_warnings(load_record(run)).blocks[0].items)[1:] == told and len(told) == 8
+
+
+@pytest.mark.parametrize(("change", "is_told"), [(0.0, True), (0.01, True), (-0.01, False)])
+def test_the_summary_says_where_the_groups_alone_do_as_well_as_the_ensemble(change, is_told, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    methods = results["methods"]
+    scores = methods["ensemble"]["per_task"]
+    better = {name: score | {"accuracy": score["accuracy"] + change} for name, score in scores.items()}
+    methods |= {OWN_GROUP: methods["shared"], BOOSTED_GROUP: methods["ensemble"] | {"per_task": better}}
+    write_json(run / "results.json", results)
+    costs = json.loads((run / "costs.json").read_text(encoding="utf-8"))
+    costs["methods"][BOOSTED_GROUP] = costs["methods"]["ensemble"] | {"inference_forward_passes": 1.5}
+    write_json(run / "costs.json", costs)
+    console.show_table(*summarize(run, size=(120, 80)))
+    shown = capsys.readouterr().out
+    mean = np.mean([score["accuracy"] for score in better.values()])
+    told = f"without the other groups' adapters, boosters kept: {100 * mean:.1f}% in 1.5 forward passes"
+    assert (told in shown) == is_told, shown
+
+
+def test_an_adapter_that_kept_its_start_is_named_as_the_base_model(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results["linearity"]["distances"]["group-1"]["relative_to_model"] = 0.0
+    write_json(run / "results.json", results)
+    console.show_table(*summarize(run, size=(160, 80)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("group ")]
+    assert ["kept its start: = base model" in line for line in lines] == [False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -460,7 +496,10 @@ def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ensemblelora.api", api)
     assert main(["predict", "r", "--text", "one", "--text", "two"]) == 0
     out, err = capsys.readouterr()
-    assert err == "warning: in this run's own test: on books no method is above chance.\n"
+    assert err.splitlines() == [
+        "warning: in this run's own test: on books no method is above chance.",
+        "warning: 1 row of 2 may be of another task than shown (less than 50 % sure): name the task with --task",
+    ]
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines == [
         "answer sure of the answer task sure of the task", "1 good 62% films 75%", "2 a text \u2013 books 25%",

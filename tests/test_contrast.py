@@ -89,6 +89,7 @@ class TestPairedRows:
             ]
             score = found.find("ensemble", metric, task)
             assert score.difference == pytest.approx(np.mean(pairs)) and score.n_rows == len(pairs) == 30
+            assert score.b - score.a == pytest.approx(score.difference), "columns and difference are of the same rows"
             slow = compare_paired(pairs, np.zeros(30), a[task].groups, n_bootstrap=2000, seed=0)
             assert (score.low, score.high) == pytest.approx((slow.low, slow.high))
         mean = found.find("ensemble", metric)

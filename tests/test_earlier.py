@@ -292,7 +292,7 @@ def test_what_no_report_can_be_of_is_refused_in_a_line(tmp_path, capsys):
     for place, told in (
         (tmp_path, "report trains nothing: make a run first"),
         (tmp_path / "recipe.yaml", "no run folder"),
-        (tmp_path / "begun", "no plan.json to report yet; go on with: ensemblelora run"),
+        (tmp_path / "begun", "not planned yet, so that there is nothing to report; go on with: ensemblelora run"),
     ):
         assert main(["report", str(place)]) == 2
         said = capsys.readouterr().err

@@ -12,6 +12,7 @@ import yaml
 
 from ensemblelora.config import DataConfig
 from ensemblelora.data import loading
+from ensemblelora.data.catalog import resolve_cards
 from ensemblelora.data.loading import load_card, load_task, load_tasks, parse_card, render_inputs, tasks_from_folder
 from ensemblelora.data.reading import expand_variables, read_file
 from ensemblelora.data.rendering import Renderer
@@ -191,6 +192,15 @@ def test_overlaps_can_be_refused(tmp_path: Path) -> None:
         load(card, overlap="refuse")
 
 
+def test_overlaps_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = make_rows(20)
+    splits = {"train": rows, "val": rows[:5], "dev": rows[:3]}
+    load(write_card(tmp_path, splits, test_split="dev", validation_split="val"), overlap="report")
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "splits overlap: 5 validation rows of 'toy' share the content of train rows of 'toy'" in told
+    assert "and so do 6 rows of 2 more pairs of splits: scores on such rows flatter" in told
+
+
 def test_rows_shared_by_two_training_sets_are_no_overlap(tmp_path: Path) -> None:
     rows = {"train": make_rows(20), "dev": [{"text": "x", "label": 0}], "val": [{"text": "y", "label": 0}]}
     keys = {"test_split": "dev", "validation_split": "val"}
@@ -201,6 +211,14 @@ def test_rows_shared_by_two_training_sets_are_no_overlap(tmp_path: Path) -> None
 
 
 # Cards
+
+
+def test_a_misspelt_file_is_answered_with_the_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "reviews.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"did you mean '.*reviews\.csv'\?"):
+        resolve_cards([str(tmp_path / "revews.csv")])
+    with pytest.raises(DataError, match="`ensemblelora tasks` lists"):
+        resolve_cards([str(tmp_path / "gone" / "revews.csv")])
 
 
 def test_include_overrides_and_paths_count_from_their_own_card(tmp_path: Path) -> None:
@@ -491,7 +509,7 @@ def test_broken_files(tmp_path: Path, name: str, text: str, capfd: pytest.Captur
 
 
 def test_missing_files_and_formats(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data file .*gone.csv: not found"):
+    with pytest.raises(DataError, match=r"task .*gone.csv': no such file; "):
         load(tmp_path / "gone.csv")
     with pytest.raises(DataError, match=r"unknown format; expected one of .csv"):
         read_file(tmp_path / "x.txt")

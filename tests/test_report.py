@@ -541,7 +541,12 @@ class TestHeadline:
         ("low", "high", "value", "expected"),
         [
             (0.004, 0.042, 0.023, "raised mean test accuracy by 2.3 points against one adapter for all (95% interval"),
-            (-0.042, -0.004, -0.023, "lowered mean test accuracy by 2.3 points against one adapter for all"),
+            (
+                -0.042,
+                -0.004,
+                -0.023,
+                "lowered mean test accuracy by 2.3 points against one adapter for all (95% interval 0.4 to 4.2)",
+            ),
             (-0.01, 0.03, 0.011, "made no difference that this run can show against one adapter for all: +1.1 points"),
         ],
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +19,7 @@ from ensemblelora import __version__, progress
 from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.cli_add import add_change_commands
 from ensemblelora.cli_analyze import add_analyze_command
+from ensemblelora.cli_answers import show_answer, show_routed, warn_of_routing
 from ensemblelora.cli_federate import add_federation_commands
 from ensemblelora.cli_report import add_report_command
 from ensemblelora.cli_select import add_select_command
@@ -33,7 +34,6 @@ from ensemblelora.questions import read_questions
 from ensemblelora.recipe import describe_config, read_demo, read_request
 
 if TYPE_CHECKING:
-    from ensemblelora.answers import Prediction
     from ensemblelora.exporting import Export
 
 __all__ = ["app", "main"]
@@ -178,10 +178,12 @@ def predict(
         predictions = found.predict(task, rows)
         for doubt in found.list_doubts({prediction.task for prediction in predictions}):
             _logger.warning("in this run's own test: %s%s", doubt[0].lower(), doubt[1:])
+        if task is None:
+            warn_of_routing(predictions)
     if as_json:
         return show_json(predictions)
     if task is None:
-        return show_rows({str(n): _describe_routed(found) for n, found in enumerate(predictions, start=1)})
+        return show_routed(predictions)
     for prediction in predictions:
         typer.echo(prediction.label)
 
@@ -205,7 +207,7 @@ def ask(
         answer, confidence = opened.ask(names), opened.config.evaluation.confidence
     if len(names) < len(given):
         say("note: a task named twice counts once")
-    show_json(answer) if as_json else _show_answer(answer, names, confidence)
+    show_json(answer) if as_json else show_answer(answer, names, confidence)
 
 
 @app.command(rich_help_panel=_USE)
@@ -341,38 +343,6 @@ def _carry_out(config: RunConfig, command: str, until: str, place: Place, *, as_
     from ensemblelora.summary import summarize
 
     show_table(*summarize(result.folder, size=None if sys.stdout.isatty() else _PAGE))
-
-
-def _show_answer(answer: Mapping[str, Mapping[str, Any]], names: Sequence[str], confidence: float) -> None:
-    """Show what a subset is predicted to give, and what a dash means where there is one."""
-    from ensemblelora.report.wording import NOTHING, format_interval
-
-    rows = {
-        task: {
-            "loss": found["nll"],
-            "\u00b1": found["nll_se"],
-            "accuracy": found["accuracy"],
-            f"{confidence:.0%} interval": format_interval(found["accuracy_low"], found["accuracy_high"]),
-            "validation_rows": found["n_validation"],
-            "in_the_subset": found["is_in_subset"],
-        }
-        for task, found in answer.items()
-    }
-    show_rows(rows, title=f"if trained together: {', '.join(names)}" if names else "the base model, nothing trained")
-    if any(found["accuracy"] is None for found in answer.values()):
-        typer.echo(f"{NOTHING}: of free text only the loss is predicted")
-
-
-def _describe_routed(prediction: Prediction) -> dict[str, str]:
-    """The answer to a row without a task's name, the task that it was taken to be of, and how sure each of them is."""
-    from ensemblelora.report.wording import format_percent
-
-    return {
-        "answer": prediction.label,
-        "sure_of_the_answer": format_percent(prediction.probability, 0),
-        "task": prediction.task,
-        "sure_of_the_task": format_percent(prediction.task_probability, 0),
-    }
 
 
 def _show_export(made: Export) -> None:

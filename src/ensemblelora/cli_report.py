@@ -77,7 +77,7 @@ def _write_again(folder: Path) -> Path:
 
     command = f"ensemblelora run {shlex.quote(str(find_origin(folder)))}"
     if not (folder / PLAN_FILE).exists():
-        raise UsageError(f"{folder}: no {PLAN_FILE} to report yet; go on with: {command}")
+        raise UsageError(f"{folder}: not planned yet, so that there is nothing to report; go on with: {command}")
     if changed := list_changed_files(folder):
         progress.note(
             f"{', '.join(changed)} changed since this run, or went; the report is of the run as it was made ({command} "
@@ -97,16 +97,18 @@ def _show_contrast(first: Path, second: Path, out: Path | None, *, as_json: bool
     if as_json:
         return show_json({"page": page, **asdict(found)})
     from ensemblelora.contrast.sections import describe_score
+    from ensemblelora.report.wording import format_number, format_percent
 
     typer.echo(write_headline(found))
     rows: dict[str, dict[str, Any]] = {
         f"{score.method}, {'accuracy' if score.metric == 'accuracy' else 'loss'}": {
-            "A": score.a,
-            "B": score.b,
+            "A": write(score.a),
+            "B": write(score.b),
             "B_less_A": describe_score(score, found.confidence),
         }
         for score in found.scores
         if score.task is None
+        for write in (format_percent if score.metric == "accuracy" else format_number,)
     }
     if rows:
         show_rows(rows, title="means over tasks")

@@ -20,7 +20,7 @@ from ensemblelora.report.headline import describe_shape, write_headline
 from ensemblelora.report.plan_sections import describe_validation
 from ensemblelora.report.reading import leave_out_repeats, load_record
 from ensemblelora.report.records import CostsRecord, PlanRecord, Prediction, ResultsRecord, RunRecord, TaskScore
-from ensemblelora.report.result_sections import warn_of_linearity
+from ensemblelora.report.result_sections import STAYED, list_unmoved, list_warnings
 from ensemblelora.report.wording import (
     NOTHING,
     count,
@@ -37,8 +37,8 @@ from ensemblelora.report.wording import (
 __all__ = ["summarize"]
 
 _WIDTH, _HEIGHT = 80, 24
-_MAX_GROUPS = (12, 6, 4, 2)  # tried in turn
-_MAX_WARNINGS = (6, 3, 1, 0)
+_MAX_GROUPS = (10_000, 12, 6, 4, 2)  # tried in turn
+_MAX_WARNINGS = (10_000, 6, 3, 1, 0)
 Part = Text | Table
 
 
@@ -76,7 +76,7 @@ def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int,
     gap = [Text()] if has_tasks or results is None else []
     if has_tasks or results is None:
         parts.append(Text(f"{plan.reason} {explain_departure(record)}".strip()))
-    parts += [Text(), _list_groups(plan, n_groups), Text()]
+    parts += [Text(), _list_groups(record, n_groups), Text()]
     if results is None:
         parts += [_tabulate_predictions(plan), *gap]
     else:
@@ -84,11 +84,10 @@ def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int,
             parts += [_tabulate_accuracy(plan, results), *_explain_dashes(results), *gap]
         parts += [_tabulate_methods(record, results)]
         parts += [_one_line(line) for line in _tell_extremes(plan, results)]
+        parts += [_one_line(line) for line in _tell_cheaper(record)]
         parts += gap
-        if told := warn_of_linearity(results.linearity):
-            parts.append(Text(f"warning: {told}", style="yellow"))
     parts += [_one_line(line) for line in _list_costs(record.costs)]
-    parts += [Text(line, style="yellow") for line in _list_warnings(plan.warnings, n_warnings)]
+    parts += [Text(line, style="yellow") for line in _list_warnings(list_warnings(record), n_warnings)]
     report = folder / REPORT_HTML_FILE
     parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}", no_wrap=True))
     return parts
@@ -117,15 +116,26 @@ def _list_warnings(warnings: Sequence[str], n_shown: int) -> Iterator[str]:
         yield f"{'and ' if n_shown else ''}{count(len(warnings) - n_shown, 'warning')}{more}: see the report"
 
 
-def _list_groups(plan: PlanRecord, n_shown: int) -> Table:
+def _list_groups(record: RunRecord, n_shown: int) -> Table:
+    plan, stayed = record.plan, _find_unmoved(record)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column()
     table.add_column(no_wrap=True, overflow="ellipsis")
     for index, group in enumerate(plan.groups[:n_shown]):
-        table.add_row(f"group {group_letter(index)}", Text(", ".join(plan.task_names[task] for task in group)))
+        names = ", ".join(plan.task_names[task] for task in group)
+        table.add_row(f"group {group_letter(index)}", Text(f"{names} ({STAYED})" if index in stayed else names))
     if len(plan.groups) > n_shown:
         table.add_row("", f"and {count(len(plan.groups) - n_shown, 'group')} more")
     return table
+
+
+def _find_unmoved(record: RunRecord) -> frozenset[int]:
+    """Groups whose own adapter is the base model itself."""
+    if record.ensemble is None or record.results is None:
+        return frozenset()
+    stayed = list_unmoved(record.results.linearity)
+    members = record.ensemble.members
+    return frozenset(one.group for one in members if one.kind == "group" and one.name in stayed)
 
 
 def _tabulate_predictions(plan: PlanRecord) -> Table:
@@ -182,6 +192,22 @@ def _tell_extremes(plan: PlanRecord, results: ResultsRecord) -> Iterator[str]:
         (low, worst), (high, best) = min(found), max(found)
         most, least = (f"{name} {format_signed(100 * value, 1)}" for value, name in ((high, best), (low, worst)))
         yield f"points in accuracy, against one adapter for all: most {most}, least {least}"
+
+
+def _tell_cheaper(record: RunRecord) -> Iterator[str]:
+    """Say where each task's own group, with its boosters, does as well as the ensemble: a way of its own, left out."""
+    results, costs = record.results, record.costs
+    if results is None or BOOSTED_GROUP not in results.methods or OWN_GROUP not in results.methods:
+        return
+    metric = "accuracy" if results.methods[BOOSTED_GROUP].count("accuracy", record.plan.task_names) else "nll"
+    ours, theirs = (results.methods[name].mean(metric, record.plan.task_names) for name in ("ensemble", BOOSTED_GROUP))
+    if ours is None or theirs is None or (ours > theirs if metric == "accuracy" else ours < theirs):
+        return
+    spent = costs.methods.get(BOOSTED_GROUP) if costs else None
+    passes = spent.inference_forward_passes if spent else None
+    price = f" in {format_number(passes, 1)} forward passes" if passes is not None else ""
+    score = format_percent(theirs) if metric == "accuracy" else f"loss {format_number(theirs)}"
+    yield f"without the other groups' adapters, boosters kept: {score}{price}"
 
 
 def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:

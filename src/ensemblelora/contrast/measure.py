@@ -49,9 +49,9 @@ class Score:
         method: Its name in both runs.
         metric: ``accuracy`` or ``nll``.
         task: Its name; none for the mean over the tasks that both runs have.
-        a: In run A, over all of its own rows.
+        a: In run A; over the rows that both tested where it is paired, else over all of its own.
         b: In run B.
-        difference: B less A; over the common rows where it is paired.
+        difference: B less A.
         low: Lower end of its interval; none where rows tell no spread.
         high: Upper end.
         n_rows: Rows that were compared; 0 where it is not paired.
@@ -194,7 +194,7 @@ class _Pair:
         method: Its name.
         metric: ``accuracy`` or ``nll``.
         task: Its name.
-        a: Value in run A, over all of its rows.
+        a: Value in run A, over the common rows where there are some, else over all of its rows.
         b: In run B.
         half_width: Of the interval of two unrelated samples' difference; none where a run has no interval.
         rows: Where both runs kept them.
@@ -210,8 +210,8 @@ class _Pair:
 
     @property
     def difference(self) -> float:
-        """Over the common rows where there are some, else of both runs' own."""
-        return self.b - self.a if self.rows is None else float((self.rows.b - self.rows.a).mean())
+        """B less A."""
+        return self.b - self.a
 
 
 def _make_pair(
@@ -230,7 +230,10 @@ def _make_pair(
         return None
     ends = [getattr(score, f"{metric}_{end}") for score in (one, other) for end in ("low", "high")]
     half = None if None in ends else math.hypot((ends[1] - ends[0]) / 2, (ends[3] - ends[2]) / 2)
-    return _Pair(method, metric, task, a, b, half, _pair_rows(kept_a, kept_b, task, method, metric))
+    rows = _pair_rows(kept_a, kept_b, task, method, metric)
+    if rows is not None:
+        a, b = float(rows.a.mean()), float(rows.b.mean())
+    return _Pair(method, metric, task, a, b, half, rows)
 
 
 def _pair_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,21 @@ def _resolve_entry(entry: str) -> list[TaskCard]:
     path = Path(entry).expanduser()
     if path.is_dir():
         return _resolve_folder(path)
-    if path.suffix in (".yaml", ".yml"):
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
         return [load_card(path)]
-    if is_data_file(path):
+    if path.is_file() and is_data_file(path):
         return [task_from_file(path)]
-    close = difflib.get_close_matches(entry, shipped, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "`ensemblelora tasks` lists the shipped cards"
-    raise DataError(f"task {entry!r}: neither a shipped card nor a file or folder; {hint}")
+    is_file = path.suffix in (".yaml", ".yml") or is_data_file(path)
+    what = "no such file" if is_file else "neither a shipped card nor a file or folder"
+    raise DataError(f"task {entry!r}: {what}; {_suggest(entry, shipped)}")
+
+
+def _suggest(entry: str, shipped: Collection[str]) -> str:
+    """What may have been meant: a shipped card, or what lies in the folder that was named."""
+    folder = Path(entry).expanduser().parent
+    beside = [str(path) for path in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(entry, [*shipped, *beside], n=1)
+    return f"did you mean {close[0]!r}?" if close else "`ensemblelora tasks` lists the shipped cards"
 
 
 def _resolve_folder(folder: Path) -> list[TaskCard]:

@@ -21,7 +21,7 @@ from ensemblelora.data.candidates import choose_rows, size_pools
 from ensemblelora.data.catalog import find_cards, load_card, parse_card, resolve_cards
 from ensemblelora.data.examples import hold
 from ensemblelora.data.folder import tasks_from_folder
-from ensemblelora.data.overlap import describe_overlap, find_overlaps
+from ensemblelora.data.overlap import describe_overlap, find_overlaps, summarize_overlaps
 from ensemblelora.data.reading import Draw, list_missing_variables, pin_commit, read_split
 from ensemblelora.data.rendering import Renderer, Row, compile_card, explode_row
 from ensemblelora.data.task import SPLITS, Example, Task, TaskCard, TaskSet
@@ -81,8 +81,8 @@ def load_tasks(config: DataConfig, *, seed: int, commits: Mapping[tuple[str, str
     if overlaps and config.overlap == "refuse":
         found = "; ".join(map(describe_overlap, overlaps))
         raise DataError(f"splits overlap: {found}; remove the rows, or set data.overlap to report")
-    for overlap in overlaps:
-        logger.warning("splits overlap: %s", describe_overlap(overlap))
+    if overlaps:
+        logger.warning("splits overlap: %s", summarize_overlaps(overlaps))
     return TaskSet(tuple(tasks), overlaps)
 
 

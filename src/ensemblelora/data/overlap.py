@@ -16,7 +16,7 @@ import numpy as np
 from ensemblelora.data.rendering import normalize_text
 from ensemblelora.data.task import SPLITS, Example, Overlap, Task
 
-__all__ = ["describe_overlap", "find_overlaps"]
+__all__ = ["describe_overlap", "find_overlaps", "summarize_overlaps"]
 
 _SHARED_TEXT_LENGTH = 40
 """Across tasks, a group key counts only when this long: a passage or sentence, not a word, a name or a number."""
@@ -59,14 +59,30 @@ def find_overlaps(tasks: Sequence[Task]) -> tuple[Overlap, ...]:
     )
 
 
+def summarize_overlaps(overlaps: Sequence[Overlap]) -> str:
+    """Say in a sentence how bad it is: the pair of splits that shares most, how many more there are, what to do.
+
+    Raises:
+        ValueError: If there are no overlaps.
+    """
+    worst = max(overlaps, key=lambda overlap: overlap.n_examples)
+    rest = sum(overlap.n_examples for overlap in overlaps) - worst.n_examples
+    others = len(overlaps) - 1
+    more = f", and so do {rest} rows of {others} more pair{'s' * (others > 1)} of splits" if others else ""
+    return (
+        f"{describe_overlap(worst)}{more}: scores on such rows flatter; they are listed in the run folder's "
+        "tasks.json, and data.overlap: refuse stops at them"
+    )
+
+
 def describe_overlap(overlap: Overlap) -> str:
-    """Say in a line which split repeats what of which."""
+    """Say in a line which split repeats what of which; the examples are rows as the data file numbers them."""
     what = "the content" if overlap.kind == "content" else "the group key"
     (first_task, first_split), (second_task, second_split) = overlap.first, overlap.second
     pair = " and ".join(overlap.example_ids)
     return (
         f"{overlap.n_examples} {second_split} rows of {second_task!r} share {what} of {first_split} rows of "
-        f"{first_task!r} (such as {pair})"
+        f"{first_task!r} (such as rows {pair} of the data)"
     )
 
 

@@ -9,6 +9,7 @@ from ensemblelora.artifacts import CONFIG_FILE
 from ensemblelora.report.document import Block, Bullets, Cell, Column, Fold, Row, Section, Table, Text
 from ensemblelora.report.headline import method_label
 from ensemblelora.report.records import CostsRecord, MethodCosts, RunRecord, StageCosts
+from ensemblelora.report.result_sections import list_warnings
 from ensemblelora.report.wording import (
     format_bytes,
     format_flops,
@@ -36,8 +37,8 @@ def write_costs(run: RunRecord) -> Section | None:
 
 def write_warnings(run: RunRecord) -> Section:
     """List what to keep in mind before believing the plan."""
-    if run.plan.warnings:
-        return Section("warnings", "Warnings", [Bullets(run.plan.warnings, is_warning=True)])
+    if warnings := list_warnings(run):
+        return Section("warnings", "Warnings", [Bullets(warnings, is_warning=True)])
     return Section("warnings", "Warnings", [Text("None were raised.")])
 
 

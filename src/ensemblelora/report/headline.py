@@ -182,11 +182,16 @@ def _judge(difference: Difference, low: float, high: float, against: str, confid
     value = difference.difference or 0.0
     size = f"{format_points(value)} points" if is_rate else format_number(abs(value))
     scale, digits = (100.0, 1) if is_rate else (1.0, 3)
-    interval = f"{confidence:.0%} interval {format_interval(low, high, scale=scale, digits=digits)}"
     if low <= 0 <= high:
         change = describe_difference(difference, confidence)
         return f"made no difference that this run can show against {against}: {change} in {what}"
-    return f"{'raised' if value > 0 else 'lowered'} {what} by {size} against {against} ({interval})"
+    verb = "raised" if value > 0 else "lowered"
+    if verb == "lowered":  # the interval is of the size that is named, and has no sign
+        low, high = -high, -low
+    interval = (
+        f"{confidence:.0%} interval {format_number(scale * low, digits)} to {format_number(scale * high, digits)}"
+    )
+    return f"{verb} {what} by {size} against {against} ({interval})"
 
 
 def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival: str, against: str) -> str:

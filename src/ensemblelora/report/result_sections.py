@@ -25,15 +25,20 @@ from ensemblelora.report.wording import (
 )
 
 __all__ = [
+    "STAYED",
     "compute_rank_correlation",
-    "warn_of_linearity",
+    "list_unmoved",
+    "list_warnings",
     "write_boosting",
     "write_linearity",
     "write_prediction_check",
     "write_weights",
 ]
 
+STAYED = "kept its start: = base model"
 _LOW_R2 = 0.5
+_FEWEST_RANKS = 5
+"""below which one exchange of neighbours changes a rank correlation by half or more"""
 
 
 def write_prediction_check(run: RunRecord) -> Section | None:
@@ -131,7 +136,18 @@ def write_linearity(run: RunRecord) -> Section | None:
     return Section("linearity", "Does the linear model hold", blocks) if blocks else None
 
 
-def warn_of_linearity(linearity: Linearity) -> str | None:
+def list_warnings(run: RunRecord) -> tuple[str, ...]:
+    """What to keep in mind before believing a run: what training showed first, then what the plan said itself."""
+    shown = _warn_of_linearity(run.results.linearity) if run.results else None
+    return (*([shown] if shown else ()), *run.plan.warnings)
+
+
+def list_unmoved(linearity: Linearity) -> frozenset[str]:
+    """Name the adapters that training left where they began: no evaluation was better than the model itself."""
+    return frozenset(name for name, distance in linearity.distances.items() if distance.relative_to_model == 0)
+
+
+def _warn_of_linearity(linearity: Linearity) -> str | None:
     """Say of which tasks the plan's predictions can't be trusted, since training left the linear model's reach."""
     values = {name: item.r2_over_zero_order for name, item in linearity.tasks.items()}
     low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
@@ -194,7 +210,7 @@ def _mean_of_own(run: RunRecord) -> float | None:
 
 def _agreement(what: str, predicted: Sequence[float], measured: Sequence[float]) -> str:
     error = float(np.mean(np.abs(np.subtract(predicted, measured))))
-    correlation = compute_rank_correlation(predicted, measured) if len(predicted) > 2 else None
+    correlation = compute_rank_correlation(predicted, measured) if len(predicted) >= _FEWEST_RANKS else None
     ranks = "" if correlation is None else f"; rank correlation {format_number(correlation, 2)}"
     tasks = count(len(predicted), "task")
     return f"Mean absolute error of the predicted {what}: {format_number(error)} over {tasks}{ranks}."
@@ -232,7 +248,7 @@ def _judge_linearity(linearity: Linearity) -> str:
     )
     if not any(item.r2_over_zero_order is not None for item in linearity.tasks.values()):
         return text
-    if warning := warn_of_linearity(linearity):
+    if warning := _warn_of_linearity(linearity):
         return f"{text} {warning}"
     return f"{text} It is at least {_LOW_R2} on every task measured."
 
@@ -260,11 +276,12 @@ def _r2_cell(value: float | None) -> Cell:
 
 def _distance_table(linearity: Linearity, ensemble: EnsembleRecord | None) -> Table:
     group_of = {member.name: member.group for member in ensemble.members} if ensemble else {}
+    stayed = list_unmoved(linearity)
     rows = tuple(
         Row(
             (
                 Cell(name, f"group {group_letter(group_of[name])}" if name in group_of else ""),
-                Cell(format_percent(distance.relative_to_model, 2)),
+                Cell(format_percent(distance.relative_to_model, 2), STAYED if name in stayed else ""),
                 Cell(format_percent(distance.relative_to_adapter_init, 1)),
             )
         )

@@ -9,7 +9,8 @@ from ensemblelora.report.asked_record import ConfigRecord, TaskRecord
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.document import Block, Cell, Column, Row, Section, Step, Steps, Table, Text
 from ensemblelora.report.headline import describe_difference, find_rival, method_label
-from ensemblelora.report.records import PlanRecord, ResultsRecord, RunRecord
+from ensemblelora.report.records import ResultsRecord, RunRecord
+from ensemblelora.report.result_sections import list_warnings
 from ensemblelora.report.wording import (
     NOTHING,
     count,
@@ -35,7 +36,7 @@ def write_steps(run: RunRecord) -> Steps:
     return Steps(
         (
             Step("Asked", _tell_asked(run)),
-            Step("Predicted before training", _tell_predicted(run.plan)),
+            Step("Predicted before training", _tell_predicted(run)),
             Step("Came out", _tell_outcome(run)),
         )
     )
@@ -70,11 +71,12 @@ def _tell_asked(run: RunRecord) -> str:
     return f"{count(run.plan.n_tasks, 'task')}{rows}{on}{adapter}{trained}."
 
 
-def _tell_predicted(plan: PlanRecord) -> str:
+def _tell_predicted(run: RunRecord) -> str:
+    plan, warnings = run.plan, list_warnings(run)
     n_groups = count(len(plan.groups), "group")
     chosen = next((point for point in plan.curve if point.n_groups == len(plan.groups)), None)
     ours, shared = plan.predicted.plan.mean_nll, plan.predicted.shared.mean_nll
-    warned = f" {count(len(plan.warnings), 'warning')}: see below." if plan.warnings else ""
+    warned = f" {count(len(warnings), 'warning')}: see below." if warnings else ""
     if ours is None:
         return f"{n_groups}; the plan names no loss.{warned}"
     if len(plan.groups) == 1:
