@@ -1,6 +1,7 @@
 """Source selection, measured: what was chosen against all, none and the most alike, and how far predictions are right.
 
     python benchmarks/selection.py speed                            # a search forward over 100 sources, no model
+    python benchmarks/selection.py costs --seeds 1                  # FLOPs against a search that fine-tunes every set
     python benchmarks/selection.py noise --seeds 3 --minutes 10     # labels of half of one dataset's clusters turned
     python benchmarks/selection.py targets --seeds 2 --minutes 25   # every strategy for each target
     python benchmarks/selection.py truth --targets copa_cut --sets 8 --minutes 8   # predicted against true fine-tunings
@@ -16,6 +17,8 @@ whole.
 * ``noise``: which clusters were turned is told from what they are worth (area under the curve), from rows one by one,
   and by whether a search takes them.
 * ``speed``: planted features, d = 400; seconds of the search alone.
+* ``costs``: FLOPs of truly fine-tuning every set that the search forward asks about, over those of all that choosing
+  took, with whole datasets as sources and with clusters of them; the true search by the ledger's formulas, not run.
 """
 
 from __future__ import annotations
@@ -74,6 +77,7 @@ def main() -> None:
     arguments = read_arguments()
     clock = Clock(arguments.minutes)
     measure = {"targets": measure_targets, "truth": measure_truth, "noise": measure_noise, "speed": measure_speed}
+    measure["costs"] = measure_costs
     shown = ""
     for config, result in measure[arguments.part](arguments, clock):
         with redirect_stdout(io.StringIO()) as told:
@@ -93,13 +97,13 @@ def main() -> None:
 def read_arguments() -> argparse.Namespace:
     """What to measure, and for how long."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("part", choices=("targets", "truth", "noise", "speed"))
+    parser.add_argument("part", choices=("targets", "truth", "noise", "speed", "costs"))
     parser.add_argument("--recipe", type=Path, help="instead of recipes/selection-cpu.yaml, or selection-noisy.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/selection-benchmark"), help="where trainings are kept")
     parser.add_argument("--targets", default=",".join(TARGETS), help="names, or all")
     parser.add_argument("--seeds", type=int, default=3, help="of everything but the choice of rows")
     parser.add_argument("--sets", type=int, default=16, help="of truth: sets of sources, beside those that were chosen")
-    parser.add_argument("--clusters", type=int, default=8, help="of noise")
+    parser.add_argument("--clusters", type=int, default=8, help="of noise, or a source's of costs")
     parser.add_argument("--minutes", type=float, default=120.0, help="begin nothing new after so many")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
     parser.add_argument("--json", action="store_true", help="print the record")
@@ -181,7 +185,6 @@ def summarize_targets(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> dic
         "methods": methods,
         "differences": differences,
         "speed_up": spread(speed_ups) if speed_ups else None,
-        "speed_up_shared": share_costs(found),
         "n_chosen": {s: mean_of([len(pick(one, s)["sources"]) for one in found.values()]) for s in STRATEGIES},
     }
 
@@ -201,19 +204,6 @@ def average_changes(
         if means:
             summary[metric] = spread(means) | {"n_better": sum(sign * mean > 0 for mean in means), "n": len(means)}
     return summary
-
-
-def share_costs(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> float | None:
-    """Truly fine-tuning every set of every target's search forward, over one warm-up and gradient pass for all."""
-    ratios = []
-    for seed in {seed for _, seed in found}:
-        costs = [one["costs"] for (_, own), one in found.items() if own == seed]
-        true = [cost["true_forward_flops"] for cost in costs]
-        if all(true):
-            spent = costs[0]["warmup_flops"] + costs[0]["feature_flops"]
-            spent += sum(cost["search_flops"]["forward"] for cost in costs)
-            ratios.append(sum(true) / spent)
-    return statistics.fmean(ratios) if ratios else None
 
 
 def keep_short(one: Mapping[str, Any]) -> dict[str, Any]:
@@ -430,6 +420,44 @@ def judge_noise(bench: Bench, request: Request, is_wrong: npt.NDArray[np.bool_],
             result[f"accuracy_{name}"] = float((scores.values[0].argmax(axis=1) == split.labels).mean())
             result[f"nll_{name}"] = float(member_nll(scores, split.labels).mean())
     return result
+
+
+# FLOPs of a search
+
+
+def measure_costs(arguments: argparse.Namespace, clock: Clock) -> Iterator[Measured]:
+    """Count what choosing takes against a search that fine-tunes, with few sources and with many."""
+    config = read_recipe(arguments, "selection-cpu.yaml")
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {"whole": {}, "clusters": {}}
+    pieces = [(seed, target) for seed in range(arguments.seeds) for target in list_targets(arguments, config)]
+    for number, (seed, target) in enumerate(pieces, start=1):
+        for kind, n_clusters in (("whole", None), ("clusters", arguments.clusters)):
+            if not clock.allows(f"seed {seed}, {target}, {kind}"):
+                return
+            run = at_seed(config, seed, arguments.out / f"costs-{kind}")
+            one = select_sources(run, target, ["forward"], n_clusters=n_clusters, wants_final=False).to_dict()
+            counts = {"n_sources": len(one["sources"]), "n_chosen": len(pick(one, "forward")["sources"])}
+            found[kind].setdefault(target, []).append(counts | one["costs"])
+        summary = {kind: summarize_costs(by_target) for kind, by_target in found.items()}
+        yield (
+            describe(config, arguments) | {"n_clusters": arguments.clusters},
+            {
+                "speed_up": summary["clusters"]["speed_up"],
+                "is_whole": number == len(pieces),
+                **summary,
+            },
+        )
+
+
+def summarize_costs(by_target: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Spread over targets and seeds, and the numbers of each."""
+    every = [one for found in by_target.values() for one in found]
+    return {
+        "speed_up": spread([one["speed_up"] for one in every]),
+        "n_sources": mean_of([one["n_sources"] for one in every]),
+        "n_chosen": mean_of([one["n_chosen"] for one in every]),
+        "runs": dict(by_target),
+    }
 
 
 # Time of a search

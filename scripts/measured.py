@@ -13,7 +13,7 @@ from measured_forecast import render_forecast
 from measured_scale import render_scale
 
 from measured_comparison import render_comparison, render_run
-from measured_selection import render_noise, render_search, render_targets, render_truth
+from measured_selection import render_costs, render_noise, render_search, render_targets, render_truth
 from measured_serving import render_serving
 
 __all__ = ["render_measured", "summarize_speed"]
@@ -305,6 +305,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
     ("selection-truth", "Predicted and true sets of sources", render_truth),
     ("selection-noise", "Noisy parts of a dataset", render_noise),
     ("selection-speed", "Searching sources", render_search),
+    ("selection-costs", "What a search saves", render_costs),
     ("federated-cpu", "Groups of 500 clients", render_federated),
     ("federated-factors", "Averaging adapters", render_ways),
     ("additions", "Datasets that arrive later", render_additions),

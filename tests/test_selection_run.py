@@ -21,7 +21,7 @@ from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import EstimationConfig, RunConfig
 from ensemblelora.console import round_floats
 from ensemblelora.data.batching import collate
-from ensemblelora.errors import ConfigError, OutputError, UsageError
+from ensemblelora.errors import ConfigError, OutputError, StoreError, UsageError
 from ensemblelora.models import load_base
 from ensemblelora.prediction import member_nll
 from ensemblelora.selection.costs import count_true_search, list_asked
@@ -33,6 +33,7 @@ from ensemblelora.selection.search import SearchSettings
 from ensemblelora.selection.select import SAMPLES_FILE, open_bench, select_sources
 from ensemblelora.selection.strategies import STRATEGIES, Selection, select
 from ensemblelora.startpoint import cut_training
+from ensemblelora.store import FeatureStore
 from tests.tiny_run import make_mixed_inputs, read_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
@@ -245,19 +246,18 @@ def record_folder(config: RunConfig, target: str = TARGET) -> Path:
     return Path(config.out) / "selection" / target
 
 
-def test_another_target_takes_warm_up_and_features_as_they_are(copied, trainings):
-    stages = {
-        path.name: path.read_bytes()
-        for path in (Path(copied.out) / "stages").glob("*.json")
-        if "begun" not in path.name
-    }
+def test_another_target_takes_the_warm_up_as_it_is_and_adds_features_of_its_validation_rows_alone(copied, trainings):
+    store, warm_up = FeatureStore(Path(copied.out) / "features"), Path(copied.out) / "stages" / "warmup.json"
+    before, flops = warm_up.read_bytes(), read(copied)["costs"]["feature_flops"]
+    kept = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*.npy")}
+    store.read(TARGET, "validation")
+    with pytest.raises(StoreError, match="no features"):
+        store.read(WRITTEN, "validation")  # a source is never judged
     record = select_sources(copied, WRITTEN, ["forward"])
-    after = {
-        path.name: path.read_bytes()
-        for path in (Path(copied.out) / "stages").glob("*.json")
-        if "begun" not in path.name
-    }
-    assert stages == after and all(WRITTEN in tasks for tasks in trainings)
+    assert warm_up.read_bytes() == before and all(WRITTEN in tasks for tasks in trainings)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing is computed again"
+    assert store.read(WRITTEN, "validation").mode == "sequence"
+    assert record.costs.feature_flops != flops and 0.5 < record.costs.feature_flops / flops < 2, "other validation rows"
     assert [source.name for source in record.sources] == ["family0", "family1", "spelled"]
     assert {change.metric for change in record.test.changes} == {"nll"}, "free text has a loss alone"
     scores = record.test.scores["none"]

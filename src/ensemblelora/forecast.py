@@ -11,7 +11,7 @@ few rows, or short ones, don't fill what a step may hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,10 +131,15 @@ class Forecaster:
         """Boosting with some number of rounds, at its most."""
         return self.predict(_count_boosting(self, n_rounds))
 
-    def features(self, train_fraction: float, *, is_moved: bool = False) -> StageForecast:
-        """The gradient pass over a share of the training rows, at theta0 or where a training has ended."""
+    def features(
+        self, train_fraction: float, *, is_moved: bool = False, judges: Collection[str] | None = None
+    ) -> StageForecast:
+        """The gradient pass over a share of the training rows, at theta0 or where a training has ended.
+
+        ``judges`` are the tasks whose validation rows are passed, too; none: all.
+        """
         settings = self.config.gradients.model_copy(update={"train_fraction": train_fraction})
-        return self.predict(_count_features(self, settings, is_moved=is_moved))
+        return self.predict(_count_features(self, settings, is_moved=is_moved, judges=judges))
 
 
 def make_forecaster(config: RunConfig, probe: AdaptedModel, rows: Rows, speed: Speed | None = None) -> Forecaster:
@@ -231,8 +236,12 @@ def _count_training(run: Forecaster) -> tuple[StageRecord, StageRecord]:
     return meter.record, lower.record.joined(_times(checking, n_stops))
 
 
-def _count_features(run: Forecaster, settings: GradientsConfig, *, is_moved: bool = False) -> Passes:
+def _count_features(
+    run: Forecaster, settings: GradientsConfig, *, is_moved: bool = False, judges: Collection[str] | None = None
+) -> Passes:
     probe, learning, seed = run.probe, run.rows.learning, run.config.seed
+    if judges is not None and settings.proj_type != "none":
+        learning = tuple(split for split in learning if split.split == "train" or split.task in judges)
     meter, lower = Meter("features"), Meter("lower")
     largest = 0
 

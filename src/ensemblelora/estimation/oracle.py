@@ -37,7 +37,7 @@ class TaskFeatures:
 
     Attributes:
         train: One block per task.
-        validation: One block per task.
+        validation: One block per task, or of the first tasks alone, where the others are learnt from and never judged.
         n_train: Training rows of each task, where ``train`` holds a share of them; none: it holds all.
     """
 
@@ -48,9 +48,9 @@ class TaskFeatures:
     def __post_init__(self) -> None:
         """Refuse tasks that don't match."""
         names = [[block.task for block in blocks] for blocks in (self.train, self.validation)]
-        if names[0] != names[1] or not names[0]:
+        if not names[1] or names[0][: len(names[1])] != names[1]:
             raise DataError(f"train features of tasks {names[0]}, validation features of {names[1]}: expected the same")
-        for train, validation in zip(self.train, self.validation, strict=True):
+        for train, validation in zip(self.train, self.validation, strict=False):
             if (train.mode, train.proj_dim) != (validation.mode, validation.proj_dim) or not validation.ids:
                 raise DataError(
                     f"task {train.task!r}: train features are {train.mode} of dimension {train.proj_dim}, validation "
@@ -194,7 +194,7 @@ class Oracle:
             memory.take_over(fits)
 
     def score(self, subsets: Sequence[Subset]) -> SubsetScores:
-        """Predict the performance of every subset on every task.
+        """Predict the performance of every subset on every task that has validation rows.
 
         Args:
             subsets: Tuples of distinct task indices; ``()`` asks about the base model.
@@ -203,9 +203,10 @@ class Oracle:
             UsageError: If a subset names a task twice or one that is not there.
         """
         fits = self._fit(subsets)
-        shape = (len(subsets), self.n_tasks)
+        n_judged = len(self.replicates[0].validation)
+        shape = (len(subsets), n_judged)
         columns = {name: np.empty(shape) for name in ("nll", "nll_se", "accuracy", "accuracy_se", "macro_f1")}
-        for task in range(self.n_tasks):
+        for task in range(n_judged):
             outcomes = self._predict(fits, task)
             for name, values in zip(columns, score_outcomes(outcomes, self.validation_groups(task)), strict=True):
                 columns[name][:, task] = values

@@ -166,7 +166,7 @@ def collect_features(
         config: Rows, outputs, projection, batch size.
         seed: The run's root seed.
         fingerprints: Identity of each (task, split): rows, model, adapter, config, outputs; for exact inner products
-            from :func:`~ensemblelora.gradients.exact.join_fingerprints`.
+            from :func:`~ensemblelora.gradients.exact.join_fingerprints`. A split that has none is not computed.
         meter: Told what every pass costs.
         hand_out: Has :func:`collect_piece` called for every piece that is missing, in other processes; none: all is
             done here. Exact inner products always are.
@@ -189,7 +189,8 @@ def collect_features(
             with _noted(meter, fingerprints[parts[0].key]):  # all blocks are of one piece
                 return _collect_gram(job, parts, store, fingerprints)
         health = check_health(adapted, layers, projector, _list_kinds(parts), config.max_tokens_per_batch)
-        missing = [part for part in parts if not store.has(*part.key, fingerprints[part.key])]
+        wanted = [part for part in parts if part.key in fingerprints]
+        missing = [part for part in wanted if not store.has(*part.key, fingerprints[part.key])]
         if hand_out is None:
             for part in missing:
                 with _noted(meter, fingerprints[part.key]):

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from functools import partial
 
 from ensemblelora import stages
-from ensemblelora.forecast import forecast_run
+from ensemblelora.forecast import list_stages, make_forecaster
 from ensemblelora.selection.request import Request, check_tasks, without_groups
+from ensemblelora.startpoint import is_warm
 
 __all__ = ["forecast_selection"]
 
@@ -31,7 +32,10 @@ def forecast_selection(request: Request) -> dict[str, dict[str, float]]:
     baselines = config.evaluation.model_copy(update={"baselines": ("base", "shared")})
     config = config.model_copy(update={"evaluation": baselines})
     _, rows, probe = stages.prepare(config, check=partial(check_tasks, request))
-    found = {name: asdict(stage) for name, stage in forecast_run(config, probe, rows).items()}
+    run = make_forecaster(config, probe, rows)
+    share, judges = config.gradients.train_fraction, (request.target,)
+    expected = list_stages(run) | {"features": run.features(share, is_moved=is_warm(config), judges=judges)}
+    found = {name: asdict(stage) for name, stage in expected.items()}
     lines: dict[str, dict[str, float]] = {name: found[name] for name in ("warmup", "features") if name in found}
     if request.wants_final:
         n_finals, one = _N_BASELINES + len(request.strategies), found["baselines"]

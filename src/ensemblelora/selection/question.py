@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ensemblelora import artifacts
+from ensemblelora.blocks import slice_projections
 from ensemblelora.config import EstimationConfig, load_config
 from ensemblelora.errors import StoreError, UsageError
 from ensemblelora.estimation import (
@@ -22,7 +23,6 @@ from ensemblelora.estimation import (
     TaskFeatures,
     TrainingBudget,
     build_oracle,
-    read_features,
 )
 from ensemblelora.selection.prospect import Prospect
 from ensemblelora.selection.sources import Source, cut_blocks
@@ -61,15 +61,20 @@ class Question:
         return tuple(source.name for source in self.sources)
 
     def cut(self, store: FeatureStore) -> list[TaskFeatures]:
-        """Read the features of the target and the sources, in this order, under each projection."""
-        found = read_features(store, self.tasks, self.n_projections)
+        """Read the features of the target and the sources, in this order, under each projection.
+
+        Sources are learnt from and never judged: of validation rows, the target's are all.
+        """
+        train = cut_blocks([store.read(name, "train") for name in self.tasks], self.target, self.sources)
+        held = store.read(self.tasks[self.target], "validation")
+        width = held.proj_dim // self.n_projections
         return [
             TaskFeatures(
-                train=cut_blocks(features.train, self.target, self.sources),
-                validation=cut_blocks(features.validation, self.target, self.sources),
+                train=tuple(slice_projections(block, width, which) for block in train),
+                validation=(slice_projections(held, width, which),),
                 n_train=self.n_train,
             )
-            for features in found
+            for which in range(self.n_projections)
         ]
 
 

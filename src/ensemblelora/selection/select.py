@@ -166,7 +166,7 @@ def open_bench(request: Request, cluster: Cluster | None = None) -> Iterator[Ben
         stages.describe_run(work, tasks, rows, probe)
         probe = stages.keep_lower_layers(config, work.path, probe, rows)
         with warmed_up(work, probe, rows):
-            store = stages.take_features(work, probe, rows)
+            store = stages.take_features(work, probe, rows, judges=(request.target,))
         yield lay_out(request, work, probe, rows, store)
         stages.drop_lower_layers(work.path)
 

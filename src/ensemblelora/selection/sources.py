@@ -84,7 +84,7 @@ def cut_splits(splits: Sequence[EncodedSplit], target: int, sources: Sequence[So
 
 
 def cut_blocks(blocks: Sequence[FeatureBlock], target: int, sources: Sequence[Source]) -> tuple[FeatureBlock, ...]:
-    """Return the features of the same rows as :func:`cut_splits`."""
+    """Return the features of the same training rows as :func:`cut_splits`."""
     return (blocks[target], *(_take_block(blocks[source.task], source) for source in sources))
 
 
@@ -106,4 +106,4 @@ def _take_split(split: EncodedSplit, source: Source) -> EncodedSplit:
 def _take_block(block: FeatureBlock, source: Source) -> FeatureBlock:
     if source.rows is None:
         return block
-    return replace(block if block.split != "train" else block.take(source.rows), task=source.name)
+    return replace(block.take(source.rows), task=source.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -55,11 +55,22 @@ _MAX_NAMED_PAIRS = 6
 _MOST_DISTORTION = 3  # over sqrt(d); a projection's median is 0.67, and 0.95 for parallel gradients
 
 
-def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureStore:
-    """Projected gradients of train and validation rows, or of a share. Leaves ``features/`` and its health record."""
+def take_features(
+    work: Workspace, probe: AdaptedModel, rows: Rows, *, judges: Collection[str] | None = None
+) -> FeatureStore:
+    """Projected gradients of train and validation rows, or of a share. Leaves ``features/`` and its health record.
+
+    Args:
+        work: The open run folder.
+        probe: The model with its start adapter.
+        rows: Of all tasks.
+        judges: Tasks whose validation rows are wanted, where others' tell nothing; none: of all.
+    """
     config = work.config
     store = FeatureStore(work.path / artifacts.FEATURES_FOLDER)
     wanted = identify_features(work, probe, rows)
+    if judges is not None and config.gradients.proj_type != "none":  # exact inner products are of all rows, or none
+        wanted = {key: value for key, value in wanted.items() if key[1] == "train" or key[0] in judges}
     is_complete = all(store.has(*key, identity) for key, identity in wanted.items())
     identities = sorted(wanted.values())
     with work.stage("features", identities, is_complete=is_complete, parts=identities) as stage:
@@ -75,7 +86,7 @@ def take_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> FeatureSt
                 meter=stage.meter,
                 hand_out=elsewhere if work.is_spread else None,
             )
-            record = asdict(health) | _count_rows(config, rows)
+            record = asdict(health) | _count_rows(config, rows, wanted)
             artifacts.write_json(work.path / artifacts.FEATURE_HEALTH_FILE, record)
             stage.files.append(work.path / artifacts.FEATURE_HEALTH_FILE)
     return store
@@ -113,10 +124,11 @@ def _collect_one(bench: Bench, piece: FeaturePiece, fingerprint: str, meter: Met
     )
 
 
-def _count_rows(config: RunConfig, rows: Rows) -> dict[str, int]:
+def _count_rows(config: RunConfig, rows: Rows, wanted: Collection[tuple[str, str]]) -> dict[str, int]:
     """How many rows there are to learn from, and of how many of them features are taken."""
-    taken = [len(choose_examples(split, config.gradients, seed=config.seed)) for split in rows.learning]
-    return {"n_rows": sum(split.n_examples for split in rows.learning), "n_rows_taken": sum(taken)}
+    splits = [split for split in rows.learning if (split.task, split.split) in wanted]
+    taken = [len(choose_examples(split, config.gradients, seed=config.seed)) for split in splits]
+    return {"n_rows": sum(split.n_examples for split in splits), "n_rows_taken": sum(taken)}
 
 
 def identify_features(work: Workspace, probe: AdaptedModel, rows: Rows) -> dict[tuple[str, str], str]:
