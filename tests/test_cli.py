@@ -295,6 +295,7 @@ def test_an_adapter_that_kept_its_start_is_named_as_the_base_model(tmp_path, cap
     [
         (["nothing"], "No such command 'nothing'"),
         (["run"], "Missing argument"),
+        (["ask", "r"], "Missing option '--subset'; see ensemblelora ask --help"),
         (["run", "x", "--seed", "many"], "Invalid value for '--seed'"),
         (["run", "x", "--wrong"], "No such option"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file or folder"),

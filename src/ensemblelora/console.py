@@ -148,7 +148,8 @@ def describe_failure(error: BaseException, *, debug: bool = False) -> int:
     message = _format_usage(error) if isinstance(error, fault) else str(error)
     code = error.exit_code if isinstance(error, (EnsembleLoraError, fault)) else 1
     if isinstance(error, fault) and message.strip():
-        message = f"{message.rstrip('.')}; see --help"
+        command = getattr(getattr(error, "ctx", None), "command_path", "")
+        message = f"{message.rstrip('.')}; see {command} --help".replace("  ", " ")
     if not isinstance(error, (EnsembleLoraError, fault, OSError)):
         message = _describe_unexpected(error)
     if message.strip():  # typer shows the help of a command without arguments, and raises an empty message

@@ -11,7 +11,7 @@ few rows, or short ones, don't fill what a step may hold.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -191,7 +191,7 @@ def _tell_extremes(plan: PlanRecord, results: ResultsRecord) -> Iterator[str]:
     if len(found) > 1 and len(plan.groups) > 1:
         (low, worst), (high, best) = min(found), max(found)
         most, least = (f"{name} {format_signed(100 * value, 1)}" for value, name in ((high, best), (low, worst)))
-        yield f"points in accuracy, against one adapter for all: most {most}, least {least}"
+        yield f"accuracy points over one adapter: most {most}, least {least}"
 
 
 def _tell_cheaper(record: RunRecord) -> Iterator[str]:

@@ -136,10 +136,11 @@ def list_oracle_warnings(judge: Judge, plan: Prediction) -> Iterator[str]:
     counts = {name: len(np.unique(oracle.validation_groups(i))) for i, name in enumerate(oracle.task_names)}
     if alone := [name for name, n_rows in counts.items() if n_rows < 2]:
         yield f"All validation rows of {', '.join(alone)} belong together, so standard errors leave these tasks out."
-    if few := [f"{name} ({n_rows})" for name, n_rows in counts.items() if 2 <= n_rows < _FEW_ROWS]:
+    few = [f"{name} ({n_groups})" for name, n_groups in counts.items() if 2 <= n_groups < _FEW_ROWS]
+    if few:
         yield (
-            f"Few validation rows of {_name_some(few)}: predictions and their standard errors are rough. Give more "
-            "rows, or raise data.validation_fraction."
+            f"Few validation rows, repeated texts counted once, of {_name_some(few)}: predictions and their standard "
+            "errors are rough. Give more rows, or raise data.validation_fraction."
         )
     if oracle.n_unconverged:
         yield f"{oracle.n_unconverged} of {oracle.n_fits} fits did not converge; raise estimation.max_iter."

@@ -29,6 +29,7 @@ Matrix = npt.NDArray[np.float64]
 # More labels than this can't be read; such a heat map shows colours and keeps its names for the table.
 MAX_LABELLED_TASKS = 60
 _N_SCALE_STEPS = 7
+_STANDOFF = 16  # pixels from an axis's labels to its title
 
 
 def remove_levels(matrix: Matrix) -> Matrix:
@@ -108,8 +109,8 @@ def draw_helping(gains: Matrix, names: Sequence[str], groups: Sequence[Sequence[
     heat_map = _heat_map(gains[np.ix_(order, order)], "diverging", reach=reach or 1.0)
     heat_map["hovertemplate"] = "<b>%{x}</b> in <b>%{y}</b>'s training set:<br>%{z:+.4f}<extra></extra>"
     axes = _task_axes([names[task] for task in order])
-    axes["xaxis"]["title"] = {"text": "what trains with it"}
-    axes["yaxis"]["title"] = {"text": noun}
+    axes["xaxis"]["title"] = {"text": "what trains with it", "standoff": _STANDOFF}
+    axes["yaxis"]["title"] = {"text": noun, "standoff": _STANDOFF}
     spec = complete([heat_map], {**axes, "shapes": _frames(groups)})
     known = gains[np.isfinite(gains)]
     n_helped = int((known > 0).sum())
