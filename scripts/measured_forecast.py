@@ -27,7 +27,7 @@ def render_forecast(record: Record) -> Iterator[str]:
         "and then carried out. Predicted over true: above 1, the forecast was on the safe side. *Worst* is farthest "
         f"from 1. Stages of less than {config['least_seconds']:g} s are left out of time; what depends on the outcome "
         "(weights, evaluation) is forecast at its most. Memory is what a stage itself needs; that measured is the "
-        "process's, which after training still holds most of what training took, so that the later stages' ratios are low.",
+        "process's, which after training still holds most of what training took: later stages' ratios are low.",
         width=120,
     )
     yield from ("", "| forecast | geometric mean | worst |", "|---|---|---|")

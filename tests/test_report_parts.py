@@ -21,6 +21,7 @@ from ensemblelora.report.helping import measure_gains
 from ensemblelora.report.hierarchy import build_tree, draw_tree
 from ensemblelora.report.pareto import FLOPS, Point, draw_front
 from ensemblelora.report.pareto_section import measure_mean
+from ensemblelora.report.plotting import short_label, short_labels
 from ensemblelora.report.reading import load_record
 from ensemblelora.report.records import MethodScores, TaskScore
 from ensemblelora.report.story import write_steps
@@ -246,3 +247,10 @@ def test_a_page_of_500_tasks_stays_small_and_its_long_lists_are_folded(tmp_path)
     specs = json.loads(source.split('id="figures">')[1].split("</script>")[0])
     assert "affinity-grouped" in specs and "affinity-tree" not in specs and "differences" in specs
     assert len(specs["helping"]["data"][0]["z"]) == 10, "groups in place of tasks"
+
+
+def test_labels_keep_the_ends_that_tell_them_apart():
+    long = "a_very_long_name_of_a_dataset_in_all_its_detail_plain"
+    assert short_label(long).startswith("a_very") and short_label(long).endswith("_plain") and "…" in short_label(long)
+    assert short_labels(["demo_sst2_plain", "demo_sst2_turned"]) == ["plain", "turned"]
+    assert short_labels(["ab", "ac"]) == ["ab", "ac"] and short_labels(["a_", "a_"]) == ["a_", "a_"]

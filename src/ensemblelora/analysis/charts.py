@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ensemblelora.report.document import Figure
-from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, complete, safe, short_label
+from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, complete, safe, short_labels
 from ensemblelora.report.wording import format_number, format_signed
 
 __all__ = ["Axis", "Series", "draw_map", "draw_series"]
@@ -125,7 +125,7 @@ def draw_map(
     axis = {
         "tickmode": "array",
         "tickvals": list(range(n)),
-        "ticktext": [short_label(task) for task in tasks],
+        "ticktext": short_labels(tasks),
         "showgrid": False,
         "zeroline": False,
         "ticks": "",

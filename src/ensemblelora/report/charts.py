@@ -9,7 +9,7 @@ import numpy as np
 
 from ensemblelora.evaluation.rows import BOOSTED_GROUP
 from ensemblelora.report.document import Figure
-from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, SYMBOLS, complete, or_none, safe, short_label
+from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, SYMBOLS, complete, or_none, safe, short_labels
 from ensemblelora.report.records import CurvePoint, GroupPrediction, MethodScores, TaskScore
 from ensemblelora.report.wording import format_number, format_percent, format_signed, group_letter
 
@@ -210,7 +210,7 @@ def _row_axis(tasks: Sequence[str]) -> dict[str, Any]:
     return {
         "tickmode": "array",
         "tickvals": list(range(len(tasks))),
-        "ticktext": [short_label(task) for task in tasks],
+        "ticktext": short_labels(tasks),
         "zeroline": False,
         "showgrid": False,
     }

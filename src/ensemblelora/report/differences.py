@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ensemblelora.report.document import Figure
-from ensemblelora.report.plotting import N_GROUP_COLOURS, SYMBOLS, complete, safe, short_label
+from ensemblelora.report.plotting import N_GROUP_COLOURS, SYMBOLS, complete, safe, short_labels
 from ensemblelora.report.wording import format_signed
 
 __all__ = ["TaskDifference", "draw_differences"]
@@ -53,7 +53,7 @@ def draw_differences(name: str, rows: Sequence[TaskDifference], title: str, *, d
     value, place = ("x", "y") if is_named else ("y", "x")
     places = {"zeroline": False, "showgrid": False, "tickmode": "array", "tickvals": list(range(len(rows)))}
     if is_named:
-        labels = {"ticktext": [short_label(row.task) for row in rows], "range": [len(rows) - 0.5, -0.5]}
+        labels = {"ticktext": short_labels([row.task for row in rows]), "range": [len(rows) - 0.5, -0.5]}
     else:
         labels = {"showticklabels": False, "title": {"text": f"{len(rows)} tasks, by their difference"}}
     layout = {

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ensemblelora.report.document import Figure
 from ensemblelora.report.hierarchy import build_tree, draw_tree
-from ensemblelora.report.plotting import complete, or_none, safe, short_label
+from ensemblelora.report.plotting import complete, or_none, safe, short_labels
 from ensemblelora.report.records import AffinityRecord
 from ensemblelora.report.wording import count, format_signed, group_letter, join_names
 
@@ -165,7 +165,7 @@ def _task_axes(names: Sequence[str]) -> dict[str, Any]:
         "showticklabels": n <= MAX_LABELLED_TASKS,
         "tickmode": "array",
         "tickvals": list(range(n)),
-        "ticktext": [short_label(name) for name in names],
+        "ticktext": short_labels(names),
         "tickfont": {"size": 11 if n <= 30 else 8},
         "range": [-0.5, n - 0.5],
     }

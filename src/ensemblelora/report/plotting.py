@@ -10,11 +10,12 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import plotly.graph_objects as go
 
-__all__ = ["LEGEND_ABOVE", "N_GROUP_COLOURS", "SYMBOLS", "complete", "or_none", "safe", "short_label"]
+__all__ = ["LEGEND_ABOVE", "N_GROUP_COLOURS", "SYMBOLS", "complete", "or_none", "safe", "short_label", "short_labels"]
 
 N_GROUP_COLOURS = 6
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "hexagon")
@@ -48,10 +49,25 @@ def complete(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> 
 
 
 def short_label(name: str) -> str:
-    """Escape a name for plotly's labels and shorten it."""
+    """Escape a name for plotly's labels and shorten it in the middle: names that begin alike differ at their ends."""
     plain = " ".join(name.split())
-    short = plain if len(plain) <= _MAX_LABEL_LENGTH else plain[: _MAX_LABEL_LENGTH - 1] + "…"
-    return html.escape(short, quote=False)
+    if len(plain) > _MAX_LABEL_LENGTH:
+        n_tail = (_MAX_LABEL_LENGTH - 1) // 2
+        plain = f"{plain[: _MAX_LABEL_LENGTH - 1 - n_tail]}…{plain[-n_tail:]}"
+    return html.escape(plain, quote=False)
+
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """Escape and shorten the names of one chart: words that all of them begin with tell none from another.
+
+    Example:
+        >>> short_labels(["demo_sst2", "demo_piqa"]), short_labels(["sst2", "piqa"]), short_labels(["demo_sst2"])
+        (['sst2', 'piqa'], ['sst2', 'piqa'], ['demo_sst2'])
+    """
+    alike = takewhile(lambda signs: len(set(signs)) == 1, zip(*names, strict=False)) if len(names) > 1 else ()
+    common = "".join(signs[0] for signs in alike)
+    n_dropped = max((common.rfind(mark) for mark in "_-/ "), default=-1) + 1
+    return [short_label(name[n_dropped:] or name) for name in names]
 
 
 def safe(name: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora.report.document import Figure
-from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, SYMBOLS, complete, safe, short_label
+from ensemblelora.report.plotting import LEGEND_ABOVE, N_GROUP_COLOURS, SYMBOLS, complete, safe, short_labels
 from ensemblelora.report.wording import count, group_letter
 
 __all__ = ["N_PARTNERS", "draw_tasks", "find_partners"]
@@ -109,14 +109,14 @@ def _lines(
 def _marks(
     places: dict[int, tuple[float, float]], names: Sequence[str], tasks: Sequence[int], group: int
 ) -> dict[str, Any]:
-    is_named = len(names) <= _MAX_NAMED
+    is_named, labels = len(names) <= _MAX_NAMED, short_labels(names)
     return {
         "type": "scatter",
         "mode": "markers+text" if is_named else "markers",
         "name": f"group {group_letter(group)}",
         "x": [places[task][0] for task in tasks],
         "y": [places[task][1] for task in tasks],
-        "text": [short_label(names[task]) for task in tasks],
+        "text": [labels[task] for task in tasks],
         "customdata": [safe(names[task]) for task in tasks],
         "textposition": list(_sides(places, tasks)),
         "textfont": {"size": 12 if len(names) <= 20 else 10, "color": "var(--ink)"},

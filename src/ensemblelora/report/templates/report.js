@@ -30,7 +30,10 @@
       if (!axis || !axis.ticktext) continue;
       axis.ticktext = axis.ticktext.map((text) => {
         const signs = text.match(/&[a-z0-9#]+;|[^]/giu) || [];
-        return signs.length > MAX_NARROW_LABEL ? `${signs.slice(0, MAX_NARROW_LABEL - 1).join("")}\u2026` : text;
+        if (signs.length <= MAX_NARROW_LABEL) return text;
+        // Names that begin alike differ at their ends.
+        const tail = Math.floor((MAX_NARROW_LABEL - 1) / 2);
+        return `${signs.slice(0, MAX_NARROW_LABEL - 1 - tail).join("")}\u2026${signs.slice(-tail).join("")}`;
       });
     }
   };
