@@ -112,7 +112,8 @@ def list_notes(record: SelectionRecord) -> Iterator[str]:
     parts = [f"features {format_flops(costs.feature_flops)}", f"searches {format_flops(search)}"]
     if costs.warmup_flops:
         parts.insert(0, f"warm-up {format_flops(costs.warmup_flops)}")
-    yield f"choosing took {', '.join(parts)}, {format_seconds(costs.seconds)}; warm-up and training rows' features serve any target"
+    spent = f"choosing took {', '.join(parts)}, {format_seconds(costs.seconds)}"
+    yield f"{spent}; for another target here, only features of its validation rows are new"
     if costs.speed_up is not None:
         yield (
             "truly fine-tuning every set that the search forward asked about would take "
