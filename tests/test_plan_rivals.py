@@ -19,10 +19,10 @@ from tests.test_planning import OPPOSED, make_features, make_oracle, plan_for, s
 
 # Few validation rows, on which searches by halves of them go astray: the groups by gradient cosine are better than one
 # adapter, which no others are; better than the groups found; neither; and one adapter a task is better than all.
-INSTEAD_OF_ONE = (OPPOSED, 4, 0)
-INSTEAD_OF_FOUND = (OPPOSED, 6, 6)
+INSTEAD_OF_ONE = (OPPOSED, 6, 6)
+INSTEAD_OF_FOUND = (OPPOSED, 5, 2)
 CLEAR = (OPPOSED, 20, 0)
-ALONE = ((0, 2, 0, 2), 2, 6)
+ALONE = ((0, 2, 1, 3), 2, 5)
 CASES = [INSTEAD_OF_ONE, INSTEAD_OF_FOUND, CLEAR, ALONE]
 Case = tuple[tuple[int, ...], int, int]
 
@@ -42,6 +42,12 @@ def rival_of(plan: Plan, name: str = "gradient cosine") -> Comparison:
     return next(way for way in plan.comparisons if way.name == name)
 
 
+def is_better(plan: Plan, way: Comparison) -> bool:
+    """Whether a way to train is predicted to be better than the plan by what the choice itself asks for."""
+    n_errors = 2.0 if len(plan.groups) == 1 else 1.0
+    return is_above_error(way.gain_over_plan or 0.0, way.gain_over_plan_se, n_errors=n_errors)
+
+
 def told_of(plan: Plan) -> dict[str, str]:
     """What a plan says of ways to train that are better, by their names."""
     names = {title: name for name, title in _OTHER_WAYS.items()}
@@ -57,11 +63,11 @@ def test_no_groups_that_could_have_been_taken_beat_the_plan(case: Case, settings
     plan = plan_of(case, **settings)
     cosine = rival_of(plan)
     if "n_groups" not in settings or cosine.n_groups == settings["n_groups"]:
-        assert not is_above_error(cosine.gain_over_plan or 0.0, cosine.gain_over_plan_se), plan.reason
+        assert not is_better(plan, cosine), plan.reason
     if plan.reason.startswith("No grouping"):
-        assert not is_above_error(cosine.gain, cosine.gain_se)
+        assert not is_above_error(cosine.gain, cosine.gain_se, n_errors=2.0)
     assert plan.n_groups_auto == len(plan_of(case, **{**settings, "n_groups": "auto"}).groups)
-    better = {way.name for way in plan.comparisons if is_above_error(way.gain_over_plan or 0.0, way.gain_over_plan_se)}
+    better = {way.name for way in plan.comparisons if is_better(plan, way)}
     assert set(told_of(plan)) == better - {"one adapter"}
 
 
@@ -79,7 +85,8 @@ def test_clusters_by_gradient_cosine_are_taken_where_they_are_better(case: Case)
     for task in range(6):  # no validation row chose them, so that every row judges them
         assert plan.predicted.plan.nll[task] == pytest.approx(slow_row_losses(oracle, plan.groups, task).mean())
     (point,) = (candidate for candidate in plan.curve if candidate.n_groups == n_groups)
-    assert point.groups == plan.groups and is_above_error(point.gain, point.gain_se) and point.allowed
+    assert point.groups == plan.groups and is_above_error(point.gain, point.gain_se, n_errors=2.0)
+    assert point.allowed
     assert [candidate.n_groups for candidate in plan.curve] == [1, 2, 3]
     cosine = rival_of(plan)
     assert (cosine.groups, cosine.gain_over_plan, cosine.gain_over_plan_se) == (plan.groups, 0.0, 0.0)
@@ -96,7 +103,7 @@ def test_what_was_asked_for_stays_what_was_asked_for() -> None:
     assert "auto would choose the same. Here, by gradient cosine: predicted" in number.reason
     one = plan_of(INSTEAD_OF_FOUND, n_groups=1)
     assert one.decision == "one adapter" and "auto would choose 2. Here: " in one.reason
-    assert told_of(one)["gradient cosine"].startswith("Grouping by gradient cosine (2 adapters) is predicted")
+    assert re.match(r"Grouping by gradient cosine \([23] adapters\) is predicted", told_of(one)["gradient cosine"])
     assert told_of(one)["gradient cosine"].endswith(" nats."), "no larger number would help"
 
 
@@ -115,7 +122,7 @@ def test_following_the_advice_helps(case: Case, settings: dict[str, object]) -> 
 
 
 def test_the_papers_rounding_keeps_its_groups_and_says_what_would_allow_others() -> None:
-    plan = plan_of(INSTEAD_OF_ONE, max_groups=2, rounding="threshold")
+    plan = plan_of((OPPOSED, 5, 16), max_groups=2, rounding="threshold")
     assert plan.reason.startswith("No grouping by threshold is predicted to beat one adapter for all")
     assert told_of(plan)["gradient cosine"].endswith("; set grouping.rounding to best to allow it.")
 
@@ -130,9 +137,9 @@ def test_groups_over_budget_are_named_with_what_keeps_them_out() -> None:
 
 def test_a_mean_over_draws_is_nothing_to_be_advised() -> None:
     plan = plan_of(INSTEAD_OF_ONE, n_groups=1)
-    other = Comparison("random groups", 5, None, 0.3, 0.1, 0.2, 0.1, 0.1, 0.2, 0.1)
+    other = Comparison("random groups", 5, None, 0.3, 0.1, 0.2, 0.09, 0.1, 0.2, 0.09)
     predicted, groups = plan.predicted, plan.groups
-    (warning,) = list_plan_warnings(
+    warnings = list_plan_warnings(
         plan.curve[0],
         predicted.plan,
         predicted.base,
@@ -142,7 +149,7 @@ def test_a_mean_over_draws_is_nothing_to_be_advised() -> None:
         GroupingConfig(max_groups=2),
         lambda _: False,
     )
-    assert warning == (
+    assert next(told for told in warnings if told.startswith("Random")) == (
         "Random grouping (5 adapters, in the mean over draws) is predicted to do better than the plan "
-        "by 0.2000 ± 0.1000 nats."
+        "by 0.2000 ± 0.0900 nats."
     )

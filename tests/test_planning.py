@@ -266,6 +266,16 @@ def test_the_bootstrap_agrees_with_the_clustered_formula(is_even: bool) -> None:
     assert paired.compare(1, 1) == (0.0, 0.0)
 
 
+def test_few_rows_make_no_error_smaller() -> None:
+    """A bootstrap of n rows alone would be too sure by the root of n / (n - 1)."""
+    oracle = make_oracle(make_features(OPPOSED, n_validation=3, rows_per_group=1))
+    judge = make_judge(oracle, seed=0)
+    ways = [judge.judge(((0, 1, 2, 3, 4, 5),)), judge.judge_base()]
+    _, gain_se = pair_means(judge, ways, n_draws=4000, seed=1).compare(0, 1)
+    errors = [compute_clustered_se(ways[0].nll[i] - ways[1].nll[i], oracle.validation_groups(i)) for i in range(6)]
+    assert gain_se == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 6, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("gains", "errors", "is_allowed", "expected"),
     [
@@ -273,7 +283,7 @@ def test_the_bootstrap_agrees_with_the_clustered_formula(is_even: bool) -> None:
         ((0.05, 0.31, 0.32), 0.1, (True, True, True), 3),  # 2 is no gain
         ((0.15, 0.31, 0.60), 0.1, (True, True, True), 4),  # each is better than the one before
         ((0.15, 0.31, 0.60), 0.1, (True, True, False), 3),  # the best is over budget
-        ((0.05, 0.08, 0.09), 0.1, (True, True, True), 1),  # nothing above its error
+        ((0.15, 0.18, 0.19), 0.1, (True, True, True), 1),  # nothing above two errors
         ((0.30, 0.31, 0.32), 0.1, (False, False, False), 1),
         ((-0.3, -0.2, -0.1), 0.01, (True, True, True), 1),
     ],

@@ -85,7 +85,7 @@ def test_the_cause_is_what_chose_the_groups(
 @pytest.mark.parametrize(
     ("allowed", "n_groups", "expected"),
     [
-        (True, "auto", "the predicted loss, which does, has to fall by more than its standard error."),
+        (True, "auto", "the predicted loss, which does, has to fall by more than two standard errors."),
         (False, "auto", "no grouping was open to choice."),
         (True, 1, "one adapter was asked for."),
     ],

@@ -26,6 +26,7 @@ from ensemblelora.planning.demand import (
     read_groups,
 )
 from ensemblelora.planning.describe import (
+    ERRORS_TO_PART,
     describe_choice,
     describe_cosines,
     describe_request,
@@ -117,11 +118,11 @@ def choose_groups(
 
     For every number of groups up to ``max_groups``, a partition is found on all validation rows. What the number gives
     is judged without that partition: one is found on each half of the rows and judged on the other half. Of the numbers
-    within budget whose gain over one adapter exceeds its standard error, the smallest is taken that is within one
+    within budget whose gain over one adapter exceeds two standard errors, the smallest is taken that is within one
     standard error of the best (the paper fixes the number by hand or by a trace penalty; section 3.3). Where the
     constraints rule one adapter out, it is the smallest of all that are within one standard error of the best. Groups
     by gradient cosine take the place of what is chosen where they are predicted to be better by more than one standard
-    error; no validation row has a part in finding them, so that all of them judge.
+    error, of one adapter by more than two; no validation row has a part in finding them, so that all of them judge.
 
     Args:
         matrix: Symmetric affinity over all validation rows, higher is better together, shape ``(n_tasks, n_tasks)``.
@@ -266,7 +267,7 @@ def _choose(
     # Where only a number above max_groups was asked for, it is all there is.
     eligible = [m for m in (rivals if can_share else rivals or groupings) if curve[m].allowed]
     if can_share:
-        eligible = [m for m in eligible if is_above_error(curve[m].gain, curve[m].gain_se)]
+        eligible = [m for m in eligible if is_above_error(curve[m].gain, curve[m].gain_se, n_errors=ERRORS_TO_PART)]
     if not eligible:
         return 1, explain_one_adapter([curve[m] for m in rivals], budget, config)
     best = max(eligible, key=lambda m: curve[m].gain)
@@ -308,7 +309,7 @@ def _enter_cosines(contest: _Contest, models: Sequence[int], judge: Judge, seed:
 def _prefer_cosines(
     contest: _Contest, curve: Mapping[int, Candidate], chosen: int, config: GroupingConfig, *, is_number_set: bool
 ) -> int:
-    """Return groups by gradient cosine if they are better than what is chosen by more than one standard error.
+    """Return groups by gradient cosine if they are better than what is chosen, as far as the choice itself asks.
 
     Groups that were given stay, and so do a number that was set and the paper's own way to round.
     """
@@ -317,7 +318,8 @@ def _prefer_cosines(
         return chosen
     other = -curve[model].n_groups
     is_open = curve[other].allowed and not (is_number_set and curve[other].n_groups != curve[chosen].n_groups)
-    return other if is_open and is_above_error(*contest.compare(chosen, other)) else chosen
+    n_errors = ERRORS_TO_PART if curve[chosen].n_groups == 1 else 1.0
+    return other if is_open and is_above_error(*contest.compare(chosen, other), n_errors=n_errors) else chosen
 
 
 def _compare(

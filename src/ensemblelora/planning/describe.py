@@ -17,6 +17,7 @@ from ensemblelora.planning.judge import Judge, JudgedRows
 from ensemblelora.planning.record import Candidate, Comparison, Prediction
 
 __all__ = [
+    "ERRORS_TO_PART",
     "describe_choice",
     "describe_cosines",
     "describe_request",
@@ -34,6 +35,9 @@ _WHAT_ERRORS_LEAVE_OUT = (
     "Standard errors cover validation rows and projection seeds. They leave out training seeds, the choice of training "
     "rows, and how far the linear model is from real fine-tuning."
 )
+ERRORS_TO_PART = 2.0
+"""standard errors by which groups must be better than one adapter for all: they cost more, and the errors leave out how
+far the linear model is from real fine-tuning"""
 _SHAKY_AGREEMENT = 0.8
 _FEW_ROWS = 10
 """independent validation rows of a task below which a standard error is itself hardly known"""
@@ -46,9 +50,9 @@ _OTHER_WAYS = {
 """What warnings call the ways that a plan is compared with."""
 
 
-def is_above_error(gain: float, gain_se: float | None) -> bool:
-    """Say whether a gain is above zero by more than one standard error."""
-    return gain_se is not None and gain > max(gain_se, 0.0)
+def is_above_error(gain: float, gain_se: float | None, *, n_errors: float = 1.0) -> bool:
+    """Say whether a gain is above zero by more than some standard errors."""
+    return gain_se is not None and gain > max(n_errors * gain_se, 0.0)
 
 
 def describe_request(
@@ -79,7 +83,7 @@ def describe_cosines(chosen: Candidate, before: Candidate, gain: float, gain_se:
     """
     reason = f"{chosen.n_groups} groups by gradient cosine: {_describe_gain(chosen)}"
     if before.n_groups == 1:
-        return f"{reason}; no grouping found by affinity is by more than one standard error."
+        return f"{reason}; no grouping found by affinity is by more than two standard errors."
     return f"{reason}; {gain:.4f} ± {gain_se or 0.0:.4f} better than the {before.n_groups} groups found by affinity."
 
 
@@ -114,7 +118,7 @@ def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget, config: Gro
         return "Every task's validation rows all belong together, so no gain from grouping can be told from chance."
     kind = "grouping by threshold" if config.rounding == "threshold" else "grouping"
     return (
-        f"No {kind} is predicted to beat one adapter for all by more than one standard error; the best has "
+        f"No {kind} is predicted to beat one adapter for all by more than two standard errors; the best has "
         f"{best.n_groups} groups: {_describe_gain(best)}."
     )
 
@@ -168,7 +172,8 @@ def list_plan_warnings(
 ) -> Iterator[str]:
     """Say what speaks against the plan.
 
-    Another way to train is better, as in the choice itself, by more than one standard error.
+    Another way to train is better, as in the choice itself, by more than one standard error, and than one adapter for
+    all by more than two.
 
     Args:
         chosen: The plan's point on the curve.
@@ -188,7 +193,7 @@ def list_plan_warnings(
         gain, gain_se = other.gain_over_plan, other.gain_over_plan_se
         if other.name == "one adapter" or gain is None or gain_se is None:
             continue
-        if is_above_error(gain, gain_se):
+        if is_above_error(gain, gain_se, n_errors=ERRORS_TO_PART if chosen.n_groups == 1 else 1.0):
             mean = ", in the mean over draws" if other.groups is None else ""
             yield (
                 f"{_OTHER_WAYS[other.name]} ({other.n_groups} adapters{mean}) is predicted to do better than the plan "

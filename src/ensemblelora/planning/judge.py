@@ -203,9 +203,12 @@ def pair_means(judge: Judge, judged: Sequence[JudgedRows], *, n_draws: int = 100
         _, codes, sizes = np.unique(judge.oracle.validation_groups(task), return_inverse=True, return_counts=True)
         can_vary |= len(sizes) > 1
         sums = np.stack([np.bincount(codes, weights=way.nll[task]) for way in judged], axis=1)  # (n_groups, n_ways)
+        mean, n_codes = sums.sum(axis=0) / sizes.sum(), len(sizes)
+        widening = np.sqrt(n_codes / (n_codes - 1)) if n_codes > 1 else 1.0  # drawn from what was seen, means vary less
         generator = generator_for(seed, "bootstrap", name)
         for first in range(0, n_draws, _DRAWS_AT_ONCE):
             n = min(_DRAWS_AT_ONCE, n_draws - first)
             times = generator.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=n)  # (n, n_groups)
-            draws[first : first + n] += (times @ sums) / (times @ sizes)[:, None]
+            drawn = (times @ sums) / (times @ sizes)[:, None]
+            draws[first : first + n] += mean + widening * (drawn - mean)
     return PairedMeans(means, draws / n_tasks if can_vary else None, seed_means)
