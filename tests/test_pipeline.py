@@ -170,9 +170,11 @@ def test_what_the_files_say_fits_together():
     assert set(results["linearity"]["tasks"]) == set(TASKS)
     checked = results["predicted_vs_measured"]
     assert [row["predicted_nll"] for row in checked] == list(plan.predicted.plan.nll)
-    assert [row["measured_nll"] for row in checked] == [
-        results["methods"]["own group"]["per_task"][task]["nll"] for task in TASKS
-    ]
+    for measured, method in (("measured_nll", "own group"), ("measured_base_nll", "base")):
+        assert [row[measured] for row in checked] == [
+            results["methods"][method]["per_task"][task]["nll"] for task in TASKS
+        ]
+    assert [row["base_nll"] for row in checked] == list(plan.predicted.base.nll), "of the rows that were predicted"
     assert "Linear" in (folder / "run" / "report.md").read_text(encoding="utf-8").title()
 
 

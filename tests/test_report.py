@@ -545,7 +545,7 @@ class TestHeadline:
                 -0.042,
                 -0.004,
                 -0.023,
-                "lowered mean test accuracy by 2.3 points against one adapter for all (95% interval 0.4 to 4.2)",
+                "made mean test accuracy worse by 2.3 points against one adapter for all (95% interval 0.4 to 4.2)",
             ),
             (-0.01, 0.03, 0.011, "made no difference that this run can show against one adapter for all: +1.1 points"),
         ],

@@ -234,8 +234,10 @@ def _compare_with_plan(
 ) -> list[dict[str, Any]]:
     """The plan's predictions beside what its adapters gave alone: on the validation rows it spoke of, and on test rows.
 
-    No plan predicts boosters or weights.
+    No plan predicts boosters or weights. ``base_nll`` is of the validation rows, as what is predicted;
+    ``measured_base_nll`` of the test rows, as what is measured, and None where no base model was asked for.
     """
+    base = table["methods"].get("base")
     measured = artifacts.read_json(work.path / artifacts.ENSEMBLE_FILE)["own_validation_nll"]
     return [
         {
@@ -246,6 +248,7 @@ def _compare_with_plan(
             "measured_nll": table["methods"][OWN_GROUP]["per_task"][name]["nll"],
             "measured_validation_nll": measured[task],
             "base_nll": plan.predicted.base.nll[task],
+            "measured_base_nll": base and base["per_task"][name]["nll"],
         }
         for task, name in enumerate(ensemble.task_names)
     ]

@@ -5,6 +5,7 @@ It fits the terminal, 80 by 24 where that is not known: what does not fit is lef
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -90,7 +91,14 @@ def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int,
     parts += [Text(line, style="yellow") for line in _list_warnings(list_warnings(record), n_warnings)]
     report = folder / REPORT_HTML_FILE
     parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}", no_wrap=True))
+    parts.append(Text(f"next: {_tell_next(folder, is_planned=results is None)}", no_wrap=True))
     return parts
+
+
+def _tell_next(folder: Path, *, is_planned: bool) -> str:
+    """The command that goes on from here."""
+    command = "run" if is_planned else "predict"
+    return f"ensemblelora {shlex.join([command, str(folder)])}{'' if is_planned else ' --text ...'}"
 
 
 def _leave_out_boosted(results: ResultsRecord | None) -> ResultsRecord | None:
@@ -207,7 +215,7 @@ def _tell_cheaper(record: RunRecord) -> Iterator[str]:
     passes = spent.inference_forward_passes if spent else None
     price = f" in {format_number(passes, 1)} forward passes" if passes is not None else ""
     score = format_percent(theirs) if metric == "accuracy" else f"loss {format_number(theirs)}"
-    yield f"without the other groups' adapters, boosters kept: {score}{price}"
+    yield f"without the other groups' adapters, boosters kept: {score}{price} (--set ensemble.weights=own)"
 
 
 def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:

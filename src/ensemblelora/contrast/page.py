@@ -27,6 +27,8 @@ from ensemblelora.report.wording import count, format_number, format_percent, jo
 
 __all__ = ["compose_page", "write_contrast", "write_headline"]
 
+_UNDECIDED = "no difference shown"
+
 
 def write_contrast(first: Path, second: Path, out: Path | None = None) -> tuple[Path, Contrast]:
     """Compare two runs and write the page.
@@ -77,7 +79,8 @@ def compose_page(runs: tuple[RunRecord, RunRecord], found: Contrast, folders: tu
 
 def write_headline(found: Contrast) -> str:
     """Say in one sentence whether the runs' ensembles can be told apart, on the same rows where these were kept."""
-    score = found.find("ensemble", "accuracy") or found.find("ensemble", "nll")
+    score, loss = (found.find("ensemble", metric) for metric in ("accuracy", "nll"))
+    score = score or loss
     if score is None:
         return (
             f"{found.names[0]} and {found.names[1]} have {count(len(found.tasks), 'task')} in common; not both tested."
@@ -85,12 +88,15 @@ def write_headline(found: Contrast) -> str:
     what = "mean test accuracy" if score.metric == "accuracy" else "mean test loss"
     rows = f" on the same {count(score.n_rows, 'row')}" if score.is_paired else " (rows not paired)"
     change = describe_score(score, found.confidence)
-    return f"B ({found.names[1]}) against A ({found.names[0]}){rows}: {change} in {what}: {_judge(score)}."
+    told = f"B ({found.names[1]}) against A ({found.names[0]}){rows}: {change} in {what}: {_judge(score)}"
+    if loss is not None and score is not loss and _judge(score) == _UNDECIDED != _judge(loss):
+        told += f"; {describe_score(loss, found.confidence)} in mean test loss: {_judge(loss)}"
+    return f"{told}."
 
 
 def _judge(score: Score) -> str:
     if score.low is None or score.high is None or score.low <= 0 <= score.high:
-        return "no difference shown"
+        return _UNDECIDED
     return "B is better" if (score.low > 0) == (score.metric == "accuracy") else "A is better"
 
 

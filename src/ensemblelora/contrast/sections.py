@@ -240,9 +240,18 @@ def _difference_cell(score: Score, scale: float, digits: int) -> Cell:
 
 
 def _draw_tasks(scores: list[Score], groups: dict[str, int], metric: str) -> Figure:
-    rows = [TaskDifference(one.task or "", groups[one.task or ""], one.difference, one.low, one.high) for one in scores]
-    what = "accuracy" if metric == "accuracy" else "loss"
-    return draw_differences("tasks", rows, f"Difference in {what}, B less A", digits=3)
+    scale, digits = _scale(metric)
+    rows = [
+        TaskDifference(
+            one.task or "",
+            groups[one.task or ""],
+            scale * one.difference,
+            *(None if end is None else scale * end for end in (one.low, one.high)),
+        )
+        for one in scores
+    ]
+    what = "accuracy, points" if metric == "accuracy" else "loss"
+    return draw_differences("tasks", rows, f"Difference in {what}, B less A", digits=digits)
 
 
 def _prediction_table(runs: Runs, found: Contrast) -> Table | None:

@@ -142,9 +142,9 @@ def _locate(point: GroupPrediction, *, as_change: bool) -> tuple[float, float] |
         return None
     if not as_change:
         return point.predicted_nll, point.measured_nll
-    return (
-        None if point.base_nll is None else (point.predicted_nll - point.base_nll, point.measured_nll - point.base_nll)
-    )
+    if point.base_nll is None or point.measured_base_nll is None:
+        return None
+    return point.predicted_nll - point.base_nll, point.measured_nll - point.measured_base_nll
 
 
 def _prediction_trace(rows: Sequence[tuple[GroupPrediction, float, float]], group: int) -> dict[str, Any]:

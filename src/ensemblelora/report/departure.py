@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from ensemblelora.report.heatmaps import remove_levels
 from ensemblelora.report.hierarchy import build_tree
-from ensemblelora.report.records import RunRecord
+from ensemblelora.report.records import PlanRecord, RunRecord
 from ensemblelora.report.wording import format_number, format_signed, join_names
 
-__all__ = ["explain_departure", "part_pairs"]
+__all__ = ["explain_departure", "is_by_cosine", "part_pairs"]
 
 Matrix = npt.NDArray[np.float64]
 _Blocks = Sequence[Sequence[int]]
@@ -36,6 +36,11 @@ def explain_departure(run: RunRecord) -> str:
     if not np.isfinite(values).any():
         return ""
     return _explain_one(run, values) if len(run.plan.groups) == 1 else _explain_groups(run, values)
+
+
+def is_by_cosine(plan: PlanRecord) -> bool:
+    """Whether the plan's groups were found by gradient cosine, and not from the affinities."""
+    return "by gradient cosine" in plan.reason
 
 
 def part_pairs(values: Matrix, groups: _Blocks) -> tuple[Matrix, Matrix]:
@@ -82,7 +87,7 @@ def _say_what_decided(run: RunRecord) -> str:
         return "the groups were given by hand"
     if len(run.plan.groups) == run.plan.n_tasks:
         return f"{_WHAT_THE_MAP_SAYS}, not whether training together pays, which the predicted loss tells"
-    if "by gradient cosine" in run.plan.reason:
+    if is_by_cosine(run.plan):
         return "affinities are estimates with errors, and groups by gradient cosine are predicted to do better"
     return (
         "affinities are estimates with errors, of a pair at a time, and groups are chosen as a whole, by affinity and "

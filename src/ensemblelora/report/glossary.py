@@ -46,6 +46,7 @@ _WORDS = (
     ),
     Word("ensemble", "the groups' adapters and boosters together, their outputs weighted for each task", "[Ee]nsemble"),
     Word("FLOPs", "floating-point operations: the work of a computer, whatever its speed", "[kMGTPEZ]?FLOPs"),
+    Word("gradient cosine", "how much alike two tasks' mean gradients at the base model point", "[Gg]radient cosines?"),
     Word("LoRA", "an adapter that adds a product of two thin matrices to a weight matrix", "LoRA"),
     Word("macro-F1", "mean over classes of F1, which punishes missing a class and calling too often", "[Mm]acro[ -]F1"),
     Word("MTL-FT", "one adapter trained on all tasks, then a copy of it trained on for each task", "MTL-FT"),

@@ -177,7 +177,7 @@ def _is_shown(difference: Difference) -> bool:
 
 
 def _judge(difference: Difference, low: float, high: float, against: str, confidence: float) -> str:
-    """Say raised, lowered, or not shown to differ, as the interval allows."""
+    """Say raised or lowered, made worse, or not shown to differ, as the interval allows."""
     is_rate, what = difference.metric == "accuracy", _METRIC_NAMES[difference.metric]
     value = difference.difference or 0.0
     size = f"{format_points(value)} points" if is_rate else format_number(abs(value))
@@ -185,13 +185,14 @@ def _judge(difference: Difference, low: float, high: float, against: str, confid
     if low <= 0 <= high:
         change = describe_difference(difference, confidence)
         return f"made no difference that this run can show against {against}: {change} in {what}"
-    verb = "raised" if value > 0 else "lowered"
-    if verb == "lowered":  # the interval is of the size that is named, and has no sign
+    if value < 0:  # the interval is of the size that is named, and has no sign
         low, high = -high, -low
     interval = (
         f"{confidence:.0%} interval {format_number(scale * low, digits)} to {format_number(scale * high, digits)}"
     )
-    return f"{verb} {what} by {size} against {against} ({interval})"
+    if is_rate == (value > 0):
+        return f"{'raised' if is_rate else 'lowered'} {what} by {size} against {against} ({interval})"
+    return f"made {what} worse by {size} against {against} ({interval})"
 
 
 def _compare_means(results: ResultsRecord, plan: PlanRecord, metric: str, rival: str, against: str) -> str:

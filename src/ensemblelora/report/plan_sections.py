@@ -6,7 +6,7 @@ import numpy as np
 
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.charts import draw_curve
-from ensemblelora.report.departure import explain_departure, part_pairs
+from ensemblelora.report.departure import explain_departure, is_by_cosine, part_pairs
 from ensemblelora.report.document import (
     Block,
     Cell,
@@ -41,6 +41,10 @@ __all__ = ["describe_validation", "write_affinity", "write_curve", "write_plan"]
 _MAX_MATRIX_TABLE = 24
 _MAX_TREE = 100  # a second map of more tasks says no more than the first, and costs a megabyte
 _MIN_MAPPED = 4
+_FOUND_BY_COSINE = (
+    "These groups were found by gradient cosine (which tasks' gradients point the same way), not from these "
+    "affinities, so that the lines need not follow them."
+)
 _WHAT_LEVELS_ARE = "its difficulty, and how well it goes with everything"
 
 
@@ -81,6 +85,8 @@ def _draw_groups(run: RunRecord) -> FigureRow | None:
         f"Lines join each task with the {N_PARTNERS} it does best with, if better than usual (affinity without own "
         "levels): drawn through inside a group, dotted across. The affinity map below shows all pairs."
     )
+    if is_by_cosine(run.plan):
+        caption += f" {_FOUND_BY_COSINE}"
     return FigureRow((figure,), caption)
 
 
@@ -131,9 +137,11 @@ def write_curve(run: RunRecord) -> Section | None:
             "Mean validation loss saved against one adapter for all tasks (above 0 is better), with one standard "
             "error, judged on rows that did not choose the groups. It covers validation rows, not training seeds."
         )
+        if is_by_cosine(plan):
+            caption += " The plan's groups were found by gradient cosine, all others from the affinities."
         blocks.append(FigureRow((draw_curve(plan.curve, len(plan.groups)),), caption))
     if plan.curve:
-        blocks.append(_curve_table(plan.curve, len(plan.groups)))
+        blocks.append(_curve_table(plan))
     if plan.comparisons:
         blocks.append(_comparison_table(plan))
     return Section("curve", "How many groups", blocks) if blocks else None
@@ -195,7 +203,7 @@ def _explain_affinity(values: np.ndarray, affinity: AffinityRecord, plan: PlanRe
         text += f", each met in {_range_of(met)} of the training sets asked about"
         if (met == 0).any():
             text += f" ({count(int((met == 0).sum()), 'pair')} in none, where a surrogate fills in)"
-    if len(inside) and len(outside):
+    if len(inside) and len(outside) and not is_by_cosine(plan):
         means = f"{format_signed(inside.mean())} inside the groups and {format_signed(outside.mean())} across them"
         text += f". The mean affinity is {means}"
     if affinity.se is not None and is_pair.any():
@@ -240,25 +248,27 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _curve_table(curve: tuple[CurvePoint, ...], n_chosen: int) -> Table:
+def _curve_table(plan: PlanRecord) -> Table:
+    n_chosen, by_cosine = len(plan.groups), is_by_cosine(plan)
     rows = tuple(
         Row(
             (
                 Cell(str(point.n_groups), tag="the plan" if point.n_groups == n_chosen else ""),
                 Cell(format_number(point.predicted_nll), _plus_minus(point.predicted_nll_se)),
                 Cell(format_signed(point.gain), _plus_minus(point.gain_se)),
-                Cell(format_number(point.gap)),
+                Cell(format_number(None if by_cosine and point.n_groups == n_chosen else point.gap)),
                 Cell(format_bytes(point.adapter_bytes)),
                 Cell(_times(point.latency_ratio), tag="" if point.allowed else "not allowed"),
             )
         )
-        for point in curve
+        for point in plan.curve
     )
-    labels = ("Predicted loss", "Saved", "Gap to bound", "Adapters", "Forward passes")
+    labels = ("Predicted loss", "Saved", "Gap to bound", "Adapters, at most", "Forward passes, at most")
     columns = (Column("Groups", is_number=False), *(Column(label) for label in labels))
     note = (
         "± one standard error; of the predicted losses most of it is common to all, and drops out of what is saved. "
-        "Gap to bound: how far the clustering is from the best possible objective at that number; 0 is proven best."
+        "Gap to bound: how far the clustering is from the best possible objective at that number; 0 is proven best. "
+        "At most: with every booster that may be added and every group's adapter asked for every row."
     )
     return Table("What each number of groups would give and cost", columns, rows, note)
 

@@ -289,7 +289,7 @@ class Linearity(_Record):
 
 
 class GroupPrediction(_Record):
-    """One task's loss as planned and as measured."""
+    """One task's loss as planned, on validation rows, and as measured on test rows; the base model's on both."""
 
     task: str
     group: int | None = None
@@ -298,6 +298,7 @@ class GroupPrediction(_Record):
     measured_nll: Number = None
     measured_validation_nll: Number = None
     base_nll: Number = None
+    measured_base_nll: Number = None
 
 
 class ResultsRecord(_Record):

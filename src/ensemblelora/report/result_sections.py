@@ -51,21 +51,16 @@ def write_prediction_check(run: RunRecord) -> Section | None:
     text = _agreement(
         "loss", [point.predicted_nll or 0.0 for point in both], [point.measured_nll or 0.0 for point in both]
     )
-    from_base = [point for point in both if point.base_nll is not None]
+    from_base = [point for point in both if None not in (point.base_nll, point.measured_base_nll)]
     if from_base:
         figures.append(draw_prediction(from_base, as_change=True))
-        changes = [
-            [(loss or 0.0) - (point.base_nll or 0.0) for point, loss in zip(from_base, losses, strict=True)]
-            for losses in (
-                [point.predicted_nll for point in from_base],
-                [point.measured_nll for point in from_base],
-            )
-        ]
-        text += " " + _agreement("change from the base model", *changes)
+        predicted = [(point.predicted_nll or 0.0) - (point.base_nll or 0.0) for point in from_base]
+        measured = [(point.measured_nll or 0.0) - (point.measured_base_nll or 0.0) for point in from_base]
+        text += " " + _agreement("change from the base model", predicted, measured)
     caption = (
         "Measured: each task by its own group's adapter, without boosters or weights, which no plan predicts. Dotted: "
         "equality. Bars: one standard error of the prediction. Losses differ between tasks mostly by how hard "
-        "the tasks are, so the changes are the stricter test of the prediction."
+        "the tasks are, so the changes, from the base model on the same rows, are the stricter test of the prediction."
     )
     blocks: list[Block] = [_outcome_table(run), Text(text), FigureRow(tuple(figures), caption)]
     return Section("prediction", "Predicted against measured", blocks)
@@ -81,13 +76,19 @@ def write_weights(run: RunRecord) -> Section | None:
     names = [name for name, is_routed in zip(plan.task_names, routed, strict=False) if is_routed]
     text = (
         f"{count(len(names), 'task')} of {plan.n_tasks} can be answered by one group alone without measurable loss, "
-        f"which makes predicting cheaper: {join_names(names)}."
+        f"which makes predicting cheaper: {join_names(names)}. {_tell_how_to_route(ensemble, routed)}".strip()
         if names
         else "No task can be answered by one group alone without measurable loss."
     )
     caption = "Weights of a row sum to 1. Frames: the task's own group. Fitted on validation rows."
     legend = Legend("0", "1", "sequential")
     return Section("weights", "Ensemble weights", [Text(text), FigureRow((figure,), caption, legend)])
+
+
+def _tell_how_to_route(ensemble: EnsembleRecord, routed: Sequence[bool]) -> str:
+    """Say what answers the tasks so that could be, where their weights show that they are not."""
+    is_mixed = any(can and max(weights) < 1 for can, weights in zip(routed, ensemble.weights, strict=False))
+    return "--set ensemble.route=true has them answered so; no adapter is trained again." if is_mixed else ""
 
 
 def write_boosting(run: RunRecord) -> Section | None:
@@ -138,13 +139,29 @@ def write_linearity(run: RunRecord) -> Section | None:
 
 def list_warnings(run: RunRecord) -> tuple[str, ...]:
     """What to keep in mind before believing a run: what training showed first, then what the plan said itself."""
-    shown = _warn_of_linearity(run.results.linearity) if run.results else None
-    return (*([shown] if shown else ()), *run.plan.warnings)
+    shown = (_warn_of_outcome(run), _warn_of_linearity(run.results.linearity)) if run.results else ()
+    return (*(warning for warning in shown if warning), *run.plan.warnings)
 
 
 def list_unmoved(linearity: Linearity) -> frozenset[str]:
     """Name the adapters that training left where they began: no evaluation was better than the model itself."""
     return frozenset(name for name, distance in linearity.distances.items() if distance.relative_to_model == 0)
+
+
+def _warn_of_outcome(run: RunRecord) -> str | None:
+    """Say where one adapter for all was the better choice after all, what had been predicted, and what to do."""
+    plan, results = run.plan, run.results
+    losses = results.find_difference("ensemble", "shared", "nll") if results else None
+    if losses is None or losses.low is None or losses.low <= 0 or len(plan.groups) < 2:
+        return None
+    point = next((point for point in plan.curve if point.n_groups == len(plan.groups)), None)
+    gain, error = (None, None) if point is None else (point.gain, point.gain_se)
+    said = "" if gain is None else f" ({format_number(gain)}{'' if error is None else f' ± {format_number(error)}'})"
+    wrong = f"the plan predicted the opposite{said}; " if gain is not None and gain > 0 else ""
+    return (
+        f"One adapter for all has the lower test loss here, by {format_number(losses.difference)}: {wrong}"
+        "--set grouping.n_groups=1 trains one."
+    )
 
 
 def _warn_of_linearity(linearity: Linearity) -> str | None:
@@ -153,7 +170,7 @@ def _warn_of_linearity(linearity: Linearity) -> str | None:
     low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
     if not low:
         return None
-    return f"R² of the linear model is below {_LOW_R2} on {join_names(low)}: what the plan says of them is a guess."
+    return f"R² of the linear model is below {_LOW_R2} on {join_names(low)}: what the plan says of them is a guess; the measured losses are not."
 
 
 def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
