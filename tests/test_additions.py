@@ -86,16 +86,21 @@ def test_a_task_joins_those_that_follow_its_rule_and_the_order_of_groups_does_no
     turned, _ = list_options(oracle, GROUPS[::-1], 4, confidence=0.95)
     assert turned[1].is_chosen and turned[1].gain == pytest.approx(chosen[0].gain)
     assert chosen[0].tasks == ("task-0", "task-1") and chosen[1].others < 0 < chosen[0].others
+    assert [option.behind for option in chosen] == pytest.approx([chosen[0].gain - option.gain for option in chosen])
+    assert chosen[0].behind == chosen[0].behind_se == 0 and chosen[3].behind_se == pytest.approx(chosen[0].gain_se)
+    assert 0 < chosen[2].behind_se < np.hypot(chosen[0].gain_se, chosen[2].gain_se), "of the same rows"
 
 
 def test_a_task_of_a_rule_of_its_own_goes_alone_and_budgets_can_forbid_that() -> None:
     oracle = make_oracle(0, 0, 1, 1, 2)
     options, reason = list_options(oracle, GROUPS, 4, confidence=0.95)
-    assert next(o.place for o in options if o.is_chosen) == "alone" and "by more than a standard error" in reason
+    assert next(o.place for o in options if o.is_chosen) == "alone", reason
     bound, _ = list_options(oracle, GROUPS, 4, confidence=0.95, allows=lambda groups: len(groups) < 3)
     assert not bound[2].is_allowed and not bound[2].is_chosen
     none, reason = list_options(oracle, GROUPS, 4, confidence=0.95, allows=lambda groups: False)
     assert none[3].is_chosen and "no place" in reason
+    own, reason = list_options(oracle, GROUPS, 4, confidence=0.95, allows=lambda groups: len(groups) == 3)
+    assert own[2].is_chosen and reason.endswith("no group is allowed.")
     asked, reason = list_options(oracle, GROUPS, 4, confidence=0.95, wanted="group-1")
     assert asked[1].is_chosen and reason == "This place was asked for."
     with pytest.raises(UsageError, match="expected one of group-0, group-1, alone"):
@@ -111,9 +116,35 @@ def test_the_rule_prefers_a_group_to_an_adapter_of_its_own_within_an_error() -> 
     assert choose_option([some, alone, nowhere], lambda a, b: (0.1, 0.05))[0] == 1
     weak = [replace(one, gain_se=2.0) for one in (some, alone)]
     assert choose_option([*weak, nowhere], lambda a, b: (0.1, 0.3))[0] == 2
+    assert choose_option([some, alone, nowhere], lambda a, b: (0.1, 0.3))[1] == (
+        "An adapter of its own is predicted to save more than group-0 by 0.1000 +- 0.3000 nats, which is no more than a "
+        "standard error: it joins that group."
+    )
+    assert choose_option([some, alone, nowhere], lambda a, b: (0.1, 0.05))[1] == (
+        "An adapter of its own is predicted to save more than group-0 by 0.1000 +- 0.0500 nats."
+    )
     unknown = [replace(one, gain_se=None) for one in (some, alone)]
     assert choose_option([*unknown, nowhere], lambda a, b: (0.1, None))[0] == 2, "without errors nothing is gained"
     assert place_task(GROUPS, 4, "group-1") == ((0, 1), (2, 3, 4)) and place_task(GROUPS, 4, "alone")[-1] == (4,)
+
+
+def test_the_reason_is_true_of_the_place_that_is_chosen() -> None:
+    shaky = Option("group-0", (), 1, None, None, None, None, None, None, gain=1.0, gain_se=2.0, others=0.0)
+    clear = replace(shaky, place="group-1", gain=0.5, gain_se=0.1)
+    alone, nowhere = replace(clear, place="alone", gain=1.1), replace(shaky, place="nowhere", gain=0.0, gain_se=0.0)
+
+    def choose(*options: Option) -> tuple[str, str]:
+        chosen, reason = choose_option([*options, nowhere], lambda a, b: (0.1, 0.3))
+        return [*options, nowhere][chosen].place, reason
+
+    place, reason = choose(shaky, alone)
+    assert place == "alone" and reason.endswith("most: no group saves more than a standard error over leaving it out.")
+    place, reason = choose(shaky, clear)
+    assert place == "group-1" and reason.endswith("save most of those that save more than a standard error.")
+    place, reason = choose(replace(shaky, is_allowed=False), clear)
+    assert place == "group-1" and reason.endswith("of the places that the run's budgets and constraints allow.")
+    place, reason = choose(shaky, replace(clear, gain=0.1, gain_se=0.2))
+    assert place == "nowhere" and reason.startswith("No place is predicted to save more")
 
 
 def test_a_rerun_grows_with_its_tokens_and_shares_are_of_what_learns() -> None:

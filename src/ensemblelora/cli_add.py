@@ -175,10 +175,14 @@ def _describe_task(option: Option) -> dict[str, Any]:
 
 
 def _describe_place(option: Option) -> dict[str, Any]:
+    from ensemblelora.report.wording import format_number
+
+    error = "" if option.behind_se is None else f" +- {format_number(option.behind_se)}"
     ruled_out = "" if option.is_allowed else "ruled out by the run's budgets or constraints"
     return {
         "saved": option.gain,
         "standard_error": option.gain_se,
         "of_it_by_tasks_there": option.others,
+        "below_the_chosen": "" if option.is_chosen else f"{format_number(option.behind)}{error}",
         "outcome": "chosen" if option.is_chosen else ruled_out,
     }

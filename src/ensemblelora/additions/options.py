@@ -7,9 +7,10 @@ group changes it for its tasks, too, so an option is worth what it saves over al
     gain(alone) =  nll_new(base) - nll_new(alone)
     gain(nowhere) = 0
 
-Differences are taken row by row, with the errors of paired rows and of projections. The largest gain wins; where an
-adapter of its own is not better than the best group by more than a standard error, the dataset joins that group; where
-nothing gains more than a standard error, it belongs nowhere. As many options are looked at as there are groups, on the
+Differences are taken row by row, with the errors of paired rows and of projections. Of the options that gain more than a
+standard error the largest gain wins; where that is an adapter of its own, and not better than the best group among them
+by more than a standard error of the difference, the dataset joins that group; where nothing gains more than a standard
+error, it belongs nowhere. As many options are looked at as there are groups, on the
 same rows, so the winner's gain is a little too good. Cost: two fits a group. No torch.
 """
 
@@ -55,6 +56,8 @@ class Option:
         others: Of the gain, what the group's own tasks have of it; negative where they lose.
         is_allowed: Whether the run's budgets and constraints on groups allow it.
         is_chosen: Whether this is where it goes.
+        behind: By how much its gain is below that of the chosen one, in nats.
+        behind_se: Standard error of that difference; none where rows can't tell it.
     """
 
     place: str
@@ -71,6 +74,8 @@ class Option:
     others: float
     is_allowed: bool = True
     is_chosen: bool = False
+    behind: float = 0.0
+    behind_se: float | None = 0.0
 
 
 def list_options(
@@ -113,7 +118,12 @@ def list_options(
         chosen, reason = find_option(options, wanted), "This place was asked for."
     else:
         chosen, reason = choose_option(options, lambda a, b: _compare(oracle, gains[a], gains[b]))
-    return tuple(replace(option, is_chosen=place == chosen) for place, option in enumerate(options)), reason
+    behind = [_compare(oracle, gains[chosen], gain) if i != chosen else (0.0, 0.0) for i, gain in enumerate(gains)]
+    marked = tuple(
+        replace(option, is_chosen=i == chosen, behind=behind[i][0], behind_se=behind[i][1])
+        for i, option in enumerate(options)
+    )
+    return marked, reason
 
 
 def choose_option(
@@ -132,18 +142,32 @@ def choose_option(
     allowed = [i for i, option in enumerate(options) if option.is_allowed and i != nowhere]
     if not allowed:
         return nowhere, "The run's budgets and constraints leave no place for it."
-    best = max(allowed, key=lambda i: options[i].gain)
-    if not is_above_error(options[best].gain, options[best].gain_se):
+    clear = [i for i in allowed if is_above_error(options[i].gain, options[i].gain_se)]
+    if not clear:
         return nowhere, "No place is predicted to save more than a standard error over leaving it out."
+    best = max(clear, key=lambda i: options[i].gain)
+    of_which = _say_of_which(options, allowed, best)
     if options[best].place != ALONE:
-        return best, f"{options[best].place} is predicted to save most."
-    joins = [i for i in allowed if options[i].place != ALONE]
-    rival = max(joins, key=lambda i: options[i].gain, default=None)
-    if rival is not None and not is_above_error(*compare(best, rival)):
-        if is_above_error(options[rival].gain, options[rival].gain_se):
-            place = options[rival].place
-            return rival, f"An adapter of its own is better than {place} by less than a standard error."
-    return best, "An adapter of its own is predicted to save most, by more than a standard error."
+        return best, f"{options[best].place} is predicted to save most{of_which}."
+    rival = max((i for i in clear if i != best), key=lambda i: options[i].gain, default=None)
+    if rival is None:
+        has_groups = any(i != best for i in allowed)
+        why = "no group saves more than a standard error over leaving it out" if has_groups else "no group is allowed"
+        return best, f"An adapter of its own is predicted to save most{of_which}: {why}."
+    more, se = compare(best, rival)
+    told = f"{options[rival].place} by {more:.4f}" + ("" if se is None else f" +- {se:.4f}") + " nats"
+    if is_above_error(more, se):
+        return best, f"An adapter of its own is predicted to save more than {told}."
+    told += ", which is no more than a standard error: it joins that group"
+    return rival, f"An adapter of its own is predicted to save more than {told}."
+
+
+def _say_of_which(options: Sequence[Option], allowed: Sequence[int], best: int) -> str:
+    """What the best option is the best of, where another one's gain is larger."""
+    larger = [i for i in range(len(options)) if options[i].gain > options[best].gain]
+    if not set(larger) <= set(allowed):
+        return " of the places that the run's budgets and constraints allow"
+    return " of those that save more than a standard error" if larger else ""
 
 
 def find_option(options: Sequence[Option], wanted: str) -> int:
