@@ -406,6 +406,21 @@ def test_a_dry_run_that_is_interrupted_names_no_command(pipeline, recipe_file, m
     assert capsys.readouterr().err == LOADING
 
 
+class Swallow:
+    """Something that is cleared away in the moment of a Ctrl-C."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_ctrl_c_that_python_swallows_comes_again(capsys):
+    with console.talking(quiet=True), pytest.raises(KeyboardInterrupt):
+        swallow = Swallow()
+        del swallow
+        time.sleep(30)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_loaded_is_said_before_anything_heavy_is_imported(recipe_file):
     code = f"""
 import sys

@@ -68,6 +68,7 @@ def test_where_one_adapter_was_better_it_is_said_with_what_was_predicted_and_wha
         assert "One adapter for all has" not in " ".join(list_warnings(load_record(tmp_path)))
     change(tmp_path, RESULTS_FILE, differences=[WORSE])
     change(tmp_path, PLAN_FILE, groups=[list(range(10))], decision="one adapter")
+    (tmp_path / ENSEMBLE_FILE).unlink()
     assert "One adapter for all has" not in " ".join(list_warnings(load_record(tmp_path)))
 
 
@@ -94,7 +95,7 @@ def test_pictures_of_affinities_say_so_where_the_groups_are_not_from_them(tmp_pa
     assert "inside the groups and" not in page, "an average over groups that were found otherwise says nothing"
     assert "how much alike two tasks' mean gradients at the base model point" in page.partition("## Words")[2]
     chosen = next(line for line in page.splitlines() if line.startswith("|") and "the plan" in line and "MB" in line)
-    assert "–" in chosen, "the gap to the bound is of affinity's clusters"
+    assert "\u2013" in chosen, "the gap to the bound is of affinity's clusters"
 
 
 def test_every_screen_names_the_next_command(tmp_path: Path) -> None:

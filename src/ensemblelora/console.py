@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,6 +35,8 @@ _QUIET_LIBRARIES = {
 }
 
 
+_MOMENT = 0.05
+"""seconds after which an interruption that was lost comes again: by then whatever swallowed it has ended"""
 _RARE = frozenset({"dequantization_flops"})
 """columns of a table that are left out where every number is 0"""
 
@@ -56,8 +60,26 @@ def talking(*, quiet: bool = False, verbose: int = 0, debug: bool = False) -> It
     ours = logging.ERROR if quiet else logging.WARNING - 10 * min(verbose, 2)
     theirs = logging.WARNING if verbose > 1 else logging.ERROR
     levels = {"ensemblelora": logging.DEBUG if debug else ours, "": logging.DEBUG if debug else theirs}
-    with _logging_to(console, levels), nullcontext() if quiet else progress.announcing(console):
+    with _logging_to(console, levels), _keeping_interrupts(), nullcontext() if quiet else progress.announcing(console):
         yield
+
+
+@contextmanager
+def _keeping_interrupts() -> Iterator[None]:
+    """Deliver a Ctrl-C again that struck while Python cleared an object away: there it would be told of and forgotten."""
+    before = sys.unraisablehook
+
+    def strike_again(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(_MOMENT, signal.raise_signal, [signal.SIGINT]).start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = strike_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ensemblelora.report.document import (
 )
 from ensemblelora.report.heatmaps import MAX_LABELLED_TASKS, draw_affinity, draw_hierarchy, remove_levels
 from ensemblelora.report.plotting import N_GROUP_COLOURS
-from ensemblelora.report.records import AffinityRecord, CurvePoint, PlanRecord, Prediction, RunRecord
+from ensemblelora.report.records import AffinityRecord, PlanRecord, Prediction, RunRecord
 from ensemblelora.report.taskmap import N_PARTNERS, draw_tasks
 from ensemblelora.report.wording import (
     count,

@@ -170,7 +170,8 @@ def _warn_of_linearity(linearity: Linearity) -> str | None:
     low = [name for name, value in values.items() if value is not None and value < _LOW_R2]
     if not low:
         return None
-    return f"R² of the linear model is below {_LOW_R2} on {join_names(low)}: what the plan says of them is a guess; the measured losses are not."
+    where = f"R² of the linear model is below {_LOW_R2} on {join_names(low)}"
+    return f"{where}: what the plan says of them is a guess; go by the measured losses."
 
 
 def compute_rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
