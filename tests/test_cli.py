@@ -145,7 +145,7 @@ def test_dry_run_estimates_and_runs_nothing(pipeline, recipe_file, capsys):
     assert list(told) == ["features", "total"] and told["total"]["dequantization_flops"] == 0
     pipeline.unpacking = 10**9
     assert main(["run", str(recipe_file), "--dry-run"]) == 0
-    assert "dequantization flops" in capsys.readouterr().out, "a packed base has it"
+    assert "dequantization FLOPs" in capsys.readouterr().out, "a packed base has it"
 
 
 def test_a_dry_run_says_what_is_left_and_what_would_be_set_aside(pipeline, recipe_file, capsys):

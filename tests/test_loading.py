@@ -336,6 +336,12 @@ def test_a_hub_that_can_not_be_reached() -> None:
 # A folder of files
 
 
+def test_a_text_of_another_encoding_is_shown_where_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "mood.csv").write_bytes(b"text,label\n" + b"".join(b"sch\xf6n %d,ja\n" % i for i in range(40)))
+    with pytest.raises(DataError, match=r"mood\.csv: .* not UTF-8: byte 0xf6 behind 'sch'; save it as UTF"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
 def test_text_and_label_files(tmp_path: Path, suffix: str) -> None:
     import pandas

@@ -66,7 +66,7 @@ def talking(*, quiet: bool = False, verbose: int = 0, debug: bool = False) -> It
 
 @contextmanager
 def _keeping_interrupts() -> Iterator[None]:
-    """Deliver a Ctrl-C again that struck while Python cleared an object away: there it would be told of and forgotten."""
+    """Deliver a Ctrl-C again that struck while Python cleared an object away: there it is forgotten."""
     before = sys.unraisablehook
 
     def strike_again(lost: sys.UnraisableHookArgs) -> None:
@@ -139,7 +139,7 @@ def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
     for name in columns or [""]:
         is_text = any(isinstance(record.get(name), str) for record in records.values())
         table.add_column(
-            name.replace("_", " "), justify="left" if is_text or not name else "right", overflow="fold"
+            _head(name), justify="left" if is_text or not name else "right", overflow="fold"
         )  # folded where it can't be wrapped, never cut
     for key, value in rows.items():
         cells = [_write(name, value.get(name)) for name in columns] if key in records else [_write(key, value)]
@@ -148,6 +148,14 @@ def show_rows(values: Mapping[str, Any], *, title: str = "") -> None:
         show_table(table)
     for key, value in tables.items():
         show_rows(value, title=key.replace("_", " "))
+
+
+def _head(name: str) -> str:
+    """What a column is called: its numbers are written with their units, which the name need not repeat."""
+    if name == "flops" or name.endswith("_flops"):
+        return name.replace("_", " ").replace("flops", "FLOPs")
+    plain = "time" if name == "seconds" else name.removeprefix("n_").removesuffix("_bytes")
+    return plain.replace("_seconds", "_time").replace("_", " ")
 
 
 def _is_nested(value: object) -> bool:

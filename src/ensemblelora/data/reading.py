@@ -37,6 +37,9 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+_HEADER_BYTES = 65536
+_SHOWN_BYTES = 24
+"""in front of the one that can't be read"""
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BUILDERS = frozenset(_READERS.values())
 """What ``dataset_path`` calls the formats of files."""
@@ -119,7 +122,7 @@ def read_file(source: Source, **options: Any) -> Dataset:
     else:
         path = source
         _check_file(path)
-    options = _choose_options(options, source, reader)
+    options = _choose_options(options, path, reader)
     with _quiet(), _one_line_faults(f"data file {shown}: can't be read as {reader}"):
         # The reader knows a file by its path and time, and would give the rows of another that had both.
         name = f"sha256-{file_sha256(path)[:32]}"
@@ -151,7 +154,18 @@ def _choose_options(options: Mapping[str, Any], source: Source, reader: str) -> 
     kept = _settle_options(options, f"data file {show_place(source)}")
     if reader != "csv":
         return kept
-    return {"sep": "\t" if name_of(source).suffix.lower() == ".tsv" else ",", "keep_default_na": False, **kept}
+    return {"sep": _find_separator(source), "keep_default_na": False, **kept}
+
+
+def _find_separator(source: Source) -> str:
+    """A tab in a tsv; in a csv a comma, or what spreadsheets of other languages write: its first line tells."""
+    if name_of(source).suffix.lower() == ".tsv":
+        return "\t"
+    header = b""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            header = file.readline(_HEADER_BYTES)
+    return next((separator for separator in ",;\t" if separator.encode() in header), ",")
 
 
 def _read_storage(options: dict[str, Any]) -> dict[str, Any]:
@@ -373,4 +387,8 @@ def _one_line_faults(what: str) -> Iterator[None]:
         reason = " ".join(str(cause).split()) or type(cause).__name__
         if "corresponds to no data" in reason:  # the reader's words for a header alone
             reason = "it is empty"
+        if isinstance(cause, UnicodeDecodeError):
+            before = cause.object[max(0, cause.start - _SHOWN_BYTES) : cause.start].decode("utf-8", "replace")
+            behind = f" behind {quote(before)}" if before else ""
+            reason = f"its text is not UTF-8: byte 0x{cause.object[cause.start]:02x}{behind}; save it as UTF-8"
         raise DataError(f"{what} ({reason})") from error
