@@ -65,7 +65,11 @@ def add(
     *,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="group-G|alone", help="Where it goes, whatever is predicted."),
+        typer.Option(
+            "--to",
+            metavar="group-G|A|alone",
+            help="Where it goes, whatever is predicted: a group, by name or letter, or alone.",
+        ),
     ] = None,
     training: Way = None,
     replay: Replay = 0.5,
@@ -136,19 +140,15 @@ def _carry_out(change: Any) -> Change:
 
 def _show(change: Change) -> None:
     """Show where the task goes, what that costs, and where it lies."""
-    from ensemblelora.report.wording import format_flops
-
+    if change.is_known:
+        typer.echo(_say_known(change))
+        return
     if change.options:
         typer.echo(f"{change.task}: {change.reason}")
         show_rows({option.place: _describe_task(option) for option in change.options}, title="predicted of the task")
         saved = "loss that a place saves all tasks it touches, against leaving the task out"
         show_rows({option.place: _describe_place(option) for option in change.options}, title=saved)
-    costs, verb = change.costs, "would cost about" if change.is_forecast else "cost"
-    spent, rerun = (sum(flops.values()) for flops in (costs.flops, costs.rerun_flops))
-    typer.echo(
-        f"{verb} {costs.learning_share:.0%} of a run from the beginning to choose, train and combine; with tests and "
-        f"baselines {costs.total_share:.0%} ({format_flops(spent)} of {format_flops(rerun)})"
-    )
+    typer.echo(_say_costs(change))
     if change.place == "nowhere":
         typer.echo("nothing was trained, and the run stays as it is; --to says where the task goes nevertheless")
     elif change.trained:
@@ -160,6 +160,28 @@ def _show(change: Change) -> None:
     if change.is_forecast:
         typer.echo("no run yet; what was computed is kept for the same command without --dry-run:")
     typer.echo(str(change.folder))
+
+
+def _say_known(change: Change) -> str:
+    done = {"add": "is already in the run at", "drop": "is already gone from the run at", "update": "has these rows in"}
+    return f"{change.task} {done[change.action]} {change.folder}: nothing to do"
+
+
+def _say_costs(change: Change) -> str:
+    from ensemblelora.report.wording import format_flops
+
+    costs = change.costs
+    spent, rerun = (sum(flops.values()) for flops in (costs.flops, costs.rerun_flops))
+    if change.place == "nowhere":
+        return (
+            f"finding that out took {format_flops(spent)}, {costs.learning_share:.1%} of what a run from the beginning "
+            "takes to choose, train and combine"
+        )
+    verb = "would cost about" if change.is_forecast else "cost"
+    return (
+        f"{verb} {costs.learning_share:.0%} of a run from the beginning to choose, train and combine; with tests and "
+        f"baselines {costs.total_share:.0%} ({format_flops(spent)} of {format_flops(rerun)})"
+    )
 
 
 def _describe_task(option: Option) -> dict[str, Any]:

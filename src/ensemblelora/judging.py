@@ -32,9 +32,10 @@ from ensemblelora.stages import Rows, finish_whole, score_members, train_adapter
 from ensemblelora.stages.fine_tuning import SHARED, drop_checkpoints
 from ensemblelora.workspace import Workspace
 
-__all__ = ["evaluate_methods", "train_baselines"]
+__all__ = ["LINEARITY_ROWS", "evaluate_methods", "train_baselines"]
 
-_LINEARITY_ROWS = 24  # per task; a gradient pass each
+LINEARITY_ROWS = 24
+"""validation rows of a task by which an adapter's linearity is measured; a gradient pass each"""
 
 _Score = Callable[[EncodedSplit, Sequence[str]], MemberScores]
 Mixture = tuple[tuple[str, ...], tuple[float, ...]]
@@ -216,7 +217,7 @@ def _measure_health(
         rows.validation,
         own,
         choose_modes(rows.learning, gradients.output),
-        max_rows=_LINEARITY_ROWS,
+        max_rows=LINEARITY_ROWS,
         max_tokens=gradients.max_tokens_per_batch,
         meter=meter,
     )

@@ -5,12 +5,13 @@ touch was carried over, and a record of where the dataset belongs, why, and what
 earlier run is only read.
 
 :mod:`.source` reads the earlier run, :mod:`.options` predicts where a dataset belongs, :mod:`.carry` takes over what
-stays, :mod:`.costs` keeps the books, and :mod:`.change` is the main path.
+stays, :mod:`.costs` keeps the books, :mod:`.outcome` is what is handed back, and :mod:`.change` is the main path.
 """
 
 from __future__ import annotations
 
-from ensemblelora.additions.change import Change, add_task, drop_task, update_task
+from ensemblelora.additions.change import add_task, drop_task, update_task
 from ensemblelora.additions.options import Option
+from ensemblelora.additions.outcome import Change
 
 __all__ = ["Change", "Option", "add_task", "drop_task", "update_task"]

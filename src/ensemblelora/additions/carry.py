@@ -2,7 +2,8 @@
 
 A group is the same where it has the same tasks and none of them changed; its adapter and boosters are copied. A group
 that a task joined, left, or changed in is trained: ``onward`` from its old adapter on the task's rows and a share of
-the others', or ``whole``, as a run would; ``keep`` leaves the adapter of a group that lost a task as it is. Boosters
+the others', or ``whole``, as a run would; ``keep`` leaves the adapter of a group that lost a task as it is. A task that
+is alone is trained for as many steps as the other groups, on the average: its own rows make but a few. Boosters
 were fitted to the old adapter: beside one that was trained onward they stay if they still lower the loss of validation
 rows, and beside one that was trained whole they are fitted anew.
 """
@@ -20,6 +21,8 @@ from ensemblelora import artifacts, training
 from ensemblelora.adapters import THETA0, AdaptedModel, adapter_state, load_adapter
 from ensemblelora.additions.source import Source
 from ensemblelora.boosting import BoostRound
+from ensemblelora.config import TrainingConfig
+from ensemblelora.data.batching import schedule_training
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.subset import list_rows, take_examples
 from ensemblelora.ensemble import Member, needed_adapters, sum_groups
@@ -28,13 +31,19 @@ from ensemblelora.planning import Plan
 from ensemblelora.prediction import member_nll
 from ensemblelora.seeding import generator_for
 from ensemblelora.stages import BOOSTING_FILE, Rows, find_boosters, keep_adapter, score_members
+from ensemblelora.stages.bench import Bench
+from ensemblelora.stages.fine_tuning import train_one
+from ensemblelora.startpoint import settle_training
 from ensemblelora.store import FeatureStore
+from ensemblelora.training import choose_layout
 from ensemblelora.workspace import StageRun, Workspace
 
-__all__ = ["Carrier", "Training", "carry_features", "draw_replay"]
+__all__ = ["Carrier", "Training", "carry_features", "draw_replay", "lengthen_training"]
 
 Training = Literal["onward", "whole", "keep"]
 _CHECKPOINTS = "checkpoints"
+_MOST_LENGTHENED = 10.0
+"""times a run's epochs that a task alone is trained, at most"""
 
 
 def carry_features(source: Source, store: FeatureStore, wanted: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]:
@@ -65,6 +74,35 @@ def draw_replay(splits: Sequence[EncodedSplit], n_wanted: int, *, seed: int) -> 
         generator = generator_for(seed, "replay", split.task)
         drawn.append(np.sort(generator.choice(split.n_examples, size=n, replace=False)))
     return drawn
+
+
+def lengthen_training(
+    settings: TrainingConfig,
+    probe: AdaptedModel,
+    rows: Rows,
+    group: Sequence[int],
+    others: Sequence[Sequence[int]],
+) -> TrainingConfig:
+    """Give a group as many optimiser steps as other groups have on the average, by more epochs; fewer it never gets.
+
+    A task that is alone on few rows has few steps, from which it learns little. The best checkpoint is kept, as ever,
+    so that epochs beyond what the rows give cost time and no accuracy; there are at most ten times the run's.
+
+    Args:
+        settings: Of the run.
+        probe: The model, for how rows are laid out in it.
+        rows: Of all tasks.
+        group: The tasks that are trained.
+        others: The other groups.
+    """
+    epoch, layout = settings.model_copy(update={"num_train_epochs": 1}), choose_layout(probe, settings)
+
+    def count_steps(tasks: Sequence[int]) -> int:
+        return len(schedule_training([rows.train[task] for task in tasks], epoch, seed=0, layout=layout))
+
+    wanted = float(np.mean([count_steps(tasks) for tasks in others])) if others else 0.0
+    more = min(max(wanted / count_steps(group), 1.0), _MOST_LENGTHENED)
+    return settings.model_copy(update={"num_train_epochs": round(settings.num_train_epochs * more)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +171,14 @@ class Carrier:
         """The validation rows that judge a group trained onward: the task's own, and about as many of the others'."""
         return self._draw([self.rows.validation[i] for i in self.groups[group]], 1.0)
 
+    def settle_training(self, group: int) -> TrainingConfig:
+        """How a group is trained: as in a run, but for the task that changed longer where it is alone."""
+        settings = settle_training(self.work.config)
+        if self.names_of(group) != {self.task} or self.is_onward(group):
+            return settings
+        others = [tasks for g, tasks in enumerate(self.groups) if g != group]
+        return lengthen_training(settings, self.probe, self.rows, self.groups[group], others)
+
     def bring(self, stage: StageRun, identities: Mapping[str, str]) -> None:
         """Put adapters in place that are copied or trained onward; the rest is left to the stage."""
         for g, (name, identity) in enumerate(identities.items()):
@@ -142,15 +188,21 @@ class Carrier:
                 self._copy(g, name, identity)
             elif self.is_onward(g):
                 self._train_onward(g, name, identity, stage)
+            elif (settings := self.settle_training(g)) != settle_training(self.work.config):
+                bench = Bench(self.work.config, self.work.folder, self.rows, self.probe)
+                train_one(bench, name, self.groups[g], settings, identity, stage.meter)
+
+    def list_boosters(self, group: int) -> list[BoostRound]:
+        """The boosters that a group had in the earlier run; a new one has none, and none are fitted for it."""
+        known = [BoostRound(**entry) for entry in artifacts.read_json(self.source.path / BOOSTING_FILE)]
+        parent = self.parent_of(group)
+        return [entry for entry in known if entry.accepted and entry.group == parent]
 
     def find_rounds(self, plan: Plan, members: Sequence[str], stage: StageRun) -> tuple[BoostRound, ...]:
         """Boosters of all groups: copied where they still fit, and fitted anew where they don't."""
-        known = [BoostRound(**entry) for entry in artifacts.read_json(self.source.path / BOOSTING_FILE)]
         found: list[BoostRound] = []
         for g, member in enumerate(members):
-            parent = self.parent_of(g)
-            earlier = [entry for entry in known if entry.accepted and entry.group == parent]
-            if not earlier:
+            if not (earlier := self.list_boosters(g)):
                 continue
             if self.is_kept(g) or self.is_onward(g):
                 copied = self._load_boosters(g, member, earlier)

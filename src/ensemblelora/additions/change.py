@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ensemblelora import artifacts, judging, reporting, stages
 from ensemblelora.adapters import AdaptedModel, adapter_bytes
-from ensemblelora.additions.carry import Carrier, Training, carry_features
-from ensemblelora.additions.costs import Costs, compare_costs, count_tokens, forecast_costs, scale_rerun
+from ensemblelora.additions.carry import Carrier, Training, carry_features, lengthen_training
+from ensemblelora.additions.costs import Costs, compare_costs, scale_rerun
+from ensemblelora.additions.forecast import forecast_flops
 from ensemblelora.additions.options import ALONE, NOWHERE, Option, list_options, place_task
-from ensemblelora.additions.request import REPLAY, Action, Request, ask, identify
+from ensemblelora.additions.outcome import Change, recall_change, write_change
+from ensemblelora.additions.request import REPLAY, Request, ask, identify
 from ensemblelora.additions.source import (
     CHANGE_FILE,
     Source,
@@ -35,45 +37,11 @@ from ensemblelora.grouping import Partition, sort_groups
 from ensemblelora.planning.budget import Budget
 from ensemblelora.planning.demand import read_constraints
 from ensemblelora.stages import Rows
+from ensemblelora.startpoint import settle_training
 from ensemblelora.store import FeatureStore
 from ensemblelora.workspace import Workspace, open_workspace
 
 __all__ = ["Change", "add_task", "drop_task", "update_task"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What became of a task, and what that cost.
-
-    Attributes:
-        action: ``add``, ``drop`` or ``update``.
-        task: Its name.
-        folder: The changed run's; the earlier run's own where the task went nowhere, which changes nothing.
-        source: The earlier run's.
-        options: Where it could go; empty for ``drop``.
-        place: Where it went: a group of the earlier run, ``alone`` or ``nowhere``; none for ``drop``.
-        reason: Why.
-        groups: The changed run's groups, by the tasks' names.
-        trained: Adapters that are trained.
-        training: How.
-        costs: What was spent, or about what will be, beside a run from the beginning.
-        is_forecast: Whether this was only to be said, and nothing was trained.
-        accuracy: Test accuracy of each task under the ensemble, where it was evaluated and has one.
-    """
-
-    action: Action
-    task: str
-    folder: Path
-    source: Path
-    options: tuple[Option, ...]
-    place: str | None
-    reason: str
-    groups: tuple[tuple[str, ...], ...]
-    trained: tuple[str, ...]
-    training: Training
-    costs: Costs
-    is_forecast: bool
-    accuracy: Mapping[str, float | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +87,7 @@ def add_task(
         run: The run folder.
         entry: A shipped card's name, a card file, or a data file.
         out: The changed run's folder; none: beside the run, ``RUN-with-TASK``.
-        place: Where it goes, whatever is predicted: ``group-G`` or ``alone``.
+        place: Where it goes, whatever is predicted: ``group-G``, the group's letter in the report, or ``alone``.
         training: ``onward`` (usual): from the group's adapter, on its rows and some of the others'; ``whole``: the
             group from its start, on all rows.
         replay: Of ``onward``: rows of the group's other tasks, over its own.
@@ -192,9 +160,12 @@ def update_task(
 def _change(request: Request, source: Source, cards: tuple[TaskCard, ...]) -> Change:
     """Carry a change out in two parts: where the task goes, and what follows from that."""
     data, seed = source.config.data, source.config.seed
+    changed: TaskCard | None = None
     for card in cards:
         if card.task == request.task:  # a faulty file is told of before there is a folder
-            load_task(card, data, seed=seed if data.seed is None else data.seed)
+            changed = load_task(card, data, seed=seed if data.seed is None else data.seed).card
+    if not request.is_dry and (known := recall_change(request, source, changed)) is not None:
+        return known
     run, names = artifacts.RunFolder.create(request.out), tuple(card.task for card in cards)
     with run.lock():
         begun = identify(request, source) | {"is_forecast": request.is_dry, "rerun_flops": source.rerun_flops}
@@ -231,17 +202,20 @@ def _place(request: Request, source: Source, config: RunConfig, ready: _Prepared
         load_oracle, _ = stages.estimate_affinity(work, store, rows, probe)
         if request.action == "drop":
             return _Placed((), None, "It was dropped.", sort_groups(rest)), ready
+        own = rows.names.index(request.task)
+        longer = lengthen_training(settle_training(config), probe, rows, (own,), rest)
         options, reason = list_options(
             load_oracle(),
             rest,
-            rows.names.index(request.task),
+            own,
             confidence=config.evaluation.confidence,
             allows=_make_limits(config, ready),
             wanted=home if request.action == "update" else request.place,
+            n_epochs=longer.num_train_epochs,
         )
     chosen = next(option.place for option in options if option.is_chosen)
     reason = "It stays where it was." if request.action == "update" else reason
-    groups = rest if chosen == NOWHERE else place_task(rest, rows.names.index(request.task), chosen)
+    groups = rest if chosen == NOWHERE else place_task(rest, own, chosen)
     return _Placed(options, chosen, reason, sort_groups(groups)), ready
 
 
@@ -269,29 +243,22 @@ def _train(request: Request, source: Source, ready: _Prepared, placed: _Placed) 
         per_task = table["methods"]["ensemble"]["per_task"]
         accuracy = {name: per_task[name].get("accuracy") for name in rows.names}
         change = _describe(request, source, placed, rows.names, trained, costs, accuracy)
-        _record(work, request, source, change)
+        write_change(work.path, request, source, change)
     return change
 
 
 def _forecast(request: Request, source: Source, config: RunConfig, ready: _Prepared, placed: _Placed) -> Change:
-    """Say what the change would cost, from what choosing a place has cost; nothing is trained."""
-    rows, m = ready.rows, len(placed.groups)
+    """Say what the change would cost; nothing is trained. Where the task goes nowhere, that is what it has cost."""
     with open_workspace(config, until="", start_fingerprint=ready.start) as work:
-        carrier = _make_carrier(request, source, work, ready, placed.groups)
-        trained = [] if placed.place == NOWHERE else carrier.list_trained()
-        tokens = sum(count_tokens(carrier.pick_rows(g)) for g in trained)
-        every = count_tokens(rows.validation)
-        own = count_tokens(split for split in rows.validation if split.task == request.task)
-        scored = len(trained) * every + (m - len(trained)) * own if trained else 0
-        costs = forecast_costs(
-            _spent(work),
-            _rerun(source, ready, request.task),
-            trained=(tokens, count_tokens(rows.train)),
-            validated=(scored, m * every),
-        )
-        names = tuple(f"group-{g}" for g in trained)
-        change = _describe(request, source, placed, rows.names, names, costs, {}, is_forecast=True)
-        _record(work, request, source, change)
+        spent, rerun = _spent(work), _rerun(source, ready, request.task)
+        trained: tuple[str, ...] = ()
+        if placed.place != NOWHERE:
+            carrier = _make_carrier(request, source, work, ready, placed.groups)
+            trained = tuple(f"group-{g}" for g in carrier.list_trained())
+            spent = {"group": rerun.get("group", 0), **forecast_flops(carrier), **spent}
+        costs = compare_costs(spent, rerun)
+        change = _describe(request, source, placed, ready.rows.names, trained, costs, {}, is_forecast=True)
+        write_change(work.path, request, source, change)
     return change
 
 
@@ -346,14 +313,6 @@ def _rerun(source: Source, ready: _Prepared, task: str) -> dict[str, int]:
     entries = artifacts.read_json(source.path / artifacts.TASKS_FILE)["tasks"]
     before = {e["card"]["task"]: e["n_examples"]["train"] + e["n_examples"]["validation"] for e in entries}
     return scale_rerun(source.rerun_flops, before, ready.rows.learning, task)
-
-
-def _record(work: Workspace, request: Request, source: Source, change: Change) -> None:
-    """Leave what became of the change in the run folder."""
-    values = asdict(change)
-    del values["folder"], values["source"]
-    asked = identify(request, source) | {"rerun_flops": change.costs.rerun_flops}
-    artifacts.write_json(work.path / CHANGE_FILE, values | asked)
 
 
 def _describe(

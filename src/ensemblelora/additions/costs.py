@@ -14,7 +14,7 @@ import numpy as np
 
 from ensemblelora.data.encoding import EncodedSplit
 
-__all__ = ["LEARNING", "Costs", "compare_costs", "count_tokens", "forecast_costs", "scale_rerun"]
+__all__ = ["LEARNING", "Costs", "compare_costs", "count_tokens", "scale_rerun"]
 
 LEARNING = ("warmup", "features", "affinity", "group", "train", "boost", "combine")
 """stages that choose, train and combine"""
@@ -69,26 +69,6 @@ def compare_costs(flops: Mapping[str, int], rerun: Mapping[str, int]) -> Costs:
     return Costs(
         dict(flops), dict(rerun), _share(flops, rerun, LEARNING), _share(flops, rerun, {*flops, *rerun} - {"report"})
     )
-
-
-def forecast_costs(
-    spent: Mapping[str, int],
-    rerun: Mapping[str, int],
-    *,
-    trained: Sequence[float],
-    validated: Sequence[float],
-) -> Costs:
-    """Say about what a change will have cost in the end, from what was spent to choose a place and from a rerun.
-
-    Args:
-        spent: By stage, so far.
-        rerun: By stage.
-        trained: Training tokens of the adapters to be trained, and of all tasks.
-        validated: Adapters times validation tokens that are to be scored, and all of these.
-    """
-    shares = {"train": trained, "boost": trained, "combine": validated, "evaluate": validated}
-    expected = {stage: round(rerun.get(stage, 0) * part / whole) for stage, (part, whole) in shares.items() if whole}
-    return compare_costs({"group": rerun.get("group", 0), **expected, **spent}, rerun)
 
 
 def _share(flops: Mapping[str, int], rerun: Mapping[str, int], stages: Iterable[str]) -> float:

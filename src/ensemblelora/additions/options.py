@@ -7,11 +7,11 @@ group changes it for its tasks, too, so an option is worth what it saves over al
     gain(alone) =  nll_new(base) - nll_new(alone)
     gain(nowhere) = 0
 
-Differences are taken row by row, with the errors of paired rows and of projections. Of the options that gain more than a
-standard error the largest gain wins; where that is an adapter of its own, and not better than the best group among them
-by more than a standard error of the difference, the dataset joins that group; where nothing gains more than a standard
-error, it belongs nowhere. As many options are looked at as there are groups, on the
-same rows, so the winner's gain is a little too good. Cost: two fits a group. No torch.
+Differences are taken row by row, with the errors of paired rows and of projections. Of the options that gain more than
+a standard error the largest gain wins; where that is an adapter of its own, and not better than the best group among
+them by more than a standard error of the difference, the dataset joins that group; where nothing gains more than a
+standard error, it belongs nowhere. As many options are looked at as there are groups, on the same rows, so the winner's
+gain is a little too good. Cost: two fits a group. No torch.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def list_options(
     confidence: float,
     allows: Callable[[Partition], bool] = lambda _: True,
     wanted: str | None = None,
+    n_epochs: int | None = None,
 ) -> tuple[tuple[Option, ...], str]:
     """Predict what every place would give, and choose one.
 
@@ -96,6 +97,7 @@ def list_options(
         confidence: Of the intervals.
         allows: Says whether a partition of all tasks may be had.
         wanted: A place that is taken whatever is predicted.
+        n_epochs: Of a training of the task alone, where the oracle simulates steps; none: as of all others.
 
     Returns:
         Every option, groups in their order first, and why one was chosen.
@@ -104,10 +106,13 @@ def list_options(
         UsageError: If the place asked for is none, or no place is allowed.
     """
     gains: list[_Gains] = [_gain_in_group(oracle, group, task) for group in groups]
-    gains += [{task: _lower(oracle, (), (task,), task)}, {}]
+    longer = _lengthen(oracle, n_epochs)
+    gains += [{task: _lower(longer, (), (task,), task)}, {}]
     places = [*(f"group-{g}" for g in range(len(groups))), ALONE, NOWHERE]
     options = [
-        _describe(oracle, place, groups[g] if g < len(groups) else (), task, gain, confidence)
+        _describe(
+            longer if place == ALONE else oracle, place, groups[g] if g < len(groups) else (), task, gain, confidence
+        )
         for g, (place, gain) in enumerate(zip(places, gains, strict=True))
     ]
     options = [
@@ -181,7 +186,9 @@ def find_option(options: Sequence[Option], wanted: str) -> int:
         raise UsageError(f"place {wanted!r}: expected one of {', '.join(places)}")
     found = next(i for i, option in enumerate(options) if option.place == wanted)
     if not options[found].is_allowed:
-        raise UsageError(f"place {wanted!r}: the run's budgets or constraints on groups rule it out; change them")
+        raise UsageError(
+            f"place {wanted!r} (--to): the run's budgets or constraints on groups rule it out; change them"
+        )
     return found
 
 
@@ -190,6 +197,13 @@ def place_task(groups: Partition, task: int, place: str) -> Partition:
     if place == ALONE:
         return (*groups, (task,))
     return tuple(tuple(sorted((*group, task))) if place == f"group-{g}" else group for g, group in enumerate(groups))
+
+
+def _lengthen(oracle: Oracle, n_epochs: int | None) -> Oracle:
+    """The oracle of longer trainings; itself where that changes nothing that it predicts."""
+    if n_epochs is None or oracle.budget is None or n_epochs == oracle.budget.num_train_epochs:
+        return oracle
+    return replace(oracle, budget=replace(oracle.budget, num_train_epochs=n_epochs), _memories=())
 
 
 def _gain_in_group(oracle: Oracle, group: tuple[int, ...], task: int) -> _Gains:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from ensemblelora import artifacts
 from ensemblelora.additions.carry import Training
+from ensemblelora.additions.options import ALONE
 from ensemblelora.additions.source import CHANGE_FILE, Source
 from ensemblelora.errors import OutputError, UsageError
+from ensemblelora.report.wording import group_letter
 from ensemblelora.workspace import check_place
 
 __all__ = ["REPLAY", "Action", "Request", "ask", "identify"]
@@ -58,12 +60,13 @@ def ask(
         raise UsageError(f"{action}: training {way!r}: expected one of {', '.join(_WAYS[action])}")
     if not replay >= 0:
         raise UsageError(f"replay {replay}: expected a share of rows, 0 or more")
+    wanted = None if place is None else _settle_place(place, len(source.named_groups))
     home = source.path.resolve()
     folder = home.with_name(f"{home.name}-{_SUFFIX[action]}-{task}") if out is None else Path(out)
     if folder.resolve() == home:
         raise OutputError(f"{folder}: is the run itself, which stays as it is; choose another folder")
     check_place(folder)
-    request = Request(action, task, folder, way, replay, place, is_dry)
+    request = Request(action, task, folder, way, replay, wanted, is_dry)
     _check_record(request, source)
     return request
 
@@ -74,6 +77,16 @@ def identify(request: Request, source: Source) -> dict[str, Any]:
     return asked | {"training": request.training, "replay": request.replay}
 
 
+def _settle_place(wanted: str, n_groups: int) -> str:
+    """The place that is meant, by its name or by the letter that reports show for a group."""
+    letters = {group_letter(g): f"group-{g}" for g in range(n_groups)}
+    place = letters.get(wanted.upper(), wanted)
+    if place not in (*letters.values(), ALONE):
+        known = ", ".join(f"{name} ({letter})" for letter, name in letters.items())
+        raise UsageError(f"place {wanted!r} (--to): expected one of {known}, or {ALONE}")
+    return place
+
+
 def _check_record(request: Request, source: Source) -> None:
     """Refuse a folder that holds another change, or this one made in another way."""
     path = request.out / CHANGE_FILE
@@ -82,6 +95,11 @@ def _check_record(request: Request, source: Source) -> None:
     known, asked = artifacts.read_json(path), identify(request, source)
     if request.is_dry and not known.get("is_forecast", True):
         raise OutputError(f"{request.out}: made already, see its {CHANGE_FILE}; choose another folder with --out")
+    if request.place not in (None, known.get("place", request.place)) and not known["is_forecast"]:
+        raise OutputError(
+            f"{request.out}: holds {request.task} in {known['place']}, not in {request.place}; choose another folder "
+            "with --out"
+        )
     free = {"training", "replay"} if known.get("is_forecast", True) else set()
     other = [key for key, value in asked.items() if key not in free and known.get(key) != value]
     if other:

@@ -1,0 +1,110 @@
+"""What became of a change: the record that is handed back, kept in the changed run's folder, and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemblelora import artifacts
+from ensemblelora.additions.carry import Training
+from ensemblelora.additions.costs import Costs
+from ensemblelora.additions.options import Option
+from ensemblelora.additions.request import Action, Request, identify
+from ensemblelora.additions.source import CHANGE_FILE, Source
+from ensemblelora.data.task import TaskCard
+from ensemblelora.earlier import hash_files
+
+__all__ = ["Change", "recall_change", "write_change"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of a task, and what that cost.
+
+    Attributes:
+        action: ``add``, ``drop`` or ``update``.
+        task: Its name.
+        folder: The changed run's; the earlier run's own where the task went nowhere, which changes nothing.
+        source: The earlier run's.
+        options: Where it could go; empty for ``drop``.
+        place: Where it went: a group of the earlier run, ``alone`` or ``nowhere``; none for ``drop``.
+        reason: Why.
+        groups: The changed run's groups, by the tasks' names.
+        trained: Adapters that are trained.
+        training: How.
+        costs: What was spent, or about what will be, beside a run from the beginning.
+        is_forecast: Whether this was only to be said, and nothing was trained.
+        accuracy: Test accuracy of each task under the ensemble, where it was evaluated and has one.
+        is_known: Whether the very same change had been made before, so that there was nothing to do.
+    """
+
+    action: Action
+    task: str
+    folder: Path
+    source: Path
+    options: tuple[Option, ...]
+    place: str | None
+    reason: str
+    groups: tuple[tuple[str, ...], ...]
+    trained: tuple[str, ...]
+    training: Training
+    costs: Costs
+    is_forecast: bool
+    accuracy: Mapping[str, float | None]
+    is_known: bool = False
+
+
+def write_change(folder: Path, request: Request, source: Source, change: Change) -> None:
+    """Leave what became of a change in the run folder."""
+    values = asdict(change)
+    del values["folder"], values["source"], values["is_known"]
+    asked = identify(request, source) | {"rerun_flops": change.costs.rerun_flops}
+    artifacts.write_json(folder / CHANGE_FILE, values | asked)
+
+
+def recall_change(request: Request, source: Source, card: TaskCard | None) -> Change | None:
+    """Return the very change that is asked for, where its folder holds it already, whole; else none.
+
+    Args:
+        request: What is asked for; its folder holds no other change.
+        source: The earlier run.
+        card: The task's, as its rows were just loaded; none: it is dropped.
+    """
+    path = request.out / CHANGE_FILE
+    if not path.exists():
+        return None
+    values = artifacts.read_json(path)
+    if values.get("is_forecast", True) or "options" not in values or not _holds(request.out, card):
+        return None
+    return _read_change(values, request, source)
+
+
+def _holds(folder: Path, card: TaskCard | None) -> bool:
+    """Whether a run has a task's card, with files that are what they were."""
+    if card is None:
+        return True
+    wanted = card.model_dump(mode="json")
+    entries = artifacts.read_json(folder / artifacts.TASKS_FILE)["tasks"]
+    return any(entry["card"] == wanted and entry["files"] == hash_files(wanted) for entry in entries)
+
+
+def _read_change(values: Mapping[str, Any], request: Request, source: Source) -> Change:
+    options = [Option(**{**option, "tasks": tuple(option["tasks"])}) for option in values["options"]]
+    return Change(
+        action=request.action,
+        task=request.task,
+        folder=request.out,
+        source=source.path,
+        options=tuple(options),
+        place=values["place"],
+        reason=values["reason"],
+        groups=tuple(map(tuple, values["groups"])),
+        trained=tuple(values["trained"]),
+        training=values["training"],
+        costs=Costs(**values["costs"]),
+        is_forecast=False,
+        accuracy=values["accuracy"],
+        is_known=True,
+    )
