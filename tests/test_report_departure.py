@@ -11,12 +11,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-from ensemblelora.artifacts import CONFIG_FILE, PLAN_FILE, read_json, save_arrays, write_json
+from ensemblelora.artifacts import CHANGE_FILE, CONFIG_FILE, PLAN_FILE, read_json, save_arrays, write_json
+from ensemblelora.errors import StoreError
 from ensemblelora.report.build import compose_document
 from ensemblelora.report.departure import _find_parted, explain_departure, part_pairs
 from ensemblelora.report.document import Section, Text
+from ensemblelora.report.headline import _tile_of_flops
 from ensemblelora.report.heatmaps import remove_levels
 from ensemblelora.report.reading import load_record
+from ensemblelora.report.records import MethodCosts
+from ensemblelora.report.story import _list_facts
 from ensemblelora.summary import summarize
 from tests.report_runs import GROUPS, TASKS, make_affinity, make_planned_run
 from tests.test_plan_rivals import INSTEAD_OF_FOUND, plan_of
@@ -139,3 +143,29 @@ def test_the_parted_pair_is_that_of_the_definition(n: int) -> None:
         assert _find_parted(values, groups) == (max(found, key=lambda pair: found[pair]) if found else None)
         inside, across = part_pairs(values, groups)
         assert len(inside) + len(across) == n * (n - 1) // 2
+
+
+def test_groups_that_grew_are_not_said_to_be_given_by_hand(tmp_path: Path) -> None:
+    reason = "Groups were given by hand (grouping.groups); auto would choose the same."
+    folder = make(tmp_path, SWAPPED, reason=reason)
+    ask_for(folder, groups=[["boolq"]])
+    assert "by hand" in compose_text(folder)
+    change = {"action": "add", "task": "boolq", "source": "/there/before"}
+    write_json(folder / CHANGE_FILE, change)
+    origin = "those of the earlier run before, with boolq added"
+    assert explain(folder).endswith(f"the plan parts them: the groups are {origin}.")
+    assert f"Groups are {origin}; auto would choose" in compose_text(folder) and "by hand" not in compose_text(folder)
+    assert ("Groups", origin) in list(_list_facts(load_record(folder)))
+    for action, told in (("drop", "with boolq dropped"), ("update", "with other rows of boolq")):
+        write_json(folder / CHANGE_FILE, change | {"action": action})
+        assert explain(folder).endswith(f"{told}.")
+    write_json(folder / CHANGE_FILE, {"task": "boolq"})
+    with pytest.raises(StoreError, match="no record of a change"):
+        load_record(folder)
+
+
+def test_a_training_that_cost_nothing_here_is_no_measure_of_compute() -> None:
+    spent = {"shared": MethodCosts(train_flops=0.0), "ensemble": MethodCosts(train_flops=5.0)}
+    assert _tile_of_flops(spent) is None
+    tile = _tile_of_flops(spent | {"shared": MethodCosts(train_flops=2.0)})
+    assert tile is not None and tile.value.startswith("2.5")

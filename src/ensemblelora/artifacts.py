@@ -37,6 +37,7 @@ from ensemblelora.files import (
 __all__ = [
     "ADAPTERS_FOLDER",
     "AFFINITY_FILE",
+    "CHANGE_FILE",
     "CONFIG_FILE",
     "COSTS_FILE",
     "ENSEMBLE_FILE",
@@ -74,6 +75,8 @@ AFFINITY_FILE = "affinity.npz"
 PLAN_FILE = "plan.json"
 ADAPTERS_FOLDER = "adapters"
 ENSEMBLE_FILE = "ensemble.json"
+CHANGE_FILE = "change.json"
+"""what a run folder that goes on from another says of that"""
 RESULTS_FILE = "results.json"
 COSTS_FILE = "costs.json"
 REPORT_HTML_FILE = "report.html"

@@ -22,7 +22,6 @@ from ensemblelora.additions.options import ALONE, NOWHERE, Option, list_options,
 from ensemblelora.additions.outcome import Change, recall_change, write_change
 from ensemblelora.additions.request import REPLAY, Request, ask, identify
 from ensemblelora.additions.source import (
-    CHANGE_FILE,
     Source,
     change_cards,
     read_source,
@@ -169,7 +168,7 @@ def _change(request: Request, source: Source, cards: tuple[TaskCard, ...]) -> Ch
     run, names = artifacts.RunFolder.create(request.out), tuple(card.task for card in cards)
     with run.lock():
         begun = identify(request, source) | {"is_forecast": request.is_dry, "rerun_flops": source.rerun_flops}
-        artifacts.write_json(run.path / CHANGE_FILE, begun)
+        artifacts.write_json(run.path / artifacts.CHANGE_FILE, begun)
         paths = write_cards(cards, run.path)
     config = settle_config(source, request.out, paths, names, None)
     tasks, rows, probe = stages.prepare(config)

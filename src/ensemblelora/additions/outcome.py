@@ -12,7 +12,7 @@ from ensemblelora.additions.carry import Training
 from ensemblelora.additions.costs import Costs
 from ensemblelora.additions.options import Option
 from ensemblelora.additions.request import Action, Request, identify
-from ensemblelora.additions.source import CHANGE_FILE, Source
+from ensemblelora.additions.source import Source
 from ensemblelora.data.task import TaskCard
 from ensemblelora.earlier import hash_files
 
@@ -61,7 +61,7 @@ def write_change(folder: Path, request: Request, source: Source, change: Change)
     values = asdict(change)
     del values["folder"], values["source"], values["is_known"]
     asked = identify(request, source) | {"rerun_flops": change.costs.rerun_flops}
-    artifacts.write_json(folder / CHANGE_FILE, values | asked)
+    artifacts.write_json(folder / artifacts.CHANGE_FILE, values | asked)
 
 
 def recall_change(request: Request, source: Source, card: TaskCard | None) -> Change | None:
@@ -72,7 +72,7 @@ def recall_change(request: Request, source: Source, card: TaskCard | None) -> Ch
         source: The earlier run.
         card: The task's, as its rows were just loaded; none: it is dropped.
     """
-    path = request.out / CHANGE_FILE
+    path = request.out / artifacts.CHANGE_FILE
     if not path.exists():
         return None
     values = artifacts.read_json(path)

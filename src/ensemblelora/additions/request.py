@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ensemblelora import artifacts
 from ensemblelora.additions.carry import Training
 from ensemblelora.additions.options import ALONE
-from ensemblelora.additions.source import CHANGE_FILE, Source
+from ensemblelora.additions.source import Source
 from ensemblelora.errors import OutputError, UsageError
 from ensemblelora.report.wording import group_letter
 from ensemblelora.workspace import check_place
@@ -89,12 +89,12 @@ def _settle_place(wanted: str, n_groups: int) -> str:
 
 def _check_record(request: Request, source: Source) -> None:
     """Refuse a folder that holds another change, or this one made in another way."""
-    path = request.out / CHANGE_FILE
+    path = request.out / artifacts.CHANGE_FILE
     if not path.exists():
         return
     known, asked = artifacts.read_json(path), identify(request, source)
     if request.is_dry and not known.get("is_forecast", True):
-        raise OutputError(f"{request.out}: made already, see its {CHANGE_FILE}; choose another folder with --out")
+        raise OutputError(f"{request.out}: made already, see its {artifacts.CHANGE_FILE}; choose another folder with --out")
     if request.place not in (None, known.get("place", request.place)) and not known["is_forecast"]:
         raise OutputError(
             f"{request.out}: holds {request.task} in {known['place']}, not in {request.place}; choose another folder "

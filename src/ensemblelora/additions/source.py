@@ -22,10 +22,8 @@ from ensemblelora.ensemble import Ensemble, load_ensemble
 from ensemblelora.errors import DataError, StoreError, UsageError
 from ensemblelora.startpoint import is_warm
 
-__all__ = ["CHANGE_FILE", "Source", "change_cards", "read_source", "settle_config", "write_cards"]
+__all__ = ["Source", "change_cards", "read_source", "settle_config", "write_cards"]
 
-CHANGE_FILE = "change.json"
-"""what a run folder that goes on from another says of that"""
 _CARDS = "cards"
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -228,7 +226,7 @@ def _check_adapters(folder: artifacts.RunFolder, ensemble: Ensemble) -> dict[str
 
 def _read_rerun(path: Path) -> dict[str, int]:
     """What its tasks cost from the beginning: by its own ledger, or where it goes on from another, by its record."""
-    record = path / CHANGE_FILE
+    record = path / artifacts.CHANGE_FILE
     if record.exists():
         return {stage: int(flops) for stage, flops in artifacts.read_json(record)["rerun_flops"].items()}
     ledger = Ledger.from_dict(artifacts.read_json(path / artifacts.COSTS_FILE))

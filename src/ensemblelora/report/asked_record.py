@@ -36,6 +36,8 @@ class GroupingSettings(_Record):
     n_groups: int | str | None = None
     max_groups: int | None = None
     groups: list[list[str]] | None = None
+    origin: str = ""
+    """whose groups these are, where the run goes on from another; of that run's own record of it"""
 
 
 class TrainingSettings(_Record):

@@ -84,7 +84,8 @@ def _find_parted(values: Matrix, groups: _Blocks) -> tuple[int, int] | None:
 
 def _say_what_decided(run: RunRecord) -> str:
     if run.config.grouping.groups is not None:
-        return "the groups were given by hand"
+        origin = run.config.grouping.origin
+        return f"the groups are {origin}" if origin else "the groups were given by hand"
     if len(run.plan.groups) == run.plan.n_tasks:
         return f"{_WHAT_THE_MAP_SAYS}, not whether training together pays, which the predicted loss tells"
     if is_by_cosine(run.plan):

@@ -255,7 +255,9 @@ def _tile_of_flops(methods: dict[str, MethodCosts]) -> Tile | None:
         if costs is None or costs.train_flops is None:
             return None
         totals[method] = costs.train_flops + (costs.select_flops or 0.0)
-    ratio = totals["ensemble"] / totals["shared"] if totals["shared"] else None
+    if not totals["shared"]:
+        return None  # its one adapter came from another run
+    ratio = totals["ensemble"] / totals["shared"]
     return Tile("Compute", f"{format_ratio(ratio)}\u00d7", "of one adapter's training, selection included")
 
 

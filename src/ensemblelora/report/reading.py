@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ensemblelora.artifacts import (
     AFFINITY_FILE,
+    CHANGE_FILE,
     CONFIG_FILE,
     COSTS_FILE,
     ENSEMBLE_FILE,
@@ -24,6 +25,7 @@ from ensemblelora.artifacts import (
     RESULTS_FILE,
     TASKS_FILE,
     load_arrays,
+    read_json,
 )
 from ensemblelora.errors import StoreError, UsageError
 from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP, name_methods
@@ -61,13 +63,19 @@ def load_record(folder: Path) -> RunRecord:
     ensemble = _read(folder / ENSEMBLE_FILE, EnsembleRecord)
     if ensemble is not None:
         _check_ensemble(folder / ENSEMBLE_FILE, ensemble, plan)
+    config, origin = _read_config(folder / CONFIG_FILE), _read_origin(folder / CHANGE_FILE)
+    if origin and config.grouping.groups is not None:  # which no hand has written
+        grouping = config.grouping.model_copy(update={"origin": origin})
+        config = config.model_copy(update={"grouping": grouping})
+        given = "Groups were given by hand (grouping.groups)"
+        plan = plan.model_copy(update={"reason": plan.reason.replace(given, f"Groups are {origin}")})
     results, costs = _read(folder / RESULTS_FILE, ResultsRecord), _read(folder / COSTS_FILE, CostsRecord)
     if results is not None and ensemble is not None and any(member.kind == "booster" for member in ensemble.members):
         results, costs = _part_boosters(results, costs)
     return RunRecord(
         name=folder.resolve().name,
         plan=plan,
-        config=_read_config(folder / CONFIG_FILE),
+        config=config,
         environment=_read(folder / ENVIRONMENT_FILE, EnvironmentRecord) or EnvironmentRecord(),
         features=_read(folder / FEATURE_HEALTH_FILE, FeatureRecord),
         affinity=_read_affinity(folder / AFFINITY_FILE, plan.n_tasks),
@@ -140,6 +148,19 @@ def _read_config(path: Path) -> ConfigRecord:
         raise StoreError(f"{path}: can't be read as YAML ({' '.join(str(error).split())}); run again") from None
     except ValidationError as error:
         raise _damaged(path, error) from None
+
+
+def _read_origin(path: Path) -> str:
+    """Whose groups a run has that goes on from an earlier one."""
+    if not path.exists():
+        return ""
+    values = read_json(path)
+    try:
+        earlier, task = Path(values["source"]).name, values["task"]
+        became = {"add": f"{task} added", "drop": f"{task} dropped", "update": f"other rows of {task}"}
+        return f"those of the earlier run {earlier}, with {became[values['action']]}"
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{path}: no record of a change ({error!r}); delete it, and report again") from None
 
 
 def _read_affinity(path: Path, n_tasks: int) -> AffinityRecord | None:

@@ -142,7 +142,7 @@ def _list_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         epochs = config.training.num_train_epochs
         yield "Training", f"{format_ratio(epochs)} {'epoch' if epochs == 1 else 'epochs'}{rated}"
     if grouping.groups is not None:
-        yield "Groups", "given by hand"
+        yield "Groups", grouping.origin or "given by hand"
     elif grouping.n_groups == "auto":
         yield "Groups", f"as many as are predicted best, at most {grouping.max_groups or NOTHING}"
     elif grouping.n_groups is not None:
