@@ -73,6 +73,7 @@ class FakePipeline(types.ModuleType):
         self.calls.append(("foresee", config, until))
         cost = {"seconds": 75.0, "flops": 2.5e12, "memory_bytes": 3_000_000, "dequantization_flops": self.unpacking}
         found = {"stages": {"features": cost, "total": cost}, "later_seconds": 0.0, "set_aside": None, "changes": ()}
+        found["is_finished"] = False
         return types.SimpleNamespace(**found | self.foreseen)
 
 
@@ -159,6 +160,14 @@ def test_a_dry_run_says_what_is_left_and_what_would_be_set_aside(pipeline, recip
     assert main(["plan", str(recipe_file), "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["set_aside"] == {"folder": str(kept), "changes": ["seed 0 -> 7", "rows of a"]}
+
+
+def test_a_dry_run_of_what_is_finished_says_so(pipeline, recipe_file, capsys):
+    pipeline.foreseen = {"is_finished": True}
+    assert main(["run", str(recipe_file), "--dry-run"]) == 0
+    assert "holds this very run, finished: nothing would be done again" in capsys.readouterr().out
+    assert main(["run", str(recipe_file), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["is_finished"] is True
 
 
 def test_a_command_that_is_misspelt_is_suggested_once(capsys):

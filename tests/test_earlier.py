@@ -218,11 +218,11 @@ def test_a_dry_run_foresees_what_would_be_set_aside_and_only_the_stages_it_is_as
     recipe = copy_run(tmp_path)
     run = tmp_path / "run"
     same = pipeline.foresee(read_config(recipe), until="group")
-    assert (same.set_aside, same.changes) == (None, ())
+    assert (same.set_aside, same.changes, same.is_finished) == (None, (), True)
     assert list(same.stages) == ["features", "total"] and same.later_seconds > 0
     assert same.stages["total"] == same.stages["features"]
     other = pipeline.foresee(read_config(recipe, training={"num_train_epochs": 1}))
-    assert other.set_aside == run / "earlier" / "1" and other.later_seconds == 0
+    assert other.set_aside == run / "earlier" / "1" and other.later_seconds == 0 and not other.is_finished
     assert other.changes == ("training.num_train_epochs 2 -> 1",)
     assert {"train", "baselines", "evaluate"} < other.stages.keys()
     assert not (run / "earlier").exists(), "nothing is written"

@@ -21,6 +21,7 @@ from ensemblelora.validation import truth
 from ensemblelora.validation.records import TrueRun, append_run, read_all_runs, read_runs
 from ensemblelora.validation.truth import choose_subsets
 from ensemblelora.validation.validate import VALIDATION_FILE, validate_run
+from ensemblelora.validation_forecast import forecast_validation
 from tests.tiny_run import TASKS, copy_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own
@@ -140,6 +141,9 @@ def test_more_seeds_add_and_the_command_shows_what_was_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path)
+    before = forecast_validation(run, n_subsets=7)
+    assert before["true fine-tunings"]["fine_tunings"] == 7 == before["total"]["fine_tunings"]
+    assert not (run / "validation").exists(), "a dry run writes nothing"
     assert main(["validate", str(run), "--subsets", "7", "--quiet"]) == 0
     first = capsys.readouterr().out
     assert "predictor" in first and "7 subsets of 5 tasks" in first and "1 seed" in first
@@ -151,6 +155,9 @@ def test_more_seeds_add_and_the_command_shows_what_was_found(
     assert set(found["comparisons"][0]["nll"]["per_task"]) == set(TASKS)
     assert artifacts.read_json(run / "validation" / VALIDATION_FILE)["n_seeds"] == 2
     assert found["costs"]["estimation"] > 0 < found["costs"]["true_runs"]
+    assert before["total"]["flops"] == pytest.approx(found["costs"]["true_runs"], rel=0.1), "both of one seed"
+    assert main(["validate", str(run), "--subsets", "8", "--seeds", "2", "--dry-run", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["fine_tunings"] == 2, "what was measured is not told of again"
 
 
 def test_what_can_not_be_validated_is_refused(tmp_path: Path) -> None:

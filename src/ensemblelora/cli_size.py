@@ -69,7 +69,11 @@ def show_foresight(found: Foresight, config: RunConfig, *, as_json: bool) -> Non
 
     kept = {} if found.set_aside is None else {"set_aside": {"folder": found.set_aside, "changes": found.changes}}
     if as_json:
-        return show_json({**found.stages, **kept})
+        return show_json({**found.stages, **kept, **({"is_finished": True} if found.is_finished else {})})
+    if found.is_finished:
+        typer.echo(
+            f"{config.out} holds this very run, finished: nothing would be done again. In another folder (--out):"
+        )
     show_rows(found.stages)
     if found.later_seconds > 0:
         later = format_seconds(found.later_seconds)

@@ -87,21 +87,21 @@ def validate(
     device: Device = None,
     place: Place,
     as_json: AsJson = False,
+    dry_run: DryRun = False,
     talk: Talk,
 ) -> None:
     """Fine-tune subsets of a run's tasks for hours, and compare with what its oracle predicts."""
+    asked: dict[str, Any] = {"n_subsets": subsets, "n_seeds": seeds, "all_dimensions": all_dimensions, "device": device}
     with talking(**asdict(talk)):
+        if dry_run:
+            from ensemblelora.validation_forecast import forecast_validation
+
+            forecast = forecast_validation(run, **asked)
+            return show_json(forecast) if as_json else show_rows(forecast)
         from ensemblelora.validation.validate import validate_run
 
         try:
-            found = validate_run(
-                run,
-                n_subsets=subsets,
-                n_seeds=seeds,
-                all_dimensions=all_dimensions,
-                device=device,
-                cluster=place.read(),
-            )
+            found = validate_run(run, **asked, cluster=place.read())
         except KeyboardInterrupt:
             say("interrupted; what was fine-tuned is kept: give the same command again")
             raise

@@ -54,6 +54,8 @@ class Foresight:
     """where the finished run that lies in the folder would be kept, if something changes it"""
     changes: tuple[str, ...]
     """what does, in a few words each"""
+    is_finished: bool = False
+    """whether the folder holds the very run that is asked for, so that nothing would be done"""
 
 
 def run(config: RunConfig, *, until: str = "report", cluster: Cluster | None = None) -> RunResult:
@@ -155,6 +157,7 @@ def foresee(config: RunConfig, *, until: str = "report") -> Foresight:
         later_seconds=total.seconds - shown["total"].seconds,
         set_aside=foresee_place(folder) if changes else None,
         changes=tuple(changes),
+        is_finished=not changes and (folder / artifacts.REPORT_HTML_FILE).exists(),
     )
 
 

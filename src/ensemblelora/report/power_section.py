@@ -129,7 +129,7 @@ def _describe_groups(score: TaskScore) -> str:
     """Say how many independent units the rows fall into, where that differs."""
     if score.n_groups is None or score.n_groups == score.n_examples:
         return ""
-    return f"in {count(score.n_groups, 'group')}"
+    return f"{count(score.n_groups, 'different one')}, others repeat them"
 
 
 def _difference_error(results: ResultsRecord, rival: str, task: str, confidence: float) -> float | None:

@@ -27,7 +27,7 @@ from ensemblelora.stages import Bench, Rows, equip
 from ensemblelora.startpoint import settle_training
 from ensemblelora.validation.records import TrueRun, append_run, read_runs
 
-__all__ = ["choose_subsets", "measure_base", "measure_subsets", "plan_measurements"]
+__all__ = ["Subset", "choose_subsets", "measure_base", "measure_subsets", "plan_measurements"]
 
 Subset = tuple[int, ...]
 _NAME = "validated"

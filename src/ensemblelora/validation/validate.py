@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 
 from ensemblelora import artifacts, progress, stages
+from ensemblelora.adapters import AdaptedModel
 from ensemblelora.affinity import sample_subsets
 from ensemblelora.config import RunConfig, load_config
 from ensemblelora.errors import UsageError
 from ensemblelora.estimation import Oracle
 from ensemblelora.scheduling import Cluster, open_scheduler
+from ensemblelora.stages import Rows
 from ensemblelora.startpoint import load_start
 from ensemblelora.validation.agreement import Agreement, compare_predictions
 from ensemblelora.validation.dimensions import collect_wider, list_predictors
 from ensemblelora.validation.groupings import GroupingAgreement, compare_groupings
-from ensemblelora.validation.records import TrueRun
+from ensemblelora.validation.records import TrueRun, read_runs
 from ensemblelora.validation.table import Truth, mean_over_seeds, tabulate
-from ensemblelora.validation.truth import choose_subsets, measure_base, measure_subsets, plan_measurements
+from ensemblelora.validation.truth import Subset, choose_subsets, measure_base, measure_subsets, plan_measurements
 from ensemblelora.workspace import ORACLE_FILE
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "collect_truth",
     "compare",
     "count_costs",
+    "find_unmeasured",
+    "open_validated",
     "validate_run",
 ]
 
@@ -140,14 +144,7 @@ def validate_run(
         OutputError: If ``folder`` is no run or can't be written.
         StoreError: If a file of it is damaged.
     """
-    run = artifacts.RunFolder.open(folder)
-    config = load_config(run.path / artifacts.CONFIG_FILE)
-    if device is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
-    if n_seeds < 1 or n_subsets < 1:
-        raise UsageError(f"{n_subsets} subsets, {n_seeds} seeds: expected 1 or more of each")
-    if not (run.path / ORACLE_FILE).exists():
-        raise UsageError(f"{run.path}: no oracle yet; make it with: ensemblelora plan {run.path}")
+    run, config = open_validated(folder, n_subsets=n_subsets, n_seeds=n_seeds, device=device)
     with run.lock(), progress.stage("validate"):
         runs, base = collect_truth(run.path, config, n_subsets=n_subsets, n_seeds=n_seeds, cluster=cluster)
         oracle, place = stages.read_oracle(run.path, tuple(base.nll), config.estimation), run.path / VALIDATION_FOLDER
@@ -157,17 +154,48 @@ def validate_run(
     return found
 
 
+def open_validated(
+    folder: Path | str, *, n_subsets: int, n_seeds: int, device: str | None
+) -> tuple[artifacts.RunFolder, RunConfig]:
+    """Open a run that can be validated, and read its config; raises what :func:`validate_run` does."""
+    run = artifacts.RunFolder.open(folder)
+    config = load_config(run.path / artifacts.CONFIG_FILE)
+    if device is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
+    if n_seeds < 1 or n_subsets < 1:
+        raise UsageError(f"{n_subsets} subsets, {n_seeds} seeds: expected 1 or more of each")
+    if not (run.path / ORACLE_FILE).exists():
+        raise UsageError(f"{run.path}: no oracle yet; make it with: ensemblelora plan {run.path}")
+    return run, config
+
+
+def find_unmeasured(
+    run: artifacts.RunFolder, config: RunConfig, rows: Rows, probe: AdaptedModel, *, n_subsets: int, n_seeds: int
+) -> list[tuple[Subset, int]]:
+    """List the subsets, with their seeds, that a validation would have to fine-tune still."""
+    wanted = _plan(run.path, config, rows, probe, n_subsets=n_subsets, n_seeds=n_seeds)
+    found = read_runs(run.path / VALIDATION_FOLDER / TRUTH_FILE, wanted)
+    return [subset for identity, subset in wanted.items() if identity not in found]
+
+
+def _plan(
+    path: Path, config: RunConfig, rows: Rows, probe: AdaptedModel, *, n_subsets: int, n_seeds: int
+) -> dict[str, tuple[Subset, int]]:
+    """List all fine-tunings that are asked for, by identity."""
+    before = artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]["fingerprint"]
+    if probe.base.fingerprint != before:
+        raise UsageError(f"{path}: made with another version of {config.model.name!r} or another model.dtype")
+    subsets = choose_subsets(len(rows.names), n_subsets, config.affinity.subset_size, seed=config.seed)
+    return plan_measurements(subsets, n_seeds, rows, stages.identify_start(config, probe, rows), config)
+
+
 def collect_truth(
     path: Path, config: RunConfig, *, n_subsets: int, n_seeds: int, cluster: Cluster | None = None
 ) -> tuple[tuple[TrueRun, ...], TrueRun]:
     """Fine-tune what is not measured yet; return all that was asked for, and the base model's record."""
     _, rows, probe = stages.prepare(config)
-    before = artifacts.read_json(path / artifacts.ENVIRONMENT_FILE)["model"]["fingerprint"]
-    if probe.base.fingerprint != before:
-        raise UsageError(f"{path}: made with another version of {config.model.name!r} or another model.dtype")
-    subsets = choose_subsets(len(rows.names), n_subsets, config.affinity.subset_size, seed=config.seed)
     start = stages.identify_start(config, probe, rows)
-    wanted = plan_measurements(subsets, n_seeds, rows, start, config)
+    wanted = _plan(path, config, rows, probe, n_subsets=n_subsets, n_seeds=n_seeds)
     probe = stages.keep_lower_layers(config, path, load_start(config, artifacts.RunFolder(path), probe), rows)
     place = path / VALIDATION_FOLDER / TRUTH_FILE
     base = measure_base(place, start, probe, rows, config)
