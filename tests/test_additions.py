@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 from ensemblelora import additions, artifacts, training
-from ensemblelora.additions import Change, Option, add_task, drop_task, update_task
+from ensemblelora.additions import Change, Option, Outcome, add_task, drop_task, update_task
 from ensemblelora.additions.carry import Carrier, draw_replay, lengthen_training
 from ensemblelora.additions.costs import compare_costs, scale_rerun
 from ensemblelora.additions.options import choose_option, find_option, list_options, place_task
-from ensemblelora.additions.outcome import recall_change
+from ensemblelora.additions.outcome import advise, recall_change
 from ensemblelora.additions.request import ask
 from ensemblelora.additions.source import change_cards, read_source, settle_config, write_cards
 from ensemblelora.api import load_run
@@ -37,8 +37,10 @@ from ensemblelora.errors import DataError, OutputError, UsageError
 from ensemblelora.estimation import Oracle, TrainingBudget, compute_clustered_se
 from ensemblelora.evaluation.rows import TaskRows
 from ensemblelora.passes import run_lower, with_cache
+from ensemblelora.planning import Candidate
 from ensemblelora.stages import kept
 from measured import render_measured
+from tests.report_runs import make_plan
 from tests.test_planning import make_features
 from tests.test_prefix import make_top
 from tests.tiny import make_adapted, make_split
@@ -120,11 +122,11 @@ def test_the_rule_prefers_a_group_to_an_adapter_of_its_own_within_an_error() -> 
     weak = [replace(one, gain_se=2.0) for one in (some, alone)]
     assert choose_option([*weak, nowhere], lambda a, b: (0.1, 0.3))[0] == 2
     assert choose_option([some, alone, nowhere], lambda a, b: (0.1, 0.3))[1] == (
-        "An adapter of its own is predicted to save more than group-0 by 0.1000 +- 0.3000 nats, which is no more than "
+        "An adapter of its own is predicted to save more than group-0 by 0.1000 ± 0.3000 nats, which is no more than "
         "a standard error: it joins that group."
     )
     assert choose_option([some, alone, nowhere], lambda a, b: (0.1, 0.05))[1] == (
-        "An adapter of its own is predicted to save more than group-0 by 0.1000 +- 0.0500 nats."
+        "An adapter of its own is predicted to save more than group-0 by 0.1000 ± 0.0500 nats."
     )
     unknown = [replace(one, gain_se=None) for one in (some, alone)]
     assert choose_option([*unknown, nowhere], lambda a, b: (0.1, None))[0] == 2, "without errors nothing is gained"
@@ -148,6 +150,27 @@ def test_the_reason_is_true_of_the_place_that_is_chosen() -> None:
     assert place == "group-1" and reason.endswith("of the places that the run's budgets and constraints allow.")
     place, reason = choose(shaky, replace(clear, gain=0.1, gain_se=0.2))
     assert place == "nowhere" and reason.startswith("No place is predicted to save more")
+
+
+def test_a_new_run_is_advised_where_other_groups_are_clearly_better() -> None:
+    own = make_candidate(((0, 1, 2), (3,)), gain=0.10, gain_se=0.02)
+    plan = make_plan(("a", "b", "c", "d"))
+    plan = replace(plan, groups=own.groups, n_groups_auto=3)
+
+    def told(**better: Any) -> str:
+        rival = make_candidate(((0,), (1, 2), (3,)), **{"gain": 0.25, "gain_se": 0.05, **better})
+        return advise(replace(plan, curve=(own, rival)))
+
+    assert told() == (
+        "3 groups chosen anew of all tasks are predicted to be better than these by 0.1500 ± 0.0700 nats: it is time "
+        "for a new run, from the beginning"
+    )
+    assert told(gain=0.23) == told(gain_se=None) == told(allowed=False) == ""
+    assert advise(replace(plan, curve=(own,))) == advise(replace(plan, curve=())) == ""
+
+
+def make_candidate(groups: Any, **values: Any) -> Candidate:
+    return replace(Candidate(len(groups), groups, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 1.0, True), **values)
 
 
 def test_a_rerun_grows_with_its_tokens_and_shares_are_of_what_learns() -> None:
@@ -362,6 +385,13 @@ def test_a_task_joins_a_group_and_the_rest_is_taken_over(added: tuple[Path, Chan
         assert taken.read_bytes() == block.read_bytes(), "the others' are taken over"
     assert change.costs.learning_share < 1 and set(change.accuracy) == {*TASKS, LATE}
     assert all(0 <= share <= 1 for share in change.accuracy.values())
+    assert {name: one.accuracy for name, one in change.tests.items()} == change.accuracy
+    known = json.loads((run / "results.json").read_text())["methods"]["ensemble"]["per_task"]
+    assert change.tests[LATE].accuracy_before is change.tests[LATE].nll_before is None and change.tests[LATE].nll > 0
+    for name in TASKS:
+        assert change.tests[name].accuracy_before == known[name]["accuracy"]
+        assert change.tests[name].nll_before == known[name]["nll"]
+    assert change.n_changes == 1 and read_source(run).n_changes == 0 and read_source(change.folder).n_changes == 1
     record = json.loads((change.folder / "change.json").read_text())
     assert record["task"] == LATE and record["rerun_flops"] == change.costs.rerun_flops
     training_record = json.loads((change.folder / "adapters" / change.trained[0] / "training.json").read_text())
@@ -651,7 +681,9 @@ def test_the_command_says_where_why_and_what_it_cost(
     costs = compare_costs({"features": 10, "train": 100}, {"features": 100, "train": 900})
     folder = tmp_path if place == "nowhere" else tmp_path / "there"
     change = Change(
-        "add", "new", folder, tmp_path, options, place, reason, (("a",),), trained, "onward", costs, False, {}
+        "add", "new", folder, tmp_path, options, place, reason, (("a", "new"), ("b", "c")), trained, "onward", costs,
+        False, {}, {"new": Outcome(0.75, 0.5), "a": Outcome(0.5, 0.875, 0.25, 1.0), "b": Outcome(None, 2.0, None, 1.0)},
+        3, "time for a new run",
     )  # fmt: skip
 
     def add(run: Path, entry: str, **given: Any) -> Change:
@@ -668,6 +700,11 @@ def test_the_command_says_where_why_and_what_it_cost(
     took = "11.0% of what a run" if place == "nowhere" else "11% of a run"
     assert f"{took} from the beginning" in shown and told in shown
     assert reason in " ".join(shown.split()) and ("cost" in shown) == (place != "nowhere")
+    if place != "nowhere":
+        assert "mean of the other 2 tasks 0.250 0.500 1.000 1.438" in " ".join(shown.split())
+        assert "new \u2013 0.750 \u2013 0.500" in " ".join(shown.split())
+        assert "groups now A (group-0) a, new B (group-1) b, c" in " ".join(shown.split())
+        assert f"time for a new run (3 changes since the last one; all cards are in {folder}" in shown
     last = "nothing was trained" if place == "nowhere" else str(folder)
     assert all(option.place in shown for option in options) and shown.splitlines()[-1].startswith(last)
     assert asked["place"] == "alone" and asked["replay"] == 2 and asked["out"] == Path("there")

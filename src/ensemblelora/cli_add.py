@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from ensemblelora.console import say, show_json, show_rows, talking
 from ensemblelora.options import AsJson, Device, RunPath, Talk, spread
 
 if TYPE_CHECKING:
-    from ensemblelora.additions import Change, Option
+    from ensemblelora.additions import Change, Option, Outcome
 
 __all__ = ["add_change_commands"]
 
@@ -157,9 +158,45 @@ def _show(change: Change) -> None:
         )
     if change.folder == change.source:
         return
+    if change.place != "nowhere":
+        _show_outcome(change)
     if change.is_forecast:
         typer.echo("no run yet; what was computed is kept for the same command without --dry-run:")
     typer.echo(str(change.folder))
+
+
+def _show_outcome(change: Change) -> None:
+    """Show what the tests gave, the groups, and whether they are still good ones."""
+    from ensemblelora.report.wording import count, group_letter
+
+    others = [tested for name, tested in change.tests.items() if name != change.task]
+    rows = {change.task: asdict(change.tests[change.task])} if change.task in change.tests else {}
+    if others:
+        rows[f"mean of {'' if change.action == 'drop' else 'the other '}{count(len(others), 'task')}"] = _average(
+            others
+        )
+    if rows:
+        named = {"accuracy_before": "accuracy_before", "accuracy": "accuracy_now", "nll_before": "loss_before"}
+        named |= {"nll": "loss_now"}
+        shown = {name: {label: row[key] for key, label in named.items()} for name, row in rows.items()}
+        show_rows(shown, title="test rows, answered by the ensemble")
+    groups = {f"{group_letter(g)} (group-{g})": ", ".join(names) for g, names in enumerate(change.groups)}
+    show_rows(groups, title="groups as they would be" if change.is_forecast else "groups now")
+    if change.advice:
+        times = count(change.n_changes, "change")
+        typer.echo(f"{change.advice} ({times} since the last one; all cards are in {change.folder / 'cards'})")
+
+
+def _average(tests: Sequence[Outcome]) -> dict[str, float | None]:
+    """Means over the tasks that have a number; before and now over the same tasks."""
+    means: dict[str, float | None] = {}
+    for name in ("accuracy", "nll"):
+        pairs = [(getattr(one, name), getattr(one, f"{name}_before")) for one in tests]
+        whole = [pair for pair in pairs if None not in pair]
+        now = [pair[0] for pair in whole or pairs if pair[0] is not None]
+        means[name] = sum(now) / len(now) if now else None
+        means[f"{name}_before"] = sum(pair[1] for pair in whole) / len(whole) if whole else None
+    return means
 
 
 def _say_known(change: Change) -> str:
@@ -199,7 +236,7 @@ def _describe_task(option: Option) -> dict[str, Any]:
 def _describe_place(option: Option) -> dict[str, Any]:
     from ensemblelora.report.wording import format_number
 
-    error = "" if option.behind_se is None else f" +- {format_number(option.behind_se)}"
+    error = "" if option.behind_se is None else f" ± {format_number(option.behind_se)}"
     ruled_out = "" if option.is_allowed else "ruled out by the run's budgets or constraints"
     return {
         "saved": option.gain,

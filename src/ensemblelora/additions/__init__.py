@@ -12,6 +12,6 @@ from __future__ import annotations
 
 from ensemblelora.additions.change import add_task, drop_task, update_task
 from ensemblelora.additions.options import Option
-from ensemblelora.additions.outcome import Change
+from ensemblelora.additions.outcome import Change, Outcome
 
-__all__ = ["Change", "Option", "add_task", "drop_task", "update_task"]
+__all__ = ["Change", "Option", "Outcome", "add_task", "drop_task", "update_task"]

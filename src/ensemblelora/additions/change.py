@@ -19,7 +19,7 @@ from ensemblelora.additions.carry import Carrier, Training, carry_features, leng
 from ensemblelora.additions.costs import Costs, compare_costs, scale_rerun
 from ensemblelora.additions.forecast import forecast_flops
 from ensemblelora.additions.options import ALONE, NOWHERE, Option, list_options, place_task
-from ensemblelora.additions.outcome import Change, recall_change, write_change
+from ensemblelora.additions.outcome import Change, advise, compare_tests, recall_change, write_change
 from ensemblelora.additions.request import REPLAY, Request, ask, identify
 from ensemblelora.additions.source import (
     Source,
@@ -241,7 +241,11 @@ def _train(request: Request, source: Source, ready: _Prepared, placed: _Placed) 
         trained = tuple(members[g] for g in carrier.list_trained())
         per_task = table["methods"]["ensemble"]["per_task"]
         accuracy = {name: per_task[name].get("accuracy") for name in rows.names}
-        change = _describe(request, source, placed, rows.names, trained, costs, accuracy)
+        change = replace(
+            _describe(request, source, placed, rows.names, trained, costs, accuracy),
+            tests=compare_tests(table, source),
+            advice=advise(plan),
+        )
         write_change(work.path, request, source, change)
     return change
 
@@ -339,4 +343,5 @@ def _describe(
         costs=costs,
         is_forecast=is_forecast,
         accuracy=accuracy,
+        n_changes=source.n_changes + 1,
     )

@@ -160,7 +160,7 @@ def choose_option(
         why = "no group saves more than a standard error over leaving it out" if has_groups else "no group is allowed"
         return best, f"An adapter of its own is predicted to save most{of_which}: {why}."
     more, se = compare(best, rival)
-    told = f"{options[rival].place} by {more:.4f}" + ("" if se is None else f" +- {se:.4f}") + " nats"
+    told = f"{options[rival].place} by {more:.4f}" + ("" if se is None else f" ± {se:.4f}") + " nats"
     if is_above_error(more, se):
         return best, f"An adapter of its own is predicted to save more than {told}."
     told += ", which is no more than a standard error: it joins that group"

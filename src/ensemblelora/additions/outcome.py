@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,27 @@ from ensemblelora.additions.request import Action, Request, identify
 from ensemblelora.additions.source import Source
 from ensemblelora.data.task import TaskCard
 from ensemblelora.earlier import hash_files
+from ensemblelora.planning import Plan
+from ensemblelora.planning.describe import ERRORS_TO_PART, is_above_error
 
-__all__ = ["Change", "recall_change", "write_change"]
+__all__ = ["Change", "Outcome", "advise", "compare_tests", "recall_change", "write_change"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A task's test rows under the ensemble, as it is now and as it was in the earlier run.
+
+    Attributes:
+        accuracy: Now; none where it has none.
+        nll: Mean loss now, in nats.
+        accuracy_before: In the earlier run; none where the task was not there.
+        nll_before: Its loss there.
+    """
+
+    accuracy: float | None
+    nll: float | None
+    accuracy_before: float | None = None
+    nll_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,9 @@ class Change:
         costs: What was spent, or about what will be, beside a run from the beginning.
         is_forecast: Whether this was only to be said, and nothing was trained.
         accuracy: Test accuracy of each task under the ensemble, where it was evaluated and has one.
+        tests: The same beside the earlier run's, with losses.
+        n_changes: How many there have been since the run that was made from the beginning, this one included.
+        advice: What the plan of all tasks says against the groups that have grown; empty where it says nothing.
         is_known: Whether the very same change had been made before, so that there was nothing to do.
     """
 
@@ -53,7 +75,45 @@ class Change:
     costs: Costs
     is_forecast: bool
     accuracy: Mapping[str, float | None]
+    tests: Mapping[str, Outcome] = field(default_factory=dict)
+    n_changes: int = 1
+    advice: str = ""
     is_known: bool = False
+
+
+def compare_tests(table: Mapping[str, Any], source: Source) -> dict[str, Outcome]:
+    """Set every task's test beside the earlier run's, where that was evaluated.
+
+    Args:
+        table: The changed run's results.
+        source: The earlier run.
+    """
+    path = source.path / artifacts.RESULTS_FILE
+    before = artifacts.read_json(path)["methods"]["ensemble"]["per_task"] if path.exists() else {}
+    found = {}
+    for name, now in table["methods"]["ensemble"]["per_task"].items():
+        old = before.get(name, {})
+        found[name] = Outcome(now.get("accuracy"), now.get("nll"), old.get("accuracy"), old.get("nll"))
+    return found
+
+
+def advise(plan: Plan) -> str:
+    """Advise a new run where other groups of all tasks are predicted to be better by more than two standard errors.
+
+    The error of a difference on the same rows is at most the sum of both errors, which is taken for it.
+    """
+    own = next((one for one in plan.curve if one.groups == plan.groups), None)
+    for rival in plan.curve:
+        if own is None or rival.n_groups != plan.n_groups_auto or rival.groups == plan.groups or not rival.allowed:
+            continue
+        gain, errors = rival.gain - own.gain, (rival.gain_se, own.gain_se)
+        error = None if None in errors else sum(filter(None, errors))
+        if is_above_error(gain, error, n_errors=ERRORS_TO_PART):
+            return (
+                f"{rival.n_groups} groups chosen anew of all tasks are predicted to be better than these by {gain:.4f} "
+                f"± {error:.4f} nats: it is time for a new run, from the beginning"
+            )
+    return ""
 
 
 def write_change(folder: Path, request: Request, source: Source, change: Change) -> None:
@@ -106,5 +166,8 @@ def _read_change(values: Mapping[str, Any], request: Request, source: Source) ->
         costs=Costs(**values["costs"]),
         is_forecast=False,
         accuracy=values["accuracy"],
+        tests={name: Outcome(**entry) for name, entry in values.get("tests", {}).items()},
+        n_changes=values.get("n_changes", 1),
+        advice=values.get("advice", ""),
         is_known=True,
     )

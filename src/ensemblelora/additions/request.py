@@ -94,7 +94,7 @@ def _check_record(request: Request, source: Source) -> None:
         return
     known, asked = artifacts.read_json(path), identify(request, source)
     if request.is_dry and not known.get("is_forecast", True):
-        raise OutputError(f"{request.out}: made already, see its {artifacts.CHANGE_FILE}; choose another folder with --out")
+        raise OutputError(f"{request.out}: made already, see its {path.name}; choose another folder with --out")
     if request.place not in (None, known.get("place", request.place)) and not known["is_forecast"]:
         raise OutputError(
             f"{request.out}: holds {request.task} in {known['place']}, not in {request.place}; choose another folder "

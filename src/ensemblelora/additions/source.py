@@ -40,6 +40,8 @@ class Source:
     """checksum of every member's weights"""
     rerun_flops: Mapping[str, int]
     """by stage: what a run of these tasks from the beginning takes"""
+    n_changes: int = 0
+    """since the run that was made from the beginning"""
 
     @property
     def path(self) -> Path:
@@ -88,7 +90,7 @@ def read_source(run: Path | str, *, device: str | None = None) -> Source:
         config = config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
     ensemble = load_ensemble(path / artifacts.ENSEMBLE_FILE)
     cards = _read_cards(path)
-    return Source(folder, config, cards, ensemble, _check_adapters(folder, ensemble), _read_rerun(path))
+    return Source(folder, config, cards, ensemble, _check_adapters(folder, ensemble), *_read_before(path))
 
 
 def change_cards(source: Source, action: str, *, task: str = "", entry: str = "") -> tuple[tuple[TaskCard, ...], str]:
@@ -224,10 +226,15 @@ def _check_adapters(folder: artifacts.RunFolder, ensemble: Ensemble) -> dict[str
     return found
 
 
-def _read_rerun(path: Path) -> dict[str, int]:
-    """What its tasks cost from the beginning: by its own ledger, or where it goes on from another, by its record."""
+def _read_before(path: Path) -> tuple[dict[str, int], int]:
+    """What its tasks cost from the beginning, and how many changes led here.
+
+    The first by its own ledger, or, where it goes on from another run, by its record.
+    """
     record = path / artifacts.CHANGE_FILE
     if record.exists():
-        return {stage: int(flops) for stage, flops in artifacts.read_json(record)["rerun_flops"].items()}
+        values = artifacts.read_json(record)
+        rerun = {stage: int(flops) for stage, flops in values["rerun_flops"].items()}
+        return rerun, int(values.get("n_changes", 1))
     ledger = Ledger.from_dict(artifacts.read_json(path / artifacts.COSTS_FILE))
-    return {stage.stage: stage.flops for stage in ledger.stages}
+    return {stage.stage: stage.flops for stage in ledger.stages}, 0
