@@ -94,7 +94,7 @@ def test_unknown_tasks_and_columns_are_named():
         loaded().predict("nothing", ["text"])
     with pytest.raises(UsageError, match="task 'nothing': not in this run"):
         loaded().ask(["nothing"])
-    with pytest.raises(DataError, match="row 0: doc_to_text: unknown column 'text'"):
+    with pytest.raises(DataError, match="row 1 of 1: doc_to_text: unknown column 'text'"):
         loaded().predict(CHOICES[0], [{"words": "fire"}])
 
 

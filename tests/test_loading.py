@@ -551,7 +551,7 @@ def test_rows_to_predict_need_no_target() -> None:
     ]
     free = parse_card({k: v for k, v in CARD.items() if k != "doc_to_choice"} | {"output_type": "generate_until"})
     assert render_inputs(free, [{"text": "a"}])[0].choices == ()
-    with pytest.raises(DataError, match=r"task 'toy': row 1: doc_to_text: unknown column 'text' \(columns: txt\)"):
+    with pytest.raises(DataError, match=r"task 'toy': row 2 of 2: doc_to_text: unknown column 'text' \(columns: txt\)"):
         render_inputs(card, [{"text": "a"}, {"txt": "a"}])
 
 

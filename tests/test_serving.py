@@ -69,7 +69,7 @@ class FakeRun:
     def predict_all(self, questions: Sequence[Question]) -> list[list[Prediction]]:
         self.batches.append([len(question.rows) for question in questions])
         assert self.goes_on.wait(20)
-        faults = {"bad": DataError("row 0: bad\nrow"), "broken": StoreError("file x: damaged"), "bug": KeyError("x")}
+        faults = {"bad": DataError("row 1: bad\nrow"), "broken": StoreError("file x: damaged"), "bug": KeyError("x")}
         for row in (row for question in questions for row in question.rows if isinstance(row, str)):
             if row in faults:
                 raise faults[row]
@@ -263,12 +263,15 @@ def test_rows_are_answered_in_order_with_everything_that_is_known():
 @pytest.mark.parametrize(
     ("request_", "status", "told"),
     [
-        ({"json": {"task": "toy", "rows": ["bad"]}}, 422, ("row 0: bad row",)),
+        ({"json": {"task": "toy", "rows": ["bad"]}}, 422, ("row 1: bad row",)),
         ({"json": {"task": "toy", "rows": []}}, 422, ("rows: ", *NOTHING)),
         ({"json": {"task": "toy", "rows": "a"}}, 422, ("rows: ", *NOTHING)),
         ({"json": {"task": 3, "rows": ["a"]}}, 422, ("task: ", *NOTHING)),
-        ({"json": {"task": "toy", "rows": [1]}}, 422, ("rows.0.", *NOTHING)),
-        ({"content": b"{", "headers": {"content-type": "application/json"}}, 422, NOTHING),
+        ({"json": {"task": "toy", "rows": [1]}}, 422, ("row 1: Input should be a valid string", *NOTHING)),
+        ({"json": {"task": "toy", "rows": ["a"], "rowz": 1}}, 422, ("unknown key 'rowz'; ", *NOTHING)),
+        ({"json": {"tsk": "toy", "row": ["a"]}}, 422, ("unknown keys 'tsk', 'row'; ", *NOTHING)),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 422, ("the body is no JSON (", *NOTHING)),
+        ({"content": b'{"rows": "\xff"}', "headers": {"content-type": "application/json"}}, 400, ("body",)),
         ({"content": b'{"rows": ["a"]}'}, 415, ("does not say what it is", "send Content-Type: application/json")),
         ({"data": {"rows": "a"}}, 415, ("came as application/x-www-form-urlencoded", "Content-Type: application/json")),
         ({"content": b'{"rows": ["\\ud800"]}', "headers": {"content-type": "application/json"}}, 422, ("surrogate",)),
@@ -295,6 +298,7 @@ def test_routes_that_are_none_and_names_that_are_not_this_machines_are_refused()
         for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
             found = client.get("/health", headers={"host": host})
             assert found.status_code == 403 and "names of this machine only" in found.json()["error"]
+        assert 'ensemblelora_refusals_total{reason="host"} 4.0' in client.get("/metrics").text.splitlines()
         for host in ("localhost:8000", "[::1]:8000", "127.0.0.1"):
             assert client.get("/health", headers={"host": host}).status_code == 200
 
@@ -379,7 +383,7 @@ def test_health_tasks_metrics_and_description():
     assert {family.type for family in text_string_to_metric_families(counted)} == {"counter", "gauge", "histogram"}
     assert set(described["paths"]) == {"/predict", "/tasks", "/health", "/metrics"}
     faults = described["paths"]["/predict"]["post"]["responses"]
-    assert {"200", "408", "413", "415", "422", "500", "503", "504"} == set(faults)
+    assert {"200", "400", "403", "408", "413", "415", "422", "500", "503", "504"} == set(faults)
     assert faults["503"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Fault"}
     assert {"label", "probabilities", "members", "routing"} <= set(
         described["components"]["schemas"]["Prediction"]["properties"]

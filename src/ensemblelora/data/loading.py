@@ -137,7 +137,7 @@ def render_inputs(card: TaskCard, rows: Sequence[Row]) -> list[Example]:
             for k, inner in enumerate(explode_row(row, card.explode)):
                 examples.append(renderer.example(inner, f"row:{i}" if card.explode is None else f"row:{i}.{k}"))
         except DataError as error:
-            raise DataError(f"task {card.task!r}: row {i}: {error}") from None
+            raise DataError(f"task {card.task!r}: row {i + 1} of {len(rows)}: {error}") from None
     if card.output_type == "multiple_choice":
         return examples
     return [Example(e.id, e.context, (), 0, e.group) for e in examples]

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +36,8 @@ _FORM = 'expected JSON, {"task": NAME or null, "rows": [TEXT or {COLUMN: VALUE},
 
 class Asked(BaseModel):
     """Rows to answer."""
+
+    model_config = ConfigDict(extra="forbid")
 
     task: str | None = Field(None, description="A task's name; null or left out: each row is routed.")
     rows: list[str | dict[str, Any]] = Field(
@@ -85,6 +87,8 @@ class Fault(BaseModel):
 
 
 _FAULTS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Fault, "description": "The body can't be read as text."},
+    403: {"model": Fault, "description": "Asked by a name that is not this machine's."},
     408: {"model": Fault, "description": "The request took too long to arrive."},
     413: {"model": Fault, "description": "Too many rows or bytes."},
     415: {"model": Fault, "description": "The request does not say that it is JSON."},
@@ -202,9 +206,7 @@ def _add_faults(app: FastAPI, metrics: Metrics) -> None:
         if not _is_json(kind := request.headers.get("content-type", "")):
             came = f"came as {kind.partition(';')[0].strip()}" if kind else "does not say what it is"
             return say("invalid", 415, f"the request {came}, expected JSON; send Content-Type: application/json")
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return say("invalid", 422, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}; {_FORM}")
+        return say("invalid", 422, f"{_describe_form(error.errors())}; {_FORM}")
 
     @app.exception_handler(UsageError)
     async def refuse_request(_: Request, error: UsageError) -> JSONResponse:
@@ -222,6 +224,20 @@ def _add_faults(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(Exception)
     async def fail_unexpected(_: Request, error: Exception) -> JSONResponse:
         return say("failure", 500, f"unexpected {type(error).__name__}; the server's own log has more")
+
+
+def _describe_form(faults: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with a request's form: keys that it knows nothing of, which may be others misspelt, or the first."""
+    unknown = [repr(fault["loc"][-1]) for fault in faults if fault["type"] == "extra_forbidden"]
+    if unknown:
+        return f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        return f"the body is no JSON ({first['ctx']['error']}, at character {first['loc'][-1]})"
+    where = [str(part) for part in first["loc"][1:]]
+    if where[:1] == ["rows"] and len(where) > 1:
+        where = [f"row {int(where[1]) + 1}"]
+    return f"{'.'.join(where) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _is_json(content_type: str) -> bool:
@@ -246,7 +262,10 @@ class _Gate:
             status = message.get("status", status)
             await send(message)
 
-        app = self._app if self._is_known(scope) else _refuse_host
+        app: ASGIApp = self._app
+        if not self._is_known(scope):
+            self._metrics.refusals.labels(reason="host").inc()
+            app = _refuse_host
         try:
             await app(scope, _limit_body(receive, self._limits), watched)
         finally:
