@@ -19,7 +19,7 @@ from ensemblelora.report.document import Cell, Column, Document, Row, Section, T
 from ensemblelora.report.heatmaps import remove_levels
 from ensemblelora.report.helping import measure_gains
 from ensemblelora.report.hierarchy import build_tree, draw_tree
-from ensemblelora.report.pareto import FLOPS, Point, draw_front
+from ensemblelora.report.pareto import FLOPS, PASSES, Point, draw_front
 from ensemblelora.report.pareto_section import measure_mean
 from ensemblelora.report.plotting import short_label, short_labels
 from ensemblelora.report.reading import load_record
@@ -150,7 +150,22 @@ class TestPareto:
     def test_names_stand_beside_the_intervals_towards_the_middle(self):
         points = [Point(str(cost), str(cost), cost, 0.5, above=0.1) for cost in (1e9, 2e9, 1e12)]
         _, *marks = draw_front(FLOPS, points, "error", names_all=True).spec["data"]
-        assert [mark["textposition"] for mark in marks] == ["top right", "top right", "top left"]
+        assert [mark["textposition"].split()[1] for mark in marks] == ["right", "right", "left"]
+
+    def test_no_name_lies_on_another_or_on_a_mark(self):
+        ways = {
+            "one": (1.0, 0.5),
+            "two by two": (9.0, 0.4),
+            "three": (9.2, 0.401),
+            "four": (9.1, 0.39),
+            "five": (5, 0.4),
+        }
+        points = [Point(name, name, cost, error) for name, (cost, error) in ways.items()]
+        _, *marks = draw_front(PASSES, points, "error", names_all=True).spec["data"]
+        spots = {mark["text"][0]: mark["textposition"] for mark in marks}
+        near = [spots[name] for name in ("two by two", "three", "four")]
+        assert len(set(near)) == 3, "three marks side by side have their names at three places"
+        assert all(spot.endswith("right") for spot in (spots["one"],)), "towards the middle where there is room"
 
     def test_every_mark_has_room_for_its_name(self):
         points = [Point(str(cost), str(cost), cost, 0.5) for cost in (1e9, 1e12)]

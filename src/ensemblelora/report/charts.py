@@ -102,7 +102,13 @@ def draw_scores(scores: Mapping[str, MethodScores], tasks: Sequence[str], labels
         f"{labels[method]} {format_percent(scores[method].mean('accuracy', tasks))}" for method in methods
     )
     alt = f"Test accuracy with intervals of {len(tasks)} tasks under {len(methods)} methods; means: {means}."
-    return Figure("accuracy", "Accuracy by task", alt, complete(traces, layout), height=110 + 38 * len(tasks))
+    return Figure(
+        "accuracy",
+        "Accuracy by task",
+        alt,
+        complete(traces, layout),
+        height=110 + max(38, 12 * len(methods)) * len(tasks),
+    )
 
 
 def _curve_trace(points: Sequence[CurvePoint], name: str, *, is_open: bool) -> dict[str, Any]:

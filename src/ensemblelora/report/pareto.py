@@ -7,7 +7,7 @@ a scale of powers of ten; whoever draws leaves it out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,11 @@ from ensemblelora.report.wording import (
 
 __all__ = ["BYTES", "FLOPS", "MEMORY", "PASSES", "CostAxis", "ErrorKind", "Point", "draw_front", "find_front"]
 
+_Box = tuple[float, float, float, float]
+"""left, lower, right and upper end, in parts of a picture"""
 ErrorKind = Literal["error", "loss"]
+_LETTER, _LINE, _MARK = 0.018, 0.07, 0.015
+"""of a name beside a mark, and half a mark, in parts of a picture's width and height"""
 _FEW_DECADES, _MANY_DECADES = 0.6, 3.0
 
 
@@ -113,10 +117,10 @@ def draw_front(axis: CostAxis, points: Sequence[Point], kind: ErrorKind, *, name
     write = format_percent if kind == "error" else format_number
     scale = _scale([point.cost for point in points], is_log=axis.is_log)
     places = [math.log10(point.cost) if axis.is_log else point.cost for point in points]
-    sides = ["right" if place <= sum(scale["range"]) / 2 else "left" for place in places]
+    spots = _place_names(points, [(place - scale["range"][0]) / _width(scale) for place in places], named)
     traces = [
         _front_trace(front),
-        *(_point_trace(axis, p, side if p.name in named else "", kind) for p, side in zip(points, sides, strict=True)),
+        *(_point_trace(axis, point, spots.get(point.name, ""), kind) for point in points),
     ]
     layout = {
         "xaxis": {
@@ -148,6 +152,54 @@ def _scale(costs: Sequence[float], *, is_log: bool) -> dict[str, Any]:
     return {"range": span, "dtick": "D2" if decades < _MANY_DECADES else 1}  # D2: 1, 2, 5, 10, ...
 
 
+def _width(scale: Mapping[str, Any]) -> float:
+    low, high = scale["range"]
+    return float(high - low)
+
+
+def _place_names(points: Sequence[Point], across: Sequence[float], named: Collection[str]) -> dict[str, str]:
+    """Find where beside its mark each name is read best: towards the middle, and not over a name that has its place.
+
+    Args:
+        points: All of them.
+        across: How far each is from the picture's left, of its width.
+        named: Which have names.
+
+    Returns:
+        By name, as plotly says it: ``top right``.
+    """
+    low, high = min(point.error - point.below for point in points), max(point.error + point.above for point in points)
+    height = [(point.error - low) / ((high - low) or 1.0) for point in points]
+    marks = [(x - _MARK, y - _MARK, x + _MARK, y + _MARK) for x, y in zip(across, height, strict=True)]
+    taken: list[_Box] = []
+    spots = {}
+    for i in sorted(range(len(points)), key=lambda i: points[i].error):
+        point, x, y = points[i], across[i], height[i]
+        if point.name not in named:
+            continue
+        width, others = _LETTER * len(short_label(point.name)), marks[:i] + marks[i + 1 :]
+        sides = ("right", "left") if x <= 0.5 else ("left", "right")
+        boxes = {}
+        for side in sides:
+            for level, shift in (("top", _LINE), ("bottom", -_LINE), ("middle", 0.0)):
+                left = x if side == "right" else x - width
+                boxes[f"{level} {side}"] = (left, y + shift - _LINE / 2, left + width, y + shift + _LINE / 2)
+        faults = {spot: _count_faults(box, taken, others) for spot, box in boxes.items()}
+        spots[point.name] = spot = min(faults, key=lambda spot: faults[spot])  # of equals the first
+        taken.append(boxes[spot])
+    return spots
+
+
+def _count_faults(box: _Box, names: Sequence[_Box], marks: Sequence[_Box]) -> tuple[int, int]:
+    """Names that one lies on; and marks, or an edge of the picture."""
+    is_out = box[0] < 0 or box[2] > 1
+    return sum(_overlap(box, other) for other in names), sum(_overlap(box, other) for other in marks) + is_out
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
 def _front_trace(front: Sequence[Point]) -> dict[str, Any]:
     return {
         "type": "scatter",
@@ -159,17 +211,17 @@ def _front_trace(front: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def _point_trace(axis: CostAxis, point: Point, side: str, kind: ErrorKind) -> dict[str, Any]:
-    """A mark, its interval, and on one side of that its name, towards the middle of the picture; no side: no name."""
-    colour = "var(--accent)" if point.is_ours else "var(--method-other)" if side else "var(--method-base)"
+def _point_trace(axis: CostAxis, point: Point, spot: str, kind: ErrorKind) -> dict[str, Any]:
+    """A mark, its interval, and beside it its name where it has a spot."""
+    colour = "var(--accent)" if point.is_ours else "var(--method-other)" if spot else "var(--method-base)"
     form = "%{y:.1%}" if kind == "error" else "%{y:.3f}"
     return {
         "type": "scatter",
-        "mode": "markers+text" if side else "markers",
+        "mode": "markers+text" if spot else "markers",
         "x": [point.cost],
         "y": [round(point.error, 5)],
-        "text": [short_label(point.name) if side else ""],
-        "textposition": f"top {side or 'right'}",
+        "text": [short_label(point.name) if spot else ""],
+        "textposition": spot or "top right",
         "textfont": {"size": 11, "color": colour},
         "error_y": {
             "type": "data",
