@@ -352,6 +352,13 @@ def test_wrong_requests_are_refused_before_anything_is_made(tmp_path: Path, caps
     assert not list(run.parent.glob("run-*"))
 
 
+def test_help_says_what_a_dropped_task_leaves_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drop", "--help"]) == 0
+    shown = " ".join(re.sub(r"[^\w,.:;]+", " ", capsys.readouterr().out).split())
+    assert "the tasks it was grouped with are trained again without it, others stay." in shown
+    assert "Say what would be trained" in shown and "no adapter is trained" in shown
+
+
 @cache
 def _added(folder: Path) -> tuple[Path, Change]:
     recipe = copy_run(folder / "a")

@@ -25,7 +25,7 @@ Out = Annotated[
 ]
 OnlySay = Annotated[
     bool,
-    typer.Option("--dry-run", metavar="", help="Say where it belongs and what that costs, and train nothing."),
+    typer.Option("--dry-run", metavar="", help="Say what would be trained and what that costs, and train nothing."),
 ]
 Replay = Annotated[
     float,
@@ -95,7 +95,8 @@ def drop(
         typer.Option(
             "--training",
             metavar="whole|keep",
-            help="Train its group again without its rows, or keep the adapter and fit weights only.",
+            help="whole (usual): its group's adapter is trained again, from its start, on the rows of the tasks that "
+            "are left there. keep: no adapter is trained, and the old one still knows the rows.",
             show_default=False,
         ),
     ] = None,
@@ -103,7 +104,7 @@ def drop(
     as_json: AsJson = False,
     talk: Talk,
 ) -> None:
-    """Take a dataset out of a finished run; its group is trained again without its rows."""
+    """Take a dataset out of a finished run; the tasks it was grouped with are trained again without it, others stay."""
     with talking(**asdict(talk)):
         from ensemblelora.additions import drop_task
 

@@ -227,7 +227,7 @@ def _add_faults(app: FastAPI, metrics: Metrics) -> None:
 
 
 def _describe_form(faults: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with a request's form: keys that it knows nothing of, which may be others misspelt, or the first."""
+    """What is wrong with a request: keys that it knows nothing of, which may be others misspelt, or its first fault."""
     unknown = [repr(fault["loc"][-1]) for fault in faults if fault["type"] == "extra_forbidden"]
     if unknown:
         return f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
