@@ -44,6 +44,7 @@ from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.errors import TrainingError
 from ensemblelora.passes import choose_max_tokens
 from ensemblelora.prediction import MemberScores, arrange_scores, predict_members
+from ensemblelora.report.wording import join_names
 from ensemblelora.seeding import seed_for
 from ensemblelora.stages import Rows
 
@@ -317,12 +318,12 @@ class Pool:
         state = None if start is None else adapter_state(self.probe, start.name)
         judges = tasks if wish.judges is None else wish.judges
         train, validation = [self.split(i, "train") for i in tasks], [self.split(i, "validation") for i in judges]
-        checkpoints = self.folder / "checkpoints" / name
+        checkpoints, listed = self.folder / "checkpoints" / name, join_names([split.task for split in train])
         attempt = Attempt(checkpoints.with_name(f"{name}.begun.json"), name, Meter("train"))
         with attempt.measured():
             (trained,) = training.fine_tune_together(
                 self.probe,
-                [training.TrainingJob(name, train, validation, start=state, weights=wish.weights)],
+                [training.TrainingJob(name, train, validation, state, wish.weights, f"an adapter of {listed}")],
                 settings,
                 seed=seed_for(self.config.seed, "pool", str(wish.copy), *map(str, tasks)),
                 checkpoints=checkpoints,

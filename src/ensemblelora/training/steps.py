@@ -42,6 +42,8 @@ class TrainingJob:
     """the adapter's tensors to begin with; none: theta0's"""
     weights: Sequence[NDArray[np.float64]] | None = None
     """what each training example's loss is multiplied with, ``(n_examples,)`` a task; none: one"""
+    title: str = ""
+    """what messages call it; empty: its name"""
 
 
 @dataclass(frozen=True, eq=False)

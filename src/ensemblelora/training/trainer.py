@@ -334,7 +334,7 @@ def make_schedule(n_steps: int, config: TrainingConfig) -> Any:
 
 
 def _describe(jobs: Sequence[TrainingJob]) -> str:
-    return f"train {jobs[0].name}" if len(jobs) == 1 else f"train {len(jobs)} adapters"
+    return f"train {jobs[0].title or jobs[0].name}" if len(jobs) == 1 else f"train {len(jobs)} adapters"
 
 
 def _normalizes(config: TrainingConfig) -> bool:

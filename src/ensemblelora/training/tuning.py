@@ -158,9 +158,10 @@ def fine_tune_together(
     if not keeps_last:
         shutil.rmtree(checkpoints)
     found = tuple(summarize(job, plan.step_counts[job.name], trainer.history(job.name)) for job in jobs)
-    for one in found:
+    for job, one in zip(jobs, found, strict=True):
         if one.best_step == 0:
-            progress.note(f"{one.name}: training never lowered the validation loss; what it started from is kept")
+            title = job.title or one.name
+            progress.note(f"{title}: training never lowered the validation loss; what it started from is kept")
     return found
 
 
