@@ -399,11 +399,11 @@ def test_one_source_can_be_chosen_and_none_is_refused():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"tolerance": -1.0}, "tolerance -1.0: expected a number of nats"),
+        ({"tolerance": -1.0}, "--tolerance -1.0: expected a number of nats"),
         ({"tolerance": math.nan}, "tolerance nan"),
-        ({"max_sources": 0}, "max_sources 0: expected 1 or more"),
-        ({"beam_width": 0}, "beam_width 0"),
-        ({"n_permutations": 0}, "n_permutations 0"),
+        ({"max_sources": 0}, "--max-sources 0: expected 1 or more"),
+        ({"beam_width": 0}, "--beam-width 0"),
+        ({"n_permutations": 0}, "--permutations 0"),
     ],
 )
 def test_settings_no_search_can_follow_are_refused(changes, told):

@@ -12,6 +12,7 @@ from ensemblelora.artifacts import CONFIG_FILE, RUN_FILE
 from ensemblelora.config import RunConfig
 from ensemblelora.console import say, show_json, show_rows, show_table, talking
 from ensemblelora.options import AsJson, DryRun, Place, Request, Source, Talk, spread
+from ensemblelora.progress import note
 from ensemblelora.recipe import read_request
 
 __all__ = ["add_select_command"]
@@ -88,10 +89,10 @@ def select(
         typer.Option(
             "--strategy",
             metavar="A,B,...",
-            help="forward, backward, swap, beam, scores (random sets), loo (leave one out), shapley; all, or some of "
-            "them. The first one says how many sources the baselines by likeness take.",
+            help="backward (begin with all sources), forward (begin with none), swap, beam, scores (random sets), loo "
+            "(leave one out), shapley; all, or some of them. The first one is what the headline tells of.",
         ),
-    ] = "forward",
+    ] = "backward",
     wanted: Wanted,
     search: Search,
     place: Place,
@@ -104,12 +105,9 @@ def select(
     names = [name.strip() for name in strategy.split(",") if name.strip()]
     with talking(**asdict(talk)):
         options = _settle(config, wanted, search)
+        note(f"loading libraries, data and model {config.model.name} ...")  # nothing else is said for seconds
         if dry_run:
-            from ensemblelora.selection.forecast import forecast_selection
-            from ensemblelora.selection.request import check_request
-
-            forecast = forecast_selection(check_request(config, target, names, **options))
-            return show_json(forecast) if as_json else show_rows(forecast)
+            return _foretell(config, target, names, options, as_json=as_json)
         _carry_out(config, target, names, options | {"cluster": place.read()}, as_json=as_json)
 
 
@@ -133,6 +131,22 @@ def _settle(config: RunConfig, wanted: Wanted, search: Search) -> dict[str, Any]
         "wants_samples": wanted.samples,
         "wants_final": not wanted.search_only,
     }
+
+
+def _foretell(config: RunConfig, target: str, names: list[str], options: dict[str, Any], *, as_json: bool) -> None:
+    """Show what a selection would take."""
+    from ensemblelora.selection.forecast import describe_stages, forecast_selection
+    from ensemblelora.selection.request import check_request
+
+    request = check_request(config, target, names, **options)
+    forecast = forecast_selection(request)
+    if as_json:
+        return show_json(forecast)
+    show_rows(describe_stages(request, forecast))
+    told = "the searches between features and fine-tunings take seconds and are left out"
+    if not request.wants_final:
+        told = "the searches after that take seconds and are left out; nothing is fine-tuned on what they choose"
+    typer.echo(f"{told}; what is done before in {config.out} is not taken off")
 
 
 def _carry_out(config: RunConfig, target: str, names: list[str], options: dict[str, Any], *, as_json: bool) -> None:

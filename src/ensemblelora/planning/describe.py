@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ __all__ = [
     "explain_one_adapter",
     "is_above_error",
     "list_design_warnings",
+    "list_few_rows",
     "list_oracle_warnings",
     "list_plan_warnings",
     "predict",
@@ -134,18 +135,27 @@ def list_design_warnings(design: SubsetDesign, names: Sequence[str], config: Aff
         )
 
 
-def list_oracle_warnings(judge: Judge, plan: Prediction) -> Iterator[str]:
-    """Say what limits every prediction of this oracle, the plan's among them."""
-    oracle = judge.oracle
-    counts = {name: len(np.unique(oracle.validation_groups(i))) for i, name in enumerate(oracle.task_names)}
-    if alone := [name for name, n_rows in counts.items() if n_rows < 2]:
-        yield f"All validation rows of {', '.join(alone)} belong together, so standard errors leave these tasks out."
+def list_few_rows(counts: Mapping[str, int]) -> Iterator[str]:
+    """Say which tasks have so few validation rows that predictions are rough.
+
+    Args:
+        counts: Independent validation rows of each task.
+    """
     few = [f"{name} ({n_groups})" for name, n_groups in counts.items() if 2 <= n_groups < _FEW_ROWS]
     if few:
         yield (
             f"Few validation rows, repeated texts counted once, of {_name_some(few)}: predictions and their standard "
             "errors are rough. Give more rows, or raise data.validation_fraction."
         )
+
+
+def list_oracle_warnings(judge: Judge, plan: Prediction) -> Iterator[str]:
+    """Say what limits every prediction of this oracle, the plan's among them."""
+    oracle = judge.oracle
+    counts = {name: len(np.unique(oracle.validation_groups(i))) for i, name in enumerate(oracle.task_names)}
+    if alone := [name for name, n_rows in counts.items() if n_rows < 2]:
+        yield f"All validation rows of {', '.join(alone)} belong together, so standard errors leave these tasks out."
+    yield from list_few_rows(counts)
     if oracle.n_unconverged:
         yield f"{oracle.n_unconverged} of {oracle.n_fits} fits did not converge; raise estimation.max_iter."
     if edge := _find_grid_edge(oracle):

@@ -19,7 +19,7 @@ from ensemblelora.errors import UsageError
 from ensemblelora.seeding import seed_for
 from ensemblelora.store import FeatureBlock
 
-__all__ = ["cluster_rows"]
+__all__ = ["cluster_rows", "find_typical"]
 
 _N_STARTS = 10
 
@@ -55,6 +55,17 @@ def cluster_rows(block: FeatureBlock, n_clusters: int, *, seed: int) -> npt.NDAr
     np.minimum.at(first, labels, np.arange(len(labels)))
     order = np.lexsort((first, -sizes))
     return np.asarray(np.argsort(order)[labels], dtype=np.int64)
+
+
+def find_typical(block: FeatureBlock, number: int) -> list[int]:
+    """Find the rows that stand for all: those whose direction is nearest to the mean direction; of equals the first.
+
+    Args:
+        block: n rows of one cluster.
+        number: Fewer are returned where there are fewer rows.
+    """
+    rows = _normalise(block)
+    return [int(e) for e in np.argsort(-(rows @ rows.mean(axis=0)), kind="stable")[:number]]
 
 
 def _normalise(block: FeatureBlock) -> npt.NDArray[np.float32]:

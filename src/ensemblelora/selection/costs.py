@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ensemblelora.accounting.formulas import count_oracle_flops, count_regression_flops
-from ensemblelora.accounting.meter import Meter
+from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import TrainingConfig
 from ensemblelora.counting import count_training
@@ -13,7 +13,22 @@ from ensemblelora.selection.search import Found
 from ensemblelora.selection.strategies import Selection
 from ensemblelora.training import choose_layout
 
-__all__ = ["count_search", "count_true_search", "list_asked"]
+__all__ = ["count_new", "count_search", "count_true_search", "list_asked"]
+
+
+def count_new(before: StageRecord | None, after: StageRecord | None) -> tuple[int, float]:
+    """FLOPs and seconds that a stage took since its costs were last looked at; what it used again counts nothing.
+
+    Args:
+        before: The stage's costs then; none: there were none.
+        after: Its costs now.
+    """
+    if after is None or after == before:
+        return 0, 0.0
+    if before is None or not after.parts:
+        return after.flops, after.wall_seconds
+    made = [part for identity, part in after.parts.items() if identity not in before.parts]
+    return sum(part.flops for part in made), sum(part.wall_seconds for part in made)
 
 
 def count_search(prospect: Prospect, found: Selection) -> int:

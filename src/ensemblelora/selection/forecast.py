@@ -6,6 +6,7 @@ out. A fine-tuning costs at most what one on all tasks does, and there are at mo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
@@ -14,7 +15,7 @@ from ensemblelora.forecast import list_stages, make_forecaster
 from ensemblelora.selection.request import Request, check_tasks, without_groups
 from ensemblelora.startpoint import is_warm
 
-__all__ = ["forecast_selection"]
+__all__ = ["describe_stages", "forecast_selection"]
 
 _N_BASELINES = 4  # none, all, and two kinds of likeness
 
@@ -38,9 +39,29 @@ def forecast_selection(request: Request) -> dict[str, dict[str, float]]:
     found = {name: asdict(stage) for name, stage in expected.items()}
     lines: dict[str, dict[str, float]] = {name: found[name] for name in ("warmup", "features") if name in found}
     if request.wants_final:
-        n_finals, one = _N_BASELINES + len(request.strategies), found["baselines"]
+        n_finals, one = _count_finals(request), found["baselines"]
         times = {key: n_finals * value for key, value in one.items() if key != "memory_bytes"}
         lines["final, at most"] = {key: times.get(key, value) for key, value in one.items()}
     first = next(iter(lines.values()))
     total = {key: sum(line[key] for line in lines.values()) for key in first}
     return lines | {"total": total | {"memory_bytes": max(line["memory_bytes"] for line in lines.values())}}
+
+
+def describe_stages(request: Request, forecast: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Put each line of a forecast under what it is in plain words.
+
+    Args:
+        request: Checked.
+        forecast: Of :func:`forecast_selection`.
+    """
+    words = {
+        "warmup": "a short training on all tasks (warm-up)",
+        "features": "gradients of the rows (features)",
+        "final, at most": f"fine-tunings at the end, at most {_count_finals(request)}",
+        "total": "in all, at most" if request.wants_final else "in all",
+    }
+    return {words[name]: line for name, line in forecast.items()}
+
+
+def _count_finals(request: Request) -> int:
+    return _N_BASELINES + len(request.strategies)

@@ -24,20 +24,31 @@ from ensemblelora.report.wording import (
     format_signed,
     join_names,
 )
-from ensemblelora.selection.record import Change, FinalTable, SelectionRecord
+from ensemblelora.selection.caveats import say_better
+from ensemblelora.selection.record import SAMPLES_FILE, Change, FinalTable, SelectionRecord
 from ensemblelora.selection.strategies import STRATEGIES, Selection
 
-__all__ = ["METHODS", "PAGE_FILE", "compose_page", "group_methods", "list_notes", "write_headline", "write_page"]
+__all__ = [
+    "PAGE_FILE",
+    "compose_page",
+    "describe_method",
+    "group_methods",
+    "list_choices",
+    "list_notes",
+    "write_headline",
+    "write_page",
+]
 
 PAGE_FILE = "selection.md"
-METHODS = dict(STRATEGIES) | {
+_METHODS = dict(STRATEGIES) | {
     "base": "nothing trained",
     "none": "the target's rows alone",
     "all": "all sources",
-    "gradients": "most alike by gradients",
-    "texts": "most alike by texts",
+    "gradients": "the sources most alike by gradients",
+    "texts": "the sources most alike by texts",
 }
-"""names of methods, and what each is in a few words"""
+_UNTRAINED = "the base model, nothing trained"
+"""what taking no source means where the target's own rows are sources like any others"""
 _MOST_NAMED = 6
 _MOST_ROWS = 40
 
@@ -54,8 +65,10 @@ def write_page(record: SelectionRecord) -> None:
 def compose_page(record: SelectionRecord) -> Document:
     """Turn a selection into the page's text and tables."""
     sections = (
+        _warn(record),
         _write_test(record),
         _write_choices(record),
+        _write_clusters(record),
         _write_sources(record),
         _write_path(record),
         _close(record),
@@ -71,27 +84,45 @@ def compose_page(record: SelectionRecord) -> Document:
 
 
 def write_headline(record: SelectionRecord) -> str:
-    """Say in one sentence what the first strategy chose, what that is predicted to give, and how it tested."""
-    first, n_sources = record.strategies[0], count(len(record.sources), "source")
+    """Say what the first strategy chose, what that is predicted to give, whether another is better, how it tested."""
+    first, n_sources = record.strategies[0], count(len(record.sources), "cluster" if record.n_clusters else "source")
     if first.sources:
-        names = join_names(record.name_sources(first.sources), limit=_MOST_NAMED)
-        told = f"For {record.target}, {first.strategy} chooses {names} of {n_sources}: predicted validation loss "
+        some = join_names(record.name_sources(first.sources), limit=_MOST_NAMED)
+        chosen = f"all {n_sources}" if 1 < len(first.sources) == len(record.sources) else f"{some} of {n_sources}"
+        told = f"For {record.target}, {first.strategy} chooses {chosen}: predicted validation loss "
         told += f"{format_number(first.nll)} nats, {_say_gain(first)} than without any."
     else:
         told = f"For {record.target}, {first.strategy} chooses none of {n_sources}: {first.stopped}."
+    if record.better is not None:
+        names = [source.name for source in record.sources]
+        told += f" But {say_better(record.better, names)}: try --strategy {record.better.strategy}."
     if record.test is None:
         return told
-    chosen = {final.method: final.adapter for final in record.finals}
+    adapters = {final.method: final.adapter for final in record.finals}
     metric = "accuracy" if any(change.metric == "accuracy" for change in record.test.changes) else "nll"
     found = [
         change
         for change in record.test.changes
         if (change.a, change.metric) == (first.strategy, metric)
         and change.b in ("none", "all")
-        and chosen[change.b] != chosen[first.strategy]
+        and adapters[change.b] != adapters[first.strategy]
     ]
-    against = "; ".join(f"{_say_change(change)} {METHODS[change.b]}" for change in found)
+    against = "; ".join(f"{_say_change(change)} {describe_method(record, change.b)}" for change in found)
     return f"{told} Test {'accuracy' if metric == 'accuracy' else 'loss'}: {against}." if against else told
+
+
+def describe_method(record: SelectionRecord, name: str) -> str:
+    """What a method takes, in a few words."""
+    if name == "none" and not record.includes_target:
+        return _UNTRAINED
+    return _METHODS[name].replace("source", "cluster") if record.n_clusters else _METHODS[name]
+
+
+def list_choices(record: SelectionRecord) -> list[tuple[str, str, Selection]]:
+    """What was asked for and what was searched beside it: a name, what it is, and what was found."""
+    asked = [(found.strategy, _METHODS[found.strategy], found) for found in record.strategies]
+    beside = [(f"({found.strategy})", "searched to compare, not trained", found) for found in record.rivals]
+    return asked + beside
 
 
 def group_methods(record: SelectionRecord) -> list[tuple[str, ...]]:
@@ -106,23 +137,41 @@ def group_methods(record: SelectionRecord) -> list[tuple[str, ...]]:
 
 
 def list_notes(record: SelectionRecord) -> Iterator[str]:
-    """What choosing cost, and how to read the numbers."""
-    costs = record.costs
-    search = sum(costs.search_flops.values())
-    parts = [f"features {format_flops(costs.feature_flops)}", f"searches {format_flops(search)}"]
-    if costs.warmup_flops:
-        parts.insert(0, f"warm-up {format_flops(costs.warmup_flops)}")
-    spent = f"choosing took {', '.join(parts)}, {format_seconds(costs.seconds)}"
-    yield f"{spent}; for another target here, only features of its validation rows are new"
+    """What choosing cost, and how to read the numbers; sentences without their stops."""
+    if record.set_aside is not None:
+        yield f"what was chosen here before, with other options, is kept in {record.set_aside}"
+    if record.rows:
+        yield (
+            f"what each training row does to {record.target} is in {record.folder / SAMPLES_FILE}, a line a row: "
+            "`value` is by how many nats its predicted loss would rise without the row (below zero: the row harms), "
+            "`se` its standard error, `id` the split of the data files and the row's place there, counted from 0"
+        )
+    yield from _list_costs(record)
+    tested = "; the test rows were read once, at the end" if record.test is not None else ""
+    yield (
+        "predicted gains are on the validation rows that chose the sources, so that the chosen set's own is somewhat "
+        f"too good{tested}"
+    )
+
+
+def _list_costs(record: SelectionRecord) -> Iterator[str]:
+    costs, parts = record.costs, []
+    for name, flops in (("warm-up", costs.new_warmup_flops), ("features", costs.new_feature_flops)):
+        parts += [f"{name} {format_flops(flops)}"] if flops else []
+    parts.append(f"searches {format_flops(sum(costs.search_flops.values()))}")
+    taken = [("warm-up", costs.warmup_flops - costs.new_warmup_flops)]
+    taken.append(("features", costs.feature_flops - costs.new_feature_flops))
+    kept = " and ".join(f"{name} ({format_flops(flops)})" for name, flops in taken if flops > 0)
+    told = f"choosing took {', '.join(parts)}, {format_seconds(costs.seconds)}"
+    yield told + (f"; taken over from earlier commands in this folder: {kept}" if kept else "")
+    if {source.task for source in record.sources} != {record.target}:
+        yield "for another target in this folder, features of its validation rows, searches and fine-tunings are new"
     if costs.speed_up is not None:
         yield (
             "truly fine-tuning every set that the search forward asked about would take "
-            f"{format_flops(costs.true_forward_flops)}, {format_ratio(costs.speed_up)} times as much"
+            f"{format_flops(costs.true_forward_flops)}, {format_ratio(costs.speed_up)} times what warm-up, features "
+            "and that search take"
         )
-    yield (
-        "predicted gains are on the validation rows that chose the sources, so that the chosen set's own is somewhat "
-        "too good; the test rows were read once, at the end"
-    )
 
 
 def _write_test(record: SelectionRecord) -> Section | None:
@@ -146,12 +195,15 @@ def _write_test(record: SelectionRecord) -> Section | None:
         Column("Method", is_number=False),
         Column("Test accuracy, %"),
         Column("Test loss"),
-        Column("Training"),
-        Column("Sources beside the target", is_number=False),
+        Column("Training cost"),
+        Column("Sources beside the target's rows" if record.includes_target else "Sources", is_number=False),
     )
-    baselines = "; ".join(f"{name}: {METHODS[name]}" for name in ("base", "none", "all", "gradients", "texts"))
+    baselines = "; ".join(
+        f"{name}: {describe_method(record, name)}" for name in ("base", "none", "all", "gradients", "texts")
+    )
     note = (
-        f"The same settings for all: every row as often, the checkpoint by the target's validation loss. {baselines}."
+        "All are trained with the same settings: every row once an epoch, and the checkpoint with the least loss on "
+        f"the target's validation rows is kept. {baselines}."
     )
     blocks: list[Block] = [Table("Test rows of the target", columns, tuple(rows), note)]
     metrics = sorted({change.metric for change in record.test.changes})
@@ -182,14 +234,14 @@ def _list_changes(record: SelectionRecord, test: FinalTable, metric: str) -> Tab
 def _write_choices(record: SelectionRecord) -> Section:
     rows = [
         Row((
-            Cell(f"{found.strategy}: {STRATEGIES[found.strategy]}"),
+            Cell(f"{name}: {told}"),
             Cell(join_names(record.name_sources(found.sources), limit=_MOST_NAMED) or NOTHING),
             Cell(format_number(found.nll), _plus_minus(found.nll_se)),
             Cell(format_signed(found.gain, 4), _plus_minus(found.gain_se)),
             Cell(format_signed(found.gain_over_all, 4), _plus_minus(found.gain_over_all_se)),
             Cell(f"{found.n_asked:,}"),
         ))
-        for found in record.strategies
+        for name, told, found in list_choices(record)
     ]  # fmt: skip
     columns = (
         Column("Strategy", is_number=False),
@@ -197,16 +249,20 @@ def _write_choices(record: SelectionRecord) -> Section:
         Column("Predicted loss"),
         Column("Gain over none"),
         Column("Gain over all"),
-        Column("Sets asked about"),
+        Column("Sets predicted"),
     )
-    note = "Nats of the target's validation loss; one standard error beside, over groups of rows and projections."
+    note = (
+        "Loss of the target's validation rows as it is predicted to be after training, in nats, and by how much it is "
+        "lower than with no source and with all of them. In brackets one standard error, over validation rows and "
+        "projections."
+    )
     return Section("choices", "What each strategy chose", [Table("Predicted", columns, tuple(rows), note)])
 
 
 def _write_sources(record: SelectionRecord) -> Section:
     valued = [found for found in record.strategies if found.values]
     by_row = {summary.source: summary for summary in record.rows}
-    columns = [Column("Source", is_number=False), Column("Rows"), Column("Gradients"), Column("Texts")]
+    columns = [Column("Source", is_number=False), Column("Rows"), Column("Alike by gradients"), Column("By texts")]
     columns += [Column(f"Value by {found.strategy}") for found in valued]
     columns += [Column("Harmful rows")] if record.rows else []
     z = NormalDist().inv_cdf((1 + record.confidence) / 2)
@@ -220,9 +276,41 @@ def _write_sources(record: SelectionRecord) -> Section:
             cells.append(Cell(format_percent(None if summary is None else summary.share_harmful, 0)))
         rows.append(Row(tuple(cells)))
     left_out = len(record.sources) - len(rows)
-    note = "Likeness: mean cosine of rows' loss gradients; cosine of mean embeddings. Values in nats, "
-    note += f"{record.confidence:.0%} intervals." + (f" {left_out} more in selection.json." if left_out else "")
+    note = (
+        "How alike a source is to the target, at most 1: mean cosine of rows' loss gradients, and cosine of the mean "
+    )
+    note += "embeddings of texts."
+    if valued:
+        note += (
+            f" Values: by how many nats a source lowers the target's predicted loss, {record.confidence:.0%} intervals."
+        )
+    note += f" {left_out} more in selection.json." if left_out else ""
     return Section("sources", "The sources", [Table("One by one", tuple(columns), tuple(rows), note)])
+
+
+def _write_clusters(record: SelectionRecord) -> Section | None:
+    cut = [source for source in record.sources if source.examples]
+    if not cut:
+        return None
+    chosen = set(record.name_sources(record.strategies[0].sources))
+    rows = tuple(
+        Row((
+            Cell(source.name),
+            Cell("yes" if source.name in chosen else "no"),
+            Cell(f"{source.n_rows:,}"),
+            Cell(" | ".join(source.examples)),
+        ))
+        for source in cut[:_MOST_ROWS]
+    )  # fmt: skip
+    columns = (
+        Column("Cluster", is_number=False),
+        Column(f"Chosen by {record.strategies[0].strategy}", is_number=False),
+        Column("Training rows"),
+        Column("Its most typical rows begin", is_number=False),
+    )
+    left_out = f" {len(cut) - len(rows)} more in selection.json." if len(cut) > len(rows) else ""
+    note = f"A cluster is a part of a dataset's training rows whose gradients are alike; the largest is 0.{left_out}"
+    return Section("clusters", "What is in each cluster", [Table("Clusters", columns, rows, note)])
 
 
 def _write_path(record: SelectionRecord) -> Section | None:
@@ -236,8 +324,14 @@ def _write_path(record: SelectionRecord) -> Section | None:
             f"{_plus_minus(move.gain_se)} nats, loss {format_number(move.nll)}"
             for move in found.moves
         ]
-        blocks += [Text(f"{found.strategy}, until: {found.stopped}."), Bullets(tuple(steps))]
+        blocks += [Text(f"{found.strategy} takes these steps and stops there: {found.stopped}."), Bullets(tuple(steps))]
     return Section("path", "Step by step", blocks)
+
+
+def _warn(record: SelectionRecord) -> Section | None:
+    if not record.warnings:
+        return None
+    return Section("warnings", "What to keep in mind", [Bullets(record.warnings, is_warning=True)])
 
 
 def _close(record: SelectionRecord) -> Section:

@@ -28,11 +28,11 @@ from ensemblelora.selection.prospect import Prospect
 from ensemblelora.selection.sources import Source, cut_blocks
 from ensemblelora.store import FeatureStore
 
-__all__ = ["SELECTION_FOLDER", "Question", "make_prospect", "read_prospect", "write_question"]
+__all__ = ["ORACLE_FILE", "SELECTION_FOLDER", "Question", "make_prospect", "read_prospect", "write_question"]
 
 SELECTION_FOLDER = "selection"
 """in a run folder; holds one folder a target"""
-_FILE = "oracle.json"
+ORACLE_FILE = "oracle.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def write_question(folder: Path, question: Question, oracle: Oracle) -> None:
         "penalty_table": [asdict(trial) for trial in oracle.penalty_table],
         "budget": None if oracle.budget is None else asdict(oracle.budget),
     }
-    artifacts.write_json(folder / _FILE, content)
+    artifacts.write_json(folder / ORACLE_FILE, content)
 
 
 def read_prospect(run: Path | str, target: str) -> tuple[Prospect, Question]:
@@ -128,7 +128,7 @@ def read_prospect(run: Path | str, target: str) -> tuple[Prospect, Question]:
         array([0.68, 0.66, 0.64])
     """
     path = artifacts.RunFolder.open(run).path
-    file = path / SELECTION_FOLDER / target / _FILE
+    file = path / SELECTION_FOLDER / target / ORACLE_FILE
     if not file.exists():
         raise UsageError(f"{path}: nothing was selected for {target!r} here; run: ensemblelora select {path} --target")
     record = artifacts.read_json(file)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ensemblelora.evaluation.metrics import TaskScores
+from ensemblelora.selection.caveats import Better
 from ensemblelora.selection.prospect import Choice
 from ensemblelora.selection.strategies import Selection
 
 __all__ = [
     "RECORD_FILE",
+    "SAMPLES_FILE",
     "Change",
     "Costs",
     "Final",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 RECORD_FILE = "selection.json"
+SAMPLES_FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class SourceRecord:
         task: The dataset's.
         n_rows: Training rows.
         likeness: How alike it is to the target, by kind: ``gradients``, ``texts``.
+        examples: Of a cluster, how the texts of its most typical rows begin.
     """
 
     name: str
     task: str
     n_rows: int
     likeness: Mapping[str, float]
+    examples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class Costs:
     """FLOPs of choosing, and seconds as measured.
 
     Attributes:
-        warmup_flops: The training to where features are taken.
-        feature_flops: The gradient pass.
+        warmup_flops: The training to where features are taken, whenever it was made.
+        feature_flops: The gradient pass, all of its parts, whenever they were made.
         search_flops: Of each strategy.
-        seconds: Of all of it.
+        seconds: What this command took of it.
+        new_warmup_flops: What this command spent on the warm-up.
+        new_feature_flops: What it spent on the gradient pass.
         true_forward_flops: If every set that the search forward asks about were fine-tuned; none where it was not
             carried out, or the model has no formula.
     """
@@ -80,6 +87,8 @@ class Costs:
     search_flops: Mapping[str, int]
     seconds: float
     true_forward_flops: int | None
+    new_warmup_flops: int
+    new_feature_flops: int
 
     @property
     def speed_up(self) -> float | None:
@@ -153,8 +162,13 @@ class SelectionRecord:
         baselines: What other ways took: ``none``, ``all``, and the most alike by ``gradients`` and ``texts``.
         finals: Fine-tunings on what was chosen; empty where only the search was asked for.
         test: Their test scores; none where there are none.
-        rows: Rows of each source, where they were valued.
         costs: What it took.
+        rivals: What searches that nobody asked for would have chosen; they are never trained.
+        better: The choice of another strategy that is predicted to be better than the first one's, if one is.
+        warnings: What to keep in mind about the first strategy's choice.
+        rows: Rows of each source, where they were valued.
+        asked: What was asked for, as the next selection in this folder compares it.
+        set_aside: Where an earlier selection with other options is kept; none: there was none.
     """
 
     folder: Path
@@ -171,9 +185,14 @@ class SelectionRecord:
     strategies: tuple[Selection, ...]
     baselines: Mapping[str, Choice]
     costs: Costs
+    rivals: tuple[Selection, ...] = ()
+    better: Better | None = None
+    warnings: tuple[str, ...] = ()
     finals: tuple[Final, ...] = ()
     test: FinalTable | None = None
-    rows: tuple[RowSummary, ...] = field(default_factory=tuple)
+    rows: tuple[RowSummary, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    set_aside: Path | None = None
 
     def name_sources(self, choice: Choice) -> list[str]:
         """Names of chosen sources."""
@@ -182,7 +201,8 @@ class SelectionRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; sources by name."""
         plain = asdict(self)
-        for found in (*plain["strategies"], *plain["finals"]):
+        better = [] if plain["better"] is None else [plain["better"]]
+        for found in (*plain["strategies"], *plain["rivals"], *plain["finals"], *better):
             found["sources"] = self.name_sources(found["sources"])
             for move in found.get("moves", ()):
                 move |= {key: self.name_sources(move[key]) for key in ("added", "dropped")}

@@ -12,6 +12,7 @@ from ensemblelora.config import AffinityConfig, BoostingConfig, EnsembleConfig, 
 from ensemblelora.config_stage import Stage
 from ensemblelora.data.task import TaskSet
 from ensemblelora.errors import ConfigError, UsageError
+from ensemblelora.report.wording import join_names
 from ensemblelora.selection.search import SearchSettings
 from ensemblelora.selection.sources import find_target, list_sources
 from ensemblelora.selection.strategies import choose_strategies
@@ -77,6 +78,7 @@ def check_request(
 
     Raises:
         UsageError: If one is wrong.
+        ConfigError: If clusters or the warm-up can't be made with the config.
     """
     chosen = choose_strategies(strategies)
     if n_clusters is not None and n_clusters < 1:
@@ -89,6 +91,11 @@ def check_request(
     if config.gradients.linearize_at == "auto":
         gradients = config.gradients.model_copy(update={"linearize_at": "warmup"})
         config = config.model_copy(update={"gradients": gradients})
+    if config.gradients.linearize_at == "warmup" and config.training.num_train_epochs < 2:
+        raise ConfigError(
+            f"training.num_train_epochs {config.training.num_train_epochs}: a warm-up takes half of the epochs; give "
+            "at least 2, or leave the warm-up out with --set gradients.linearize_at=base"
+        )
     if settings is None:
         sizes = {"subset_size": config.affinity.subset_size, "n_subsets": config.affinity.n_subsets}
         settings = SearchSettings(**sizes, seed=config.seed)
@@ -99,10 +106,21 @@ def check_tasks(request: Request, tasks: TaskSet) -> None:
     """Refuse what the tasks rule out, before the model is loaded.
 
     Raises:
-        UsageError: If the target is unknown, or there is nothing to choose from.
+        UsageError: If the target is unknown, there is nothing to choose from, or a source has fewer rows than it is to
+            have clusters; names all of these.
     """
-    target = find_target(tasks.names, request.target)
-    list_sources(tasks.names, target, includes_target=settle_target(request, len(tasks.names)))
+    target, includes_target = find_target(tasks.names, request.target), settle_target(request, len(tasks.names))
+    list_sources(tasks.names, target, includes_target=includes_target)
+    if request.n_clusters is None:
+        return
+    sizes = {task.name: len(task.splits["train"]) for task in tasks.tasks}
+    if includes_target:
+        del sizes[request.target]
+    if small := [f"{name} ({n_rows})" for name, n_rows in sizes.items() if n_rows < request.n_clusters]:
+        raise UsageError(
+            f"--by-cluster {request.n_clusters}: more clusters than training rows in {join_names(small)}; give at most "
+            f"{min(sizes.values())}"
+        )
 
 
 def without_groups(config: RunConfig) -> RunConfig:

@@ -13,13 +13,21 @@ from ensemblelora.report.wording import (
     format_signed,
     join_names,
 )
-from ensemblelora.selection.page import METHODS, PAGE_FILE, group_methods, list_notes, write_headline
+from ensemblelora.selection.page import (
+    PAGE_FILE,
+    describe_method,
+    group_methods,
+    list_choices,
+    list_notes,
+    write_headline,
+)
 from ensemblelora.selection.record import FinalTable, SelectionRecord
 from ensemblelora.selection.strategies import STRATEGIES
 
 __all__ = ["render_selection"]
 
 _MOST_NAMED = 4
+_MOST_CLUSTERS = 16
 
 
 def render_selection(record: SelectionRecord) -> list[Text | Table]:
@@ -32,23 +40,41 @@ def render_selection(record: SelectionRecord) -> list[Text | Table]:
         Lines and tables for :func:`ensemblelora.console.show_table`.
     """
     parts: list[Text | Table] = [Text(write_headline(record), style="bold"), Text(), _tabulate_choices(record), Text()]
+    if any(source.examples for source in record.sources):
+        parts += [*_tabulate_clusters(record), Text()]
     if record.test is not None:
         parts += [_tabulate_test(record, record.test), Text()]
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in record.warnings]
+    if record.rivals:
+        parts.append(Text("(in brackets: searched to compare, not trained)", style="dim"))
     parts += [Text(note) for note in list_notes(record)]
     return [*parts, Text(f"report: {record.folder / PAGE_FILE}", no_wrap=True)]
 
 
 def _tabulate_choices(record: SelectionRecord) -> Table:
-    table = _make_table("strategy", "sources", "predicted loss", "gain over none", "over all")
-    for found in record.strategies:
+    table = _make_table("strategy", "sources", "predicted loss", "gain over none", "gain over all")
+    for name, _, found in list_choices(record):
         table.add_row(
-            found.strategy,
+            name,
             join_names(record.name_sources(found.sources), limit=_MOST_NAMED) or NOTHING,
             _write(format_number(found.nll), found.nll_se),
             _write(format_signed(found.gain, 4), found.gain_se),
             _write(format_signed(found.gain_over_all, 4), found.gain_over_all_se),
         )
     return table
+
+
+def _tabulate_clusters(record: SelectionRecord) -> list[Text | Table]:
+    """Rows of each cluster, and how a typical one begins."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("cluster")
+    table.add_column("rows", justify="right")
+    table.add_column("a typical row begins", no_wrap=True, overflow="ellipsis")
+    cut = [source for source in record.sources if source.examples]
+    for source in cut[:_MOST_CLUSTERS]:
+        table.add_row(source.name, f"{source.n_rows:,}", Text(source.examples[0]))
+    left_out = len(cut) - _MOST_CLUSTERS
+    return [table, *([Text(f"and {left_out} more: see the report", style="dim")] if left_out > 0 else [])]
 
 
 def _tabulate_test(record: SelectionRecord, test: FinalTable) -> Table:
@@ -59,7 +85,9 @@ def _tabulate_test(record: SelectionRecord, test: FinalTable) -> Table:
         has_accuracy = score.accuracy == score.accuracy
         interval = format_interval(score.accuracy_low, score.accuracy_high, scale=100, digits=1) if has_accuracy else ""
         table.add_row(
-            ", ".join(f"{name} ({METHODS[name]})" if name not in STRATEGIES else name for name in names),
+            ", ".join(
+                f"{name} ({describe_method(record, name)})" if name not in STRATEGIES else name for name in names
+            ),
             format_number(100 * score.accuracy, 1) if has_accuracy else NOTHING,
             interval or NOTHING,
             format_number(score.nll),

@@ -56,13 +56,13 @@ class SearchSettings:
     def __post_init__(self) -> None:
         """Refuse what no search can follow."""
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise UsageError(f"tolerance {self.tolerance}: expected a number of nats, 0 or more")
+            raise UsageError(f"--tolerance {self.tolerance}: expected a number of nats, 0 or more")
         limits = {
-            "max_sources": self.max_sources,
-            "beam_width": self.beam_width,
-            "n_permutations": self.n_permutations,
-            "subset_size": self.subset_size,
-            "n_subsets": self.n_subsets,
+            "--max-sources": self.max_sources,
+            "--beam-width": self.beam_width,
+            "--permutations": self.n_permutations,
+            "affinity.subset_size": self.subset_size,
+            "affinity.n_subsets": self.n_subsets,
         }
         for name, value in limits.items():
             if value is not None and value < 1:
@@ -156,7 +156,7 @@ def search_beam(prospect: Prospect, settings: SearchSettings) -> Found:
         order = np.argsort(-gains.values, kind="stable")[: settings.beam_width]
         top = int(order[0])
         if not _is_enough(gains.values[top], gains.errors[top], settings):
-            return Found(best, tuple(moves), _too_little(gains.values[top], gains.errors[top]), n_asked)
+            return Found(best, tuple(moves), _too_little(gains.values[top], gains.errors[top], settings), n_asked)
         moves.append(_describe(prospect, best, options[top], gains.values[top], gains.errors[top], len(options)))
         best, beam = options[top], [options[int(s)] for s in order]
 
@@ -171,7 +171,7 @@ def _climb(prospect: Prospect, start: Choice, settings: SearchSettings, neighbou
         gain, error = float(gains.values[top]), float(gains.errors[top])
         is_too_large = settings.max_sources is not None and len(chosen) > settings.max_sources
         if not is_too_large and not _is_enough(gain, error, settings):
-            return Found(chosen, tuple(moves), _too_little(gain, error), n_asked)
+            return Found(chosen, tuple(moves), _too_little(gain, error, settings), n_asked)
         moves.append(_describe(prospect, chosen, options[top], gain, error, len(options)))
         chosen = options[top]
     return Found(chosen, tuple(moves), _no_option(prospect, chosen, settings), n_asked)
@@ -203,12 +203,15 @@ def _describe(prospect: Prospect, before: Choice, after: Choice, gain: float, er
     )
 
 
-def _too_little(gain: float, error: float) -> str:
-    told = "unknown" if math.isnan(error) else f"{error:.4f}"
-    return f"the best move is predicted to gain {gain:.4f} nats, with a standard error of {told}"
+def _too_little(gain: float, error: float, settings: SearchSettings) -> str:
+    told = f"{gain:.4f} nats" if math.isnan(error) else f"{gain:.4f} ± {error:.4f} nats"
+    if gain <= 0:
+        return f"no further step is predicted to gain anything (the best one {told})"
+    bar = "no more than chance" if gain < error else f"less than --tolerance {settings.tolerance:g}"
+    return f"the best further step is predicted to gain {told}, {bar}"
 
 
 def _no_option(prospect: Prospect, chosen: Choice, settings: SearchSettings) -> str:
     if settings.max_sources is not None and len(chosen) >= settings.max_sources:
-        return f"as many sources as allowed ({settings.max_sources})"
+        return f"as many sources as --max-sources {settings.max_sources} allows"
     return "no source is left out" if len(chosen) == prospect.n_sources else "no source is left in"

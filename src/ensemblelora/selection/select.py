@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblelora import artifacts, progress, stages
-from ensemblelora.accounting.meter import Meter
+from ensemblelora.accounting.meter import Meter, StageRecord
 from ensemblelora.adapters import AdaptedModel
 from ensemblelora.comparison.crew import hire
 from ensemblelora.comparison.likeness import compare_texts
@@ -31,15 +31,19 @@ from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import RunConfig
 from ensemblelora.data.subset import list_rows
 from ensemblelora.scheduling import Cluster, open_scheduler
+from ensemblelora.selection.caveats import RIVALS, find_better, list_caveats
 from ensemblelora.selection.clusters import cluster_rows
-from ensemblelora.selection.costs import count_search, count_true_search
+from ensemblelora.selection.costs import count_new, count_search, count_true_search
 from ensemblelora.selection.final import score_finals, train_finals
+from ensemblelora.selection.folder import describe_asked, set_aside
 from ensemblelora.selection.influence import measure_influence
 from ensemblelora.selection.page import write_page
 from ensemblelora.selection.prospect import Choice, Prospect, unless_nan
 from ensemblelora.selection.question import SELECTION_FOLDER, Question, make_prospect, write_question
+from ensemblelora.selection.quotes import quote_typical
 from ensemblelora.selection.record import (
     RECORD_FILE,
+    SAMPLES_FILE,
     Costs,
     Final,
     FinalTable,
@@ -51,15 +55,14 @@ from ensemblelora.selection.request import Request, check_request, check_tasks, 
 from ensemblelora.selection.search import SearchSettings
 from ensemblelora.selection.similarity import compare_gradients, take_most_alike
 from ensemblelora.selection.sources import Source, cut_splits, find_target, list_sources
-from ensemblelora.selection.strategies import Selection, select
+from ensemblelora.selection.strategies import DEFAULT_STRATEGY, Selection, select
 from ensemblelora.stages import Rows
 from ensemblelora.startpoint import is_warm, settle_training, started_at
 from ensemblelora.store import FeatureStore
 from ensemblelora.workspace import Workspace, check_place, open_workspace
 
-__all__ = ["SAMPLES_FILE", "Bench", "lay_out", "open_bench", "select_sources", "warmed_up"]
+__all__ = ["Bench", "lay_out", "open_bench", "select_sources", "warmed_up"]
 
-SAMPLES_FILE = "samples.jsonl"
 _TEXTS = 64  # rows of a source whose texts are compared; their mean moves little with more
 _REFERENCES = ("none", "all", "gradients", "texts", "base")
 
@@ -75,6 +78,7 @@ class Bench:
         identity: Of everything that predictions depend on.
         work: The open run folder.
         store: The features of all datasets.
+        earlier: What the run folder's stages had cost before this command, by name.
     """
 
     question: Question
@@ -83,12 +87,13 @@ class Bench:
     identity: str
     work: Workspace
     store: FeatureStore
+    earlier: Mapping[str, StageRecord] = field(default_factory=dict)
 
 
 def select_sources(
     config: RunConfig,
     target: str,
-    strategies: Sequence[str] = ("forward",),
+    strategies: Sequence[str] = (DEFAULT_STRATEGY,),
     *,
     settings: SearchSettings | None = None,
     includes_target: bool | None = None,
@@ -129,16 +134,20 @@ def select_sources(
         wants_final=wants_final,
     )
     with open_bench(request, cluster) as bench:
-        found = _search(bench, request)
-        with progress.stage("likeness"):
+        asked = describe_asked(request, bench.identity)
+        kept = set_aside(bench.pool.folder, asked)
+        write_question(bench.pool.folder, bench.question, bench.prospect.oracle)
+        found = _search(bench, request, request.strategies)
+        rivals = _search(bench, request, [name for name in RIVALS if name not in request.strategies])
+        with progress.stage("likeness to the target"):
             likeness = _measure_likeness(bench)
         taken = _take_baselines(bench, found, likeness)
-        record = _describe(bench, request, found, taken, likeness)
+        record = replace(_describe(bench, request, found, rivals, taken, likeness), asked=asked, set_aside=kept)
         if request.wants_samples:
-            with progress.stage("samples"):
+            with progress.stage("rows one by one"):
                 record = replace(record, rows=_value_rows(bench, record.folder))
         if request.wants_final:
-            with progress.stage("final"):
+            with progress.stage("fine-tuning on what was chosen"):
                 finals, table = _finish(bench, found, taken)
             record = replace(record, finals=finals, test=table)
         artifacts.write_json(record.folder / RECORD_FILE, record.to_dict())
@@ -162,12 +171,13 @@ def open_bench(request: Request, cluster: Cluster | None = None) -> Iterator[Ben
         open_scheduler(cluster) as scheduler,
         open_workspace(config, until="", start_fingerprint=start, scheduler=scheduler) as work,
     ):
+        earlier = {record.stage: record for record in work.ledger.stages}
         (work.path / SELECTION_FOLDER).mkdir(exist_ok=True)
         stages.describe_run(work, tasks, rows, probe)
         probe = stages.keep_lower_layers(config, work.path, probe, rows)
         with warmed_up(work, probe, rows):
             store = stages.take_features(work, probe, rows, judges=(request.target,))
-        yield lay_out(request, work, probe, rows, store)
+        yield replace(lay_out(request, work, probe, rows, store), earlier=earlier)
         stages.drop_lower_layers(work.path)
 
 
@@ -217,7 +227,6 @@ def lay_out(
         budget = replace(budget, keeps_start=False)
     prospect = make_prospect(question, store, config.estimation, budget)
     folder = work.path / SELECTION_FOLDER / request.target
-    write_question(folder, question, prospect.oracle)
     start = stages.identify_start(config, probe)
     crew = hire(work.scheduler, config, work.path, own, probe, start)
     pool = Pool(config, folder, own, probe, start_fingerprint=start, crew=crew)
@@ -239,10 +248,10 @@ def _find_lower_layers(probe: AdaptedModel, whole: Rows, own: Rows, sources: Seq
             cache.enlist_part(part, split, list_rows(split, source.rows))
 
 
-def _search(bench: Bench, request: Request) -> tuple[Selection, ...]:
-    """Carry out the strategies, or read back what they found."""
+def _search(bench: Bench, request: Request, names: Sequence[str]) -> tuple[Selection, ...]:
+    """Carry out some strategies, or read back what they found."""
     found = []
-    for name in request.strategies:
+    for name in names:
         with progress.stage(f"search {name}"):
             inputs = (bench.identity, request.settings)
             values = bench.pool.recall(f"select-{name}", inputs, partial(_search_one, bench, name, request.settings))
@@ -302,20 +311,25 @@ def _describe(
     bench: Bench,
     request: Request,
     found: tuple[Selection, ...],
+    rivals: tuple[Selection, ...],
     taken: Mapping[str, Choice],
     likeness: Mapping[str, Sequence[float]],
 ) -> SelectionRecord:
     """Everything but what was trained and valued."""
     config, pool, work = request.config, bench.pool, bench.work
+    blocks, tokenizer = bench.prospect.oracle.replicates[0].train, pool.probe.base.tokenizer
     sources = tuple(
         SourceRecord(
             name=source.name,
             task=bench.question.tasks[source.task],
             n_rows=pool.split(1 + j, "train").n_examples,
             likeness={kind: float(values[j]) for kind, values in likeness.items()},
+            examples=() if source.rows is None else quote_typical(pool.split(1 + j, "train"), blocks[1 + j], tokenizer),
         )
         for j, source in enumerate(bench.question.sources)
     )
+    better = find_better(bench.prospect, found[0], [*found[1:], *rivals])
+    names = bench.question.source_names
     return SelectionRecord(
         folder=pool.folder,
         target=request.target,
@@ -330,7 +344,10 @@ def _describe(
         sources=sources,
         strategies=found,
         baselines=taken,
-        costs=_count(bench, request, found, work),
+        costs=_count(bench, request, [*found, *rivals], work),
+        rivals=rivals,
+        better=better,
+        warnings=tuple(list_caveats(bench.prospect, request.target, names, found[0], better)),
     )
 
 
@@ -340,10 +357,15 @@ def _count(bench: Bench, request: Request, found: Sequence[Selection], work: Wor
     if forward is not None:
         settings, limit = request.config.training, request.settings.max_sources
         true_flops = count_true_search(bench.pool, bench.prospect, forward, settings, max_sources=limit) or None
+    now = {record.stage: record for record in work.ledger.stages}
+    new = {name: count_new(bench.earlier.get(name), now.get(name)) for name in ("warmup", "features")}
+    searching = float(np.sum([one.seconds for one in found]))
     return Costs(
         warmup_flops=work.flops_of("warmup"),
         feature_flops=work.flops_of("features"),
         search_flops={one.strategy: count_search(bench.prospect, one) for one in found},
-        seconds=work.seconds_of("warmup", "features") + float(np.sum([one.seconds for one in found])),
+        seconds=sum(seconds for _, seconds in new.values()) + searching,
         true_forward_flops=true_flops,
+        new_warmup_flops=new["warmup"][0],
+        new_feature_flops=new["features"][0],
     )

@@ -23,7 +23,7 @@ from ensemblelora.selection.search import (
 )
 from ensemblelora.selection.values import VALUATIONS, choose_prefix
 
-__all__ = ["STRATEGIES", "Selection", "choose_strategies", "select"]
+__all__ = ["DEFAULT_STRATEGY", "STRATEGIES", "Selection", "choose_strategies", "select"]
 
 _SEARCHES: Mapping[str, Callable[[Prospect, SearchSettings], Found]] = {
     "forward": search_forward,
@@ -42,6 +42,8 @@ STRATEGIES: Mapping[str, str] = {
     "shapley": "Shapley values",
 }
 """names, and what each does in a few words"""
+DEFAULT_STRATEGY = "backward"
+"""what did best where it was measured (docs/decisions/0023)"""
 
 
 @dataclass(frozen=True)
