@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.special import softmax
 
 from ensemblelora import artifacts
@@ -19,6 +21,7 @@ from ensemblelora.data.loading import load_task, render_inputs
 from ensemblelora.data.rendering import strip_words
 from ensemblelora.embedding import embed_texts
 from ensemblelora.errors import DataError, UsageError
+from ensemblelora.progress import announcing
 from ensemblelora.routing import (
     Router,
     choose_route,
@@ -351,7 +354,10 @@ def test_the_router_is_kept_read_back_and_made_again_for_other_inputs(tmp_path, 
     fewer = open_router(run.path, run.config, cards[:2], kinds[:2], adapted)
     assert fewer.task_names == TASKS[:2]
     (run.path / "routing.npz").write_bytes(b"damaged")
-    again = open_router(run.path, run.config, cards, kinds, adapted)
+    said = io.StringIO()
+    with announcing(Console(file=said)):
+        again = open_router(run.path, run.config, cards, kinds, adapted)
+    assert said.getvalue().startswith("learning which task a text belongs to (routing): ")
     np.testing.assert_array_equal(again.directions, first.directions)
     (run.path / "routing.json").write_text("[]", encoding="utf-8")
     assert open_router(run.path, run.config, cards, kinds, adapted).temperature == first.temperature

@@ -218,7 +218,7 @@ def test_clusters_are_shown_with_their_rows_and_examples(copied, inputs):
         assert words and " ".join(words) in texts, "a row of the dataset, as it is"
     assert all(1 <= len(source.examples) <= 2 for source in record.sources)
     page = write_page(record)
-    assert "What is in each cluster" in page and sources["spelled/1"].examples[0] in page
+    assert "6 clusters" in page and "What is in each cluster" in page and sources["spelled/1"].examples[0] in page
     table = next(part for part in render_selection(record) if "a typical row begins" in _heads(part))
     assert list(table.columns[0].cells) == list(sources)
     assert list(table.columns[1].cells) == [str(source.n_rows) for source in sources.values()]

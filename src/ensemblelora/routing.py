@@ -269,7 +269,7 @@ def open_router(
     names = [card.task for card in cards]
     if (kept := _read(folder, identity, names, formats)) is not None:
         return kept
-    with progress.stage("routing"):
+    with progress.stage("learning which task a text belongs to (routing)"):
         drawn = [_draw_texts(card, config) for card in progress.track(cards, "reading rows")]
         embedded = {split: [_embed(adapted, config, texts[split]) for texts in drawn] for split in _MOST_ROWS}
         router = fit_router(embedded["train"], embedded["validation"], task_names=names, formats=formats)

@@ -75,7 +75,7 @@ def compose_page(record: SelectionRecord) -> Document:
     )
     facts = (
         f"target {record.target}",
-        count(len(record.sources), "source"),
+        _count_sources(record),
         record.model,
         f"{count(record.n_validation, 'validation row')}, {count(record.n_test, 'test row')}",
     )
@@ -85,7 +85,7 @@ def compose_page(record: SelectionRecord) -> Document:
 
 def write_headline(record: SelectionRecord) -> str:
     """Say what the first strategy chose, what that is predicted to give, whether another is better, how it tested."""
-    first, n_sources = record.strategies[0], count(len(record.sources), "cluster" if record.n_clusters else "source")
+    first, n_sources = record.strategies[0], _count_sources(record)
     if first.sources:
         some = join_names(record.name_sources(first.sources), limit=_MOST_NAMED)
         chosen = f"all {n_sources}" if 1 < len(first.sources) == len(record.sources) else f"{some} of {n_sources}"
@@ -109,6 +109,10 @@ def write_headline(record: SelectionRecord) -> str:
     ]
     against = "; ".join(f"{_say_change(change)} {describe_method(record, change.b)}" for change in found)
     return f"{told} Test {'accuracy' if metric == 'accuracy' else 'loss'}: {against}." if against else told
+
+
+def _count_sources(record: SelectionRecord) -> str:
+    return count(len(record.sources), "cluster" if record.n_clusters else "source")
 
 
 def describe_method(record: SelectionRecord, name: str) -> str:
@@ -143,8 +147,8 @@ def list_notes(record: SelectionRecord) -> Iterator[str]:
     if record.rows:
         yield (
             f"what each training row does to {record.target} is in {record.folder / SAMPLES_FILE}, a line a row: "
-            "`value` is by how many nats its predicted loss would rise without the row (below zero: the row harms), "
-            "`se` its standard error, `id` the split of the data files and the row's place there, counted from 0"
+            "value is by how many nats its predicted loss would rise without the row (below zero: the row harms), "
+            "se its standard error, id the split of the data files and the row's place there, counted from 0"
         )
     yield from _list_costs(record)
     tested = "; the test rows were read once, at the end" if record.test is not None else ""
@@ -335,7 +339,8 @@ def _warn(record: SelectionRecord) -> Section | None:
 
 
 def _close(record: SelectionRecord) -> Section:
-    return Section("notes", "How to read this", [Bullets(tuple(f"{note}." for note in list_notes(record)))])
+    notes = tuple(f"{note[0].upper()}{note[1:]}." for note in list_notes(record))
+    return Section("notes", "How to read this", [Bullets(notes)])
 
 
 def _say_move(record: SelectionRecord, added: tuple[int, ...], dropped: tuple[int, ...]) -> str:

@@ -78,7 +78,7 @@ def _tabulate_clusters(record: SelectionRecord) -> list[Text | Table]:
 
 
 def _tabulate_test(record: SelectionRecord, test: FinalTable) -> Table:
-    table = _make_table("method", "accuracy", f"{record.confidence:.0%} interval", "loss", "FLOPs")
+    table = _make_table("method", "accuracy", f"{record.confidence:.0%} interval", "loss", "training cost")
     finals = {final.method: final for final in record.finals}
     for names in group_methods(record):
         score, final = test.scores[names[0]], finals.get(names[0])
