@@ -387,6 +387,22 @@ def test_a_failed_stage_still_has_a_record_and_leaves_no_thread() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "meter-train"]
 
 
+def test_freed_memory_is_given_back_to_the_system() -> None:
+    code = """
+import psutil
+from ensemblelora.accounting.meter import release_memory
+rss = lambda: psutil.Process().memory_info().rss
+blocks = [bytearray(60_000) for _ in range(4_000)]  # small enough to come from the heap, not from a mapping of its own
+kept, full = blocks[-1], rss()  # what lies at the top keeps all below it
+del blocks
+before = rss()
+release_memory()
+print(full - before, full - rss())
+"""
+    held, released = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert released > 0.9 * 4_000 * 60_000 > held
+
+
 def test_without_an_accelerator_there_is_no_accelerator_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with Meter("x") as meter:

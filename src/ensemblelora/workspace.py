@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemblelora import __version__, artifacts, progress
-from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts
+from ensemblelora.accounting.meter import Ledger, Meter, MethodCosts, release_memory
 from ensemblelora.attempts import Attempt, read_ledger, write_ledger
 from ensemblelora.config import RunConfig, dump_config
 from ensemblelora.earlier import MADE_WITH_FILE, list_changes, set_aside
@@ -117,6 +117,7 @@ class OpenRun:
         is_needed = not (self.folder.is_done(name, identity) and is_complete)
         run = StageRun(name, identity, is_needed, Meter(name), parts=parts)
         if is_needed:
+            release_memory()
             yield from self._carry_out(run)
         else:
             progress.note(f"{progress.number(name)}: done before")

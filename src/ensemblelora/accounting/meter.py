@@ -7,7 +7,9 @@ the sampling interval can be missed. Torch is asked about its accelerator only i
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -21,7 +23,7 @@ import psutil  # type: ignore[import-untyped]  # ships no types
 
 from ensemblelora.errors import StoreError
 
-__all__ = ["Ledger", "Meter", "MethodCosts", "StageRecord"]
+__all__ = ["Ledger", "Meter", "MethodCosts", "StageRecord", "release_memory"]
 
 _SAMPLING_SECONDS = 0.02
 _COUNTS = ("flops", "n_tokens", "n_padded_tokens", "dequantization_flops")
@@ -324,6 +326,17 @@ def _find_cuda() -> Any:
     # Looked up, not imported: a stage without torch must not pay for loading it.
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+def release_memory() -> None:
+    """Give memory that was freed, but kept by the C library for later, back to the system.
+
+    Passes over batches of every length leave holes that no later one fits, until a process holds far more than it uses.
+    Nothing is done where the library has no call for it (it is glibc's).
+    """
+    trim = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _reset_accelerator_peak() -> None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ensemblelora.accounting.meter import Meter
+from ensemblelora.accounting.meter import Meter, release_memory
 from ensemblelora.adaptermethods import TrainedLayer
 from ensemblelora.adapters import THETA0, AdaptedModel, activate
 from ensemblelora.blocks import OutputMode
@@ -353,6 +353,7 @@ def _iterate_rows(job: _Pass, part: _Part) -> Iterator[tuple[range, _Rows]]:
             c = found.outputs.shape[1]  # a batch whose examples all have few choices has few contrasts
             rows.outputs[own, :c], rows.features[own, :c] = found.outputs, found.features
             rows.squared_norms[own] = found.squared_norms
+        release_memory()
         yield chunk, rows
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from ensemblelora.accounting.meter import release_memory
 from ensemblelora.adaptermethods import TrainedLayer
 from ensemblelora.adapters import AdaptedModel
 from ensemblelora.blocks import OutputMode
@@ -94,7 +95,7 @@ def check_health(
         )
     few = _spread(splits[0][0], 6)
     low = features_of(*splits[0], few)
-    return FeatureHealth(
+    health = FeatureHealth(
         n_coordinates=count_coordinates(layers),
         form="coordinates" if projector.proj_type == "none" else "projected",
         proj_dim=low.features.shape[2],
@@ -106,6 +107,8 @@ def check_health(
             for examples in _pair_up(split, feature_layout(uncached, split), max_tokens)
         ),
     )
+    release_memory()  # the weights in float32 were far more than a pass will need
+    return health
 
 
 def _spread(split: EncodedSplit, n: int) -> list[int]:

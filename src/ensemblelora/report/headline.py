@@ -40,8 +40,8 @@ METHOD_LABELS = {
     "base": "Base model",
     "shared": "One adapter for all",
     "singles": "One adapter per task",
-    OWN_GROUP: "Own group's adapter alone",
-    BOOSTED_GROUP: "Own group with boosters",
+    OWN_GROUP: "Own group alone",
+    BOOSTED_GROUP: "Own group, boosted",
     "ensemble": "Ensemble",
 }
 
