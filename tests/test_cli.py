@@ -423,10 +423,14 @@ class Swallow:
 
 
 def test_a_ctrl_c_that_python_swallows_comes_again(capsys):
-    with console.talking(quiet=True), pytest.raises(KeyboardInterrupt):
-        swallow = Swallow()
-        del swallow
-        time.sleep(30)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
+    try:
+        with console.talking(quiet=True), pytest.raises(KeyboardInterrupt):
+            swallow = Swallow()
+            del swallow
+            time.sleep(30)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
 
 
