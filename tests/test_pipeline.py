@@ -310,6 +310,8 @@ def test_a_changed_training_row_costs_its_task_and_its_group(tmp_path, carried_o
     plan, after = read_json(tmp_path, "plan.json"), times_of(tmp_path, "adapters/*/*.safetensors")
     assert plan["groups"] == read_json(finished_run(), "plan.json")["groups"]
     alone = next(g for g, group in enumerate(plan["groups"]) if 0 not in group)
+    named = pipeline.read_result(finished_run() / "run").groups
+    assert named == tuple(tuple(plan["task_names"][task] for task in group) for group in plan["groups"])
     unchanged = {path for path in before if after.get(path) == before[path]}
     assert unchanged == {f"run/adapters/group-{alone}/adapter_model.safetensors"}
 

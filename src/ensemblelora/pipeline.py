@@ -41,6 +41,14 @@ class RunResult:
     costs: dict[str, Any] | None
     report: Path | None
 
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...] | None:
+        """The plan's groups, by the tasks' names."""
+        if self.plan is None:
+            return None
+        names = self.plan["task_names"]
+        return tuple(tuple(names[task] for task in group) for group in self.plan["groups"])
+
 
 @dataclass(frozen=True)
 class Foresight:

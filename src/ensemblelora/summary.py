@@ -30,6 +30,7 @@ from ensemblelora.report.wording import (
     format_flops,
     format_number,
     format_percent,
+    format_ratio,
     format_seconds,
     format_signed,
     group_letter,
@@ -213,7 +214,7 @@ def _tell_cheaper(record: RunRecord) -> Iterator[str]:
         return
     spent = costs.methods.get(BOOSTED_GROUP) if costs else None
     passes = spent.inference_forward_passes if spent else None
-    price = f" in {format_number(passes, 1)} forward passes" if passes is not None else ""
+    price = f" in {format_ratio(passes)} forward passes" if passes is not None else ""
     score = format_percent(theirs) if metric == "accuracy" else f"loss {format_number(theirs)}"
     yield f"without the other groups' adapters, boosters kept: {score}{price} (--set ensemble.weights=own)"
 
@@ -233,7 +234,7 @@ def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:
         "choosing": ("select_flops", format_flops),
         "training time": ("train_seconds", format_seconds),
         "adapters": ("adapter_bytes", format_bytes),
-        "forward passes a prediction": ("inference_forward_passes", lambda value: format_number(value, 1)),
+        "forward passes a prediction": ("inference_forward_passes", format_ratio),
     }
     for title, (field, write) in rows.items():
         spent = [getattr(ledger.get(method), field, None) for method in results.methods]

@@ -90,7 +90,13 @@ def write_tiles(run: RunRecord) -> tuple[Tile, ...]:
     if run.costs is not None:
         tiles += [tile for tile in (_tile_of_flops(run.costs.methods), _tile_of_bytes(run.costs.methods)) if tile]
         if (seconds := run.costs.wall_seconds) is not None:
-            tiles.append(Tile("Wall time", format_seconds(seconds), count(len(run.costs.stages), "stage")))
+            tiles.append(
+                Tile(
+                    "Wall time",
+                    format_seconds(seconds),
+                    f"{count(len(run.costs.stages), 'stage')}, without this page's",
+                )
+            )
     return tuple(tiles)
 
 

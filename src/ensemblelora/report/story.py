@@ -144,7 +144,7 @@ def _list_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     if grouping.groups is not None:
         yield "Groups", grouping.origin or "given by hand"
     elif grouping.n_groups == "auto":
-        yield "Groups", f"as many as are predicted best, at most {grouping.max_groups or NOTHING}"
+        yield "Groups", f"as many as are predicted best, at most {_bound(grouping.max_groups, run.plan.n_tasks)}"
     elif grouping.n_groups is not None:
         yield "Groups", f"{grouping.n_groups}, as asked"
     if config.affinity.subset_size is not None:
@@ -152,6 +152,10 @@ def _list_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         size = choose_subset_size(run.plan.n_tasks, asked)
         why = f" (affinity.subset_size {asked}, but one less than all)" if 1 < size < asked else ""
         yield "Asked of the oracle", f"training sets of {count(size, 'task')}{why}"
+
+
+def _bound(max_groups: int | None, n_tasks: int) -> str:
+    return NOTHING if max_groups is None else str(min(max_groups, n_tasks))
 
 
 def _task_table(run: RunRecord) -> Table:
