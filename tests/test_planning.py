@@ -17,7 +17,7 @@ from ensemblelora.grouping import Partition, sort_groups
 from ensemblelora.planning import Plan, choose_groups, read_plan
 from ensemblelora.planning.budget import Budget
 from ensemblelora.planning.choose import _choose, _Contest
-from ensemblelora.planning.describe import list_plan_warnings
+from ensemblelora.planning.describe import count_errors_to_part, list_plan_warnings
 from ensemblelora.planning.judge import Judge, PairedMeans, average_rows, make_judge, pair_means
 from ensemblelora.planning.search import (
     estimate_half_affinity,
@@ -283,7 +283,7 @@ def test_few_rows_make_no_error_smaller() -> None:
         ((0.05, 0.31, 0.32), 0.1, (True, True, True), 3),  # 2 is no gain
         ((0.15, 0.31, 0.60), 0.1, (True, True, True), 4),  # each is better than the one before
         ((0.15, 0.31, 0.60), 0.1, (True, True, False), 3),  # the best is over budget
-        ((0.15, 0.18, 0.19), 0.1, (True, True, True), 1),  # nothing above two errors
+        ((0.05, 0.08, 0.09), 0.1, (True, True, True), 1),  # nothing above its error
         ((0.30, 0.31, 0.32), 0.1, (False, False, False), 1),
         ((-0.3, -0.2, -0.1), 0.01, (True, True, True), 1),
     ],
@@ -301,6 +301,20 @@ def test_the_smallest_number_within_one_error_of_the_best_is_taken(
         curve[m] = replace(opposed_plan.curve[m - 1], gain=gain, gain_se=gain_se, allowed=allowed)
     chosen, reason = _choose(contest, curve, GroupingConfig(), Budget(100, 0, 250))
     assert chosen == expected and reason.endswith(".")
+
+
+def test_with_few_validation_rows_groups_have_to_win_by_two_errors(opposed_plan: Plan) -> None:
+    for n_validation, expected in ((9, 2.0), (10, 1.0)):
+        oracle = make_oracle(make_features(OPPOSED, n_validation=n_validation, rows_per_group=1))
+        assert count_errors_to_part(oracle) == expected
+    draws = np.random.default_rng(0).normal(size=(4000, 2)) * [0, 0.1]
+    paired = PairedMeans(np.array([0.0, -0.15]), draws, np.zeros((1, 2)))
+    for n_errors, expected in ((1.0, 2), (2.0, 1)):
+        contest = _Contest({}, ({}, {}), dict.fromkeys((1, 2)), paired, n_errors=n_errors)
+        gains = {m: contest.compare(1, m) for m in (1, 2)}
+        curve = {m: replace(opposed_plan.curve[m - 1], gain=gain, gain_se=se) for m, (gain, se) in gains.items()}
+        chosen, reason = _choose(contest, curve, GroupingConfig(max_groups=2), Budget())
+        assert chosen == expected and ("two standard errors" in reason) == (n_errors == 2)
 
 
 def test_refining_ends_where_no_step_helps_and_never_loses(opposed: Oracle) -> None:

@@ -89,7 +89,7 @@ def test_the_cause_is_what_chose_the_groups(
 @pytest.mark.parametrize(
     ("allowed", "n_groups", "expected"),
     [
-        (True, "auto", "the predicted loss, which does, has to fall by more than two standard errors."),
+        (True, "auto", "the predicted loss, which does, has to fall by more than its error."),
         (False, "auto", "no grouping was open to choice."),
         (True, 1, "one adapter was asked for."),
     ],

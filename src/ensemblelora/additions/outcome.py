@@ -16,9 +16,12 @@ from ensemblelora.additions.source import Source
 from ensemblelora.data.task import TaskCard
 from ensemblelora.earlier import hash_files
 from ensemblelora.planning import Plan
-from ensemblelora.planning.describe import ERRORS_TO_PART, is_above_error
+from ensemblelora.planning.describe import is_above_error
 
 __all__ = ["Change", "Outcome", "advise", "compare_tests", "recall_change", "write_change"]
+
+_ERRORS_TO_ADVISE = 2.0
+"""standard errors by which other groups must be better for the price of a new run to be worth naming"""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def advise(plan: Plan) -> str:
             continue
         gain, errors = rival.gain - own.gain, (rival.gain_se, own.gain_se)
         error = None if None in errors else sum(filter(None, errors))
-        if is_above_error(gain, error, n_errors=ERRORS_TO_PART):
+        if is_above_error(gain, error, n_errors=_ERRORS_TO_ADVISE):
             return (
                 f"{rival.n_groups} groups chosen anew of all tasks are predicted to be better than these by {gain:.4f} "
                 f"± {error:.4f} nats: it is time for a new run, from the beginning"

@@ -26,7 +26,7 @@ from ensemblelora.planning.demand import (
     read_groups,
 )
 from ensemblelora.planning.describe import (
-    ERRORS_TO_PART,
+    count_errors_to_part,
     describe_choice,
     describe_cosines,
     describe_request,
@@ -66,6 +66,7 @@ class _Contest:
         judged: The halves' partitions, each judged by the other half.
         paired: The judged losses side by side, in the order of the numbers.
         constraints: What all partitions meet but the one group for all, which need not; none: nothing.
+        n_errors: Standard errors by which groups have to be better than one adapter for all.
     """
 
     found: Mapping[int, Found]
@@ -73,6 +74,7 @@ class _Contest:
     judged: Mapping[int, JudgedRows]
     paired: PairedMeans
     constraints: Constraints | None = None
+    n_errors: float = 1.0
 
     def compare(self, one: int, other: int) -> tuple[float, float | None]:
         """Return by how much ``other`` groups lower the mean loss of ``one``, and the standard error."""
@@ -118,11 +120,12 @@ def choose_groups(
 
     For every number of groups up to ``max_groups``, a partition is found on all validation rows. What the number gives
     is judged without that partition: one is found on each half of the rows and judged on the other half. Of the numbers
-    within budget whose gain over one adapter exceeds two standard errors, the smallest is taken that is within one
+    within budget whose gain over one adapter exceeds its standard error (twice that where a task has fewer than ten
+    validation rows in the mean), the smallest is taken that is within one
     standard error of the best (the paper fixes the number by hand or by a trace penalty; section 3.3). Where the
     constraints rule one adapter out, it is the smallest of all that are within one standard error of the best. Groups
-    by gradient cosine take the place of what is chosen where they are predicted to be better by more than one standard
-    error, of one adapter by more than two; no validation row has a part in finding them, so that all of them judge.
+    by gradient cosine take the place of what is chosen where they are predicted to be better by as much; no validation
+    row has a part in finding them, so that all of them judge.
 
     Args:
         matrix: Symmetric affinity over all validation rows, higher is better together, shape ``(n_tasks, n_tasks)``.
@@ -157,7 +160,15 @@ def choose_groups(
     predicted = Predictions(*(predict(judge, way) for way in ways))
     halves = (contest.halves[0][chosen].groups, contest.halves[1][chosen].groups)
     warnings = list_plan_warnings(
-        curve[chosen], predicted.plan, predicted.base, comparisons, halves, budget, config, contest.allows
+        curve[chosen],
+        predicted.plan,
+        predicted.base,
+        comparisons,
+        halves,
+        budget,
+        config,
+        contest.allows,
+        contest.n_errors,
     )
     groups = curve[chosen].groups
     return Plan(
@@ -208,7 +219,8 @@ def _hold_contest(
         halves.append(search(half_affinity, half))
     judged = {m: judge.judge(halves[0][m].groups, halves[1][m].groups) for m in found}
     paired = pair_means(judge, list(judged.values()), seed=seed)
-    return _Contest(found, (halves[0], halves[1]), judged, paired, constraints)
+    n_errors = count_errors_to_part(judge.oracle)
+    return _Contest(found, (halves[0], halves[1]), judged, paired, constraints, n_errors)
 
 
 def _settle(
@@ -224,7 +236,7 @@ def _settle(
     curve |= {m: _describe_candidate(contest, m, affinity, judge, budget) for m in contest.judged if m < 0}
     before, auto = auto, _prefer_cosines(contest, curve, auto, config, is_number_set=False)
     if auto != before:
-        reason = describe_cosines(curve[auto], curve[before], *contest.compare(before, auto))
+        reason = describe_cosines(curve[auto], curve[before], *contest.compare(before, auto), n_errors=contest.n_errors)
     chosen = auto if asked is None else _prefer_cosines(contest, curve, chosen, config, is_number_set=True)
     if asked is not None and judge.oracle.n_tasks > 1:
         reason = describe_request(
@@ -267,9 +279,9 @@ def _choose(
     # Where only a number above max_groups was asked for, it is all there is.
     eligible = [m for m in (rivals if can_share else rivals or groupings) if curve[m].allowed]
     if can_share:
-        eligible = [m for m in eligible if is_above_error(curve[m].gain, curve[m].gain_se, n_errors=ERRORS_TO_PART)]
+        eligible = [m for m in eligible if is_above_error(curve[m].gain, curve[m].gain_se, n_errors=contest.n_errors)]
     if not eligible:
-        return 1, explain_one_adapter([curve[m] for m in rivals], budget, config)
+        return 1, explain_one_adapter([curve[m] for m in rivals], budget, config, n_errors=contest.n_errors)
     best = max(eligible, key=lambda m: curve[m].gain)
     chosen = min(m for m in eligible if not is_above_error(*contest.compare(m, best)))
     return chosen, describe_choice(curve[chosen], curve[best], [curve[m] for m in rivals], can_share=can_share)
@@ -318,7 +330,7 @@ def _prefer_cosines(
         return chosen
     other = -curve[model].n_groups
     is_open = curve[other].allowed and not (is_number_set and curve[other].n_groups != curve[chosen].n_groups)
-    n_errors = ERRORS_TO_PART if curve[chosen].n_groups == 1 else 1.0
+    n_errors = contest.n_errors if curve[chosen].n_groups == 1 else 1.0
     return other if is_open and is_above_error(*contest.compare(chosen, other), n_errors=n_errors) else chosen
 
 

@@ -17,7 +17,7 @@ from ensemblelora.planning.judge import Judge, JudgedRows
 from ensemblelora.planning.record import Candidate, Comparison, Prediction
 
 __all__ = [
-    "ERRORS_TO_PART",
+    "count_errors_to_part",
     "describe_choice",
     "describe_cosines",
     "describe_request",
@@ -36,9 +36,6 @@ _WHAT_ERRORS_LEAVE_OUT = (
     "Standard errors cover validation rows and projection seeds. They leave out training seeds, the choice of training "
     "rows, and how far the linear model is from real fine-tuning."
 )
-ERRORS_TO_PART = 2.0
-"""standard errors by which groups must be better than one adapter for all: they cost more, and the errors leave out how
-far the linear model is from real fine-tuning"""
 _SHAKY_AGREEMENT = 0.8
 _FEW_ROWS = 10
 """independent validation rows of a task below which a standard error is itself hardly known"""
@@ -54,6 +51,15 @@ _OTHER_WAYS = {
 def is_above_error(gain: float, gain_se: float | None, *, n_errors: float = 1.0) -> bool:
     """Say whether a gain is above zero by more than some standard errors."""
     return gain_se is not None and gain > max(n_errors * gain_se, 0.0)
+
+
+def count_errors_to_part(oracle: Oracle) -> float:
+    """Return by how many standard errors groups have to be better than one adapter for all.
+
+    One, or two where the tasks have so few validation rows that the error is itself hardly known.
+    """
+    counts = [len(np.unique(oracle.validation_groups(task))) for task in range(oracle.n_tasks)]
+    return 2.0 if float(np.mean(counts)) < _FEW_ROWS else 1.0
 
 
 def describe_request(
@@ -73,7 +79,9 @@ def describe_request(
     )
 
 
-def describe_cosines(chosen: Candidate, before: Candidate, gain: float, gain_se: float | None) -> str:
+def describe_cosines(
+    chosen: Candidate, before: Candidate, gain: float, gain_se: float | None, *, n_errors: float = 1.0
+) -> str:
     """Say why groups by gradient cosine take the place of what was chosen.
 
     Args:
@@ -81,10 +89,11 @@ def describe_cosines(chosen: Candidate, before: Candidate, gain: float, gain_se:
         before: What was chosen by predicted loss alone.
         gain: Of the one over the other.
         gain_se: Its standard error.
+        n_errors: By how many groups had to be better than one adapter.
     """
     reason = f"{chosen.n_groups} groups by gradient cosine: {_describe_gain(chosen)}"
     if before.n_groups == 1:
-        return f"{reason}; no grouping found by affinity is by more than two standard errors."
+        return f"{reason}; no grouping found by affinity is by more than {_name_errors(n_errors)}."
     return f"{reason}; {gain:.4f} ± {gain_se or 0.0:.4f} better than the {before.n_groups} groups found by affinity."
 
 
@@ -100,13 +109,16 @@ def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candida
     return f"{reason}."
 
 
-def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget, config: GroupingConfig) -> str:
+def explain_one_adapter(
+    rivals: Sequence[Candidate], budget: Budget, config: GroupingConfig, *, n_errors: float = 1.0
+) -> str:
     """Say why no grouping was accepted.
 
     Args:
         rivals: Every number of groups above one.
         budget: What was allowed.
         config: What was asked for.
+        n_errors: By how many standard errors groups had to be better.
     """
     allowed = [candidate for candidate in rivals if candidate.allowed]
     if not rivals:
@@ -119,7 +131,7 @@ def explain_one_adapter(rivals: Sequence[Candidate], budget: Budget, config: Gro
         return "Every task's validation rows all belong together, so no gain from grouping can be told from chance."
     kind = "grouping by threshold" if config.rounding == "threshold" else "grouping"
     return (
-        f"No {kind} is predicted to beat one adapter for all by more than two standard errors; the best has "
+        f"No {kind} is predicted to beat one adapter for all by more than {_name_errors(n_errors)}; the best has "
         f"{best.n_groups} groups: {_describe_gain(best)}."
     )
 
@@ -179,11 +191,12 @@ def list_plan_warnings(
     budget: Budget,
     config: GroupingConfig,
     allows: Callable[[Partition], bool],
+    n_errors: float = 1.0,
 ) -> Iterator[str]:
     """Say what speaks against the plan.
 
     Another way to train is better, as in the choice itself, by more than one standard error, and than one adapter for
-    all by more than two.
+    all by more than ``n_errors`` of them.
 
     Args:
         chosen: The plan's point on the curve.
@@ -194,6 +207,7 @@ def list_plan_warnings(
         budget: What is allowed.
         config: What was asked for.
         allows: Whether the constraints allow groups.
+        n_errors: Standard errors by which groups have to be better than one adapter for all.
     """
     if plan.mean_nll >= base.mean_nll:
         yield "No adapter is predicted to help: the base model's validation loss is as low as the plan's."
@@ -203,7 +217,7 @@ def list_plan_warnings(
         gain, gain_se = other.gain_over_plan, other.gain_over_plan_se
         if other.name == "one adapter" or gain is None or gain_se is None:
             continue
-        if is_above_error(gain, gain_se, n_errors=ERRORS_TO_PART if chosen.n_groups == 1 else 1.0):
+        if is_above_error(gain, gain_se, n_errors=n_errors if chosen.n_groups == 1 else 1.0):
             mean = ", in the mean over draws" if other.groups is None else ""
             yield (
                 f"{_OTHER_WAYS[other.name]} ({other.n_groups} adapters{mean}) is predicted to do better than the plan "
@@ -239,6 +253,10 @@ def predict(judge: Judge, rows: JudgedRows) -> Prediction:
         mean_accuracy=mean_accuracy,
         mean_accuracy_se=mean_accuracy_se,
     )
+
+
+def _name_errors(n_errors: float) -> str:
+    return "one standard error" if n_errors == 1 else "two standard errors, which so few validation rows ask for"
 
 
 def _name_some(names: Sequence[str]) -> str:

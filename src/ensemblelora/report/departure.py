@@ -106,7 +106,7 @@ def _explain_one(run: RunRecord, values: Matrix) -> str:
     elif not points:
         told = "no grouping was open to choice"
     else:
-        told = "the predicted loss, which does, has to fall by more than two standard errors"
+        told = "the predicted loss, which does, has to fall by more than its error"
     names = join_names([run.plan.task_names[task] for task in sorted(block)], limit=3)
     return (
         f"The map of affinities shows blocks (such as {names}), but the plan is one adapter for all: "
