@@ -44,7 +44,7 @@ def rival_of(plan: Plan, name: str = "gradient cosine") -> Comparison:
 
 
 def ask_errors(plan: Plan) -> float:
-    """Standard errors by which groups have to beat one adapter: twice one with fewer than ten validation rows a task."""
+    """Standard errors by which groups have to beat one adapter, two with fewer than ten rows a task."""
     return 2.0 if np.mean(plan.n_validation) < 10 else 1.0
 
 

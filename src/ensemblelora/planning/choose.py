@@ -159,17 +159,8 @@ def choose_groups(
     ways = (contest.judged[chosen], contest.judged[1], singles, judge.judge_base())
     predicted = Predictions(*(predict(judge, way) for way in ways))
     halves = (contest.halves[0][chosen].groups, contest.halves[1][chosen].groups)
-    warnings = list_plan_warnings(
-        curve[chosen],
-        predicted.plan,
-        predicted.base,
-        comparisons,
-        halves,
-        budget,
-        config,
-        contest.allows,
-        contest.n_errors,
-    )
+    rules = (budget, config, contest.allows, contest.n_errors)
+    warnings = list_plan_warnings(curve[chosen], predicted.plan, predicted.base, comparisons, halves, *rules)
     groups = curve[chosen].groups
     return Plan(
         task_names=oracle.task_names,
