@@ -73,9 +73,8 @@ def _read_records() -> dict[str, Any]:
 
 
 def _insert_results(readme: str, records: dict[str, Any]) -> str:
-    """Put the recorded comparisons' tables, and what was measured in short, between the README's marks."""
-    compared = [record for record in records.values() if "comparison" in record]
-    results = [line for record in compared for line in ("", *summarize_comparison(record))]
+    """Put the comparison that tells most apart, and what was measured in short, between the README's marks."""
+    results = ["", *summarize_comparison(records["comparison-opposed"])]
     return _replace(_replace(readme, "results", results), "speed", list(summarize_speed(records)))
 
 
