@@ -139,7 +139,7 @@ from tests.test_scale_page import hold
 found = {}
 for name, gpus, on_gpu in (("half", 0.5, True), ("whole", 1, True), ("none", 1, False)):
     with open_scheduler(read_cluster("auto", f"cpus=1,gpus={gpus}")) as cluster:
-        jobs = [Job(f"job {i}", (1.5,)) for i in range(2)]
+        jobs = [Job(f"job {i}", (3.0,)) for i in range(2)]
         list(cluster.run(hold, jobs, Equipment(None, "none", dict), what="start"))
         ran = cluster.run(hold, jobs, Equipment(None, "none", dict), what="jobs", on_gpu=on_gpu)
         found[name] = [cluster.n_workers, [result for _, result in ran]]
