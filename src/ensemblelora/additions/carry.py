@@ -42,7 +42,7 @@ __all__ = ["Carrier", "Training", "carry_features", "draw_replay", "lengthen_tra
 
 Training = Literal["onward", "whole", "keep"]
 _CHECKPOINTS = "checkpoints"
-_MOST_LENGTHENED = 10.0
+_MOST_LENGTHENED = 4.0
 """times a run's epochs that a task alone is trained, at most"""
 
 
@@ -86,7 +86,7 @@ def lengthen_training(
     """Give a group as many optimiser steps as other groups have on the average, by more epochs; fewer it never gets.
 
     A task that is alone on few rows has few steps, from which it learns little. The best checkpoint is kept, as ever,
-    so that epochs beyond what the rows give cost time and no accuracy; there are at most ten times the run's.
+    so that epochs beyond what the rows give cost time and no accuracy; there are at most four times the run's.
 
     Args:
         settings: Of the run.
