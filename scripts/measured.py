@@ -310,6 +310,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
     ("federated-cpu", "Groups of 500 clients", render_federated),
     ("federated-factors", "Averaging adapters", render_ways),
     ("additions", "Datasets that arrive later", render_additions),
+    ("additions-alone", "A dataset that arrives and stays alone", render_additions),
     ("serving", "Serving", render_serving),
     ("forecast", "Forecasts and what was true", render_forecast),
     ("scale", "Beyond one process", render_scale),
