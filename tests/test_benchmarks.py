@@ -206,9 +206,9 @@ def test_every_record_is_shown():
 
 def test_what_the_readme_says_of_records_in_words_is_in_them():
     readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
-    opposed, alike = (
+    opposed, ten = (
         json.loads((FOLDER / "results" / f"{name}.json").read_text())
-        for name in ("comparison-opposed", "superglue-cpu")
+        for name in ("comparison-opposed", "comparison-cpu")
     )
     told = readme.partition("*Where tasks conflict*")[2].partition("\n\n")[0]
     points = {
@@ -223,9 +223,13 @@ def test_what_the_readme_says_of_records_in_words_is_in_them():
         ("ours", "mtl-ft", ".1f"),
     )
     assert [pair for *pair, form in shown if f" {points[tuple(pair)]:{form}} " not in told.replace("\n", " ")] == []
-    told = readme.partition("*Where they don't*")[2].partition("\n\n")[0]
-    means = [alike["results"]["methods"][name]["mean"]["nll"] for name in ("base", "ensemble")]
-    assert all(f"{mean:.3f}" in told for mean in means)
+    told = " ".join(readme.partition("*On the paper's ten datasets*")[2].partition("\n\n")[0].split())
+    means = [ten["comparison"]["methods"][name]["mean"] for name in ("shared", "mtl-ft", "ours", "single")]
+    losses = [f"{mean['nll']['value']:.3f}" for mean in means]
+    places = [told.index(f"{100 * mean['accuracy']['value']:.1f}") for mean in means]
+    assert places == sorted(places) and [told.index(loss) for loss in losses] == sorted(map(told.index, losses))
+    assert "nothing is told apart" in told and f"{len(ten['comparison']['study']['seeds'])} seeds" == "2 seeds"
+    assert all((item["p_holm"] or 0.0) > 0.05 for item in ten["comparison"]["primary"])
 
 
 def test_brackets_stand_where_there_were_several_seeds():
