@@ -214,9 +214,9 @@ def _tell_cheaper(record: RunRecord) -> Iterator[str]:
         return
     spent = costs.methods.get(BOOSTED_GROUP) if costs else None
     passes = spent.inference_forward_passes if spent else None
-    price = f" in {format_ratio(passes)} forward passes" if passes is not None else ""
+    price = f" in {format_ratio(passes)} passes" if passes is not None else ""
     score = format_percent(theirs) if metric == "accuracy" else f"loss {format_number(theirs)}"
-    yield f"without the other groups' adapters, boosters kept: {score}{price} (--set ensemble.weights=own)"
+    yield f"own group and boosters only: {score}{price}, --set ensemble.weights=own"
 
 
 def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:
