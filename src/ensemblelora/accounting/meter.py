@@ -26,6 +26,9 @@ from ensemblelora.errors import StoreError
 __all__ = ["Ledger", "Meter", "MethodCosts", "StageRecord", "release_memory"]
 
 _SAMPLING_SECONDS = 0.02
+_WORTH_RELEASING = 2**27
+_after_release = [0]
+"""resident bytes of this process when memory was last given back"""
 _COUNTS = ("flops", "n_tokens", "n_padded_tokens", "dequantization_flops")
 
 
@@ -332,11 +335,16 @@ def release_memory() -> None:
     """Give memory that was freed, but kept by the C library for later, back to the system.
 
     Passes over batches of every length leave holes that no later one fits, until a process holds far more than it uses.
-    Nothing is done where the library has no call for it (it is glibc's).
+    Nothing is done where the library has no call for it (it is glibc's), nor where little was taken since last time,
+    for it looks through all there is.
     """
+    process = psutil.Process()
+    if process.memory_info().rss - _after_release[0] < _WORTH_RELEASING:
+        return
     trim = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None)
     if trim is not None:
         trim(0)
+    _after_release[0] = process.memory_info().rss
 
 
 def _reset_accelerator_peak() -> None:
