@@ -490,3 +490,17 @@ def test_colouring_is_settled_for_many_tasks() -> None:
     assert not can_meet(everyone, range(1, 9)) and can_meet(everyone, range(1, 10))
     assert math.isinf(cluster(random_affinity(3), 1).bound) is False
     assert round_to_groups(np.eye(9), random_affinity(9), 9, n_restarts=1) == tuple((i,) for i in range(9))
+
+
+def test_what_parts_all_tasks_is_met_by_one_a_task_unless_they_are_too_many() -> None:
+    def faults(n_tasks: int, **asked: object) -> list[str]:
+        names = [f"t{i}" for i in range(n_tasks)]
+        config = GroupingConfig.model_validate({"cannot_link": [names], **asked})
+        found = list(list_demand_faults(config, names))
+        assert bool(found) == (not list_group_numbers(config, names))
+        return found
+
+    assert faults(8) == []
+    assert "grouping.max_groups 6 can't be met" in faults(8, max_groups=6)[0]
+    assert "grouping.max_groups auto can't be met" in faults(21)[0]
+    assert faults(8, min_group_size=2)

@@ -160,3 +160,36 @@ def test_a_mean_over_draws_is_nothing_to_be_advised() -> None:
         "Random grouping (5 adapters, in the mean over draws) is predicted to do better than the plan "
         "by 0.2000 ± 0.0900 nats."
     )
+
+
+def test_one_a_task_competes_unasked_unless_a_limit_keeps_it_out() -> None:
+    oracle = make_oracle(make_features(tuple(range(4)) * 2, n_train=120), penalty=0.01)
+    plan = plan_for(oracle, n_random_partitions=2)
+    assert [candidate.n_groups for candidate in plan.curve] == [1, 2, 3, 4, 5, 6, 8]
+    (alone,) = (way for way in plan.comparisons if way.name == "one per task")
+    assert plan.curve[-1].gain == pytest.approx(alone.gain) and plan.curve[-1].gain_se == pytest.approx(alone.gain_se)
+    assert [c.n_groups for c in plan_for(oracle, max_groups=6, n_random_partitions=2).curve] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_a_task_is_taken_where_it_is_predicted_best() -> None:
+    oracle = make_oracle(make_features(tuple(range(8)), n_train=120), penalty=0.01)
+    plan = plan_for(oracle, n_random_partitions=2)
+    assert plan.decision == "one per task" and plan.reason.startswith("8 groups: ")
+    limited = plan_for(oracle, max_groups=6, n_random_partitions=2)
+    assert told_of(limited)["one per task"].endswith("; set grouping.max_groups to 8 or more to allow it.")
+    assert "one per task" not in told_of(plan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_tasks", "numbers"),
+    [
+        ({}, 4, [1, 2, 3, 4]),
+        ({}, 20, [1, 2, 3, 4, 5, 6, 20]),
+        ({}, 21, [1, 2, 3, 4, 5, 6]),
+        ({"rounding": "threshold"}, 10, [1, 2, 3, 4, 5, 6]),
+        ({"max_groups": 8}, 10, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+    ids=str,
+)
+def test_numbers_of_groups_that_compete(settings: dict[str, object], n_tasks: int, numbers: list[int]) -> None:
+    assert GroupingConfig.model_validate(settings).list_numbers(n_tasks) == numbers

@@ -37,7 +37,7 @@ MILLION = DataSize(10, 1_000_000, 100_000, 100_000, 256)
 
 
 def make_config(**sections: Any) -> RunConfig:
-    return parse_config({"data": {"tasks": ["some"]}, **sections})
+    return parse_config({"data": {"tasks": ["some"]}, "grouping": {"max_groups": 6}, **sections})
 
 
 def test_flops_of_rows_of_one_length_are_those_that_a_run_counts():

@@ -68,7 +68,7 @@ def _find_price(config: RunConfig) -> _Price:
     _, rows, probe = stages.prepare(config)
     found = forecast_run(config, probe, rows)
     asked = config.grouping.n_groups_asked
-    groups = min(config.grouping.max_groups, len(rows.names)) if asked is None else asked
+    groups = config.grouping.list_numbers(len(rows.names))[-1] if asked is None else asked
     n_members = groups + config.boosting.n_rounds + len(evaluation.baselines)
     n_train, n_test = (sum(split.n_examples for split in splits) for splits in (rows.train, rows.test))
     n_validation = sum(split.n_examples for split in rows.validation)

@@ -135,11 +135,20 @@ class AffinityConfig(Stage):
     )
 
 
+_MOST_GROUPS = 6
+"""As many as the paper looks at."""
+
+_MOST_ALONE = 20
+"""Tasks that may each get an adapter unasked."""
+
+
 class GroupingConfig(Stage):
     """How many groups, which, and when not to group at all."""
 
     n_groups: Literal["auto"] | int = Field("auto", description="auto: by predicted performance; may be 1.")
-    max_groups: int = Field(6, ge=1, description="Paper varies 2 to 6.")
+    max_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="auto: 6, and one a task where there are at most 20 of them. Paper varies 2 to 6."
+    )
     rounding: Literal["best", "threshold"] = Field("best", description="threshold: the paper's, with components.")
     threshold: float = Field(1.0, ge=1.0, description="c in the paper's c/n threshold.")
     n_restarts: int = Field(20, ge=1, description="Starts of k-means and random starts.")
@@ -161,6 +170,18 @@ class GroupingConfig(Stage):
         if self.groups is not None:
             return len(self.groups)
         return None if self.n_groups == "auto" else self.n_groups
+
+    def list_numbers(self, n_tasks: int) -> list[int]:
+        """Return the numbers of groups, in rising order, among which the plan chooses where none is set.
+
+        One a task is a number like any other, but for the paper's own way to round, and where there are so many tasks
+        that fitting weights, every adapter on every task's validation rows, would cost more than the training.
+        """
+        if self.max_groups != "auto":
+            return list(range(1, min(self.max_groups, n_tasks) + 1))
+        numbers = list(range(1, min(_MOST_GROUPS, n_tasks) + 1))
+        with_alone = _MOST_GROUPS < n_tasks <= _MOST_ALONE and self.rounding == "best"
+        return [*numbers, n_tasks] if with_alone else numbers
 
 
 class TrainingConfig(Stage):

@@ -108,7 +108,7 @@ class Forecaster:
     def most_groups(self) -> int:
         """As many groups as the plan may have."""
         asked = self.config.grouping.n_groups_asked
-        return min(self.config.grouping.max_groups, len(self.rows.names)) if asked is None else asked
+        return self.config.grouping.list_numbers(len(self.rows.names))[-1] if asked is None else asked
 
     def predict(self, passes: Passes) -> StageForecast:
         """Turn what is run into time and memory."""

@@ -155,7 +155,7 @@ def size_run(config: RunConfig, shape: ModelShape, data: DataSize, machine: Mach
         ConfigError: If the config asks for a kind of adapter or projection without a closed form here.
     """
     adapter = _find_adapter(config.adapter, shape)
-    n_groups = config.grouping.n_groups_asked or min(config.grouping.max_groups, data.n_tasks)
+    n_groups = config.grouping.n_groups_asked or config.grouping.list_numbers(data.n_tasks)[-1]
     n_members, one = n_groups + config.boosting.n_rounds, adapter.n_bytes()
     costs = PassCosts(shape, adapter, n_lower=next(i for i, sites in enumerate(adapter.layers) if sites))
     held = _hold(config, costs, one)

@@ -1,7 +1,7 @@
 """The choice: how many groups, which, or one adapter for all, by predicted performance under budgets.
 
-Cost: ``max_groups`` clusterings on all validation rows and on each half of them, a fit per new group, and at most
-``max_solves`` fits to refine. One clustering more, by gradient cosine, competes with what is chosen of these.
+Cost: for every number of groups a clustering on all validation rows and one on each half of them, a fit per new group,
+and at most ``max_solves`` fits to refine. One clustering more, by gradient cosine, competes with what is chosen.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ def choose_groups(
 ) -> Plan:
     """Choose the number of groups and the groups, or one adapter for all, and predict what each choice gives.
 
-    For every number of groups up to ``max_groups``, a partition is found on all validation rows. What the number gives
-    is judged without that partition: one is found on each half of the rows and judged on the other half. Of the numbers
-    within budget whose gain over one adapter exceeds its standard error (twice that where a task has fewer than ten
-    validation rows in the mean), the smallest is taken that is within one
-    standard error of the best (the paper fixes the number by hand or by a trace penalty; section 3.3). Where the
-    constraints rule one adapter out, it is the smallest of all that are within one standard error of the best. Groups
-    by gradient cosine take the place of what is chosen where they are predicted to be better by as much; no validation
-    row has a part in finding them, so that all of them judge.
+    For every number of groups that ``max_groups`` leaves, a partition is found on all validation rows. What the number
+    gives is judged without that partition: one is found on each half of the rows and judged on the other half. Of the
+    numbers within budget whose gain over one adapter exceeds its standard error (twice that where a task has fewer than
+    ten validation rows in the mean), the smallest is taken that is within one standard error of the best (the paper
+    fixes the number by hand or by a trace penalty; section 3.3). Where the constraints rule one adapter out, it is the
+    smallest of all that are within one standard error of the best. Groups by gradient cosine take the place of what is
+    chosen where they are predicted to be better by as much; no validation row has a part in finding them, so that all
+    of them judge.
 
     Args:
         matrix: Symmetric affinity over all validation rows, higher is better together, shape ``(n_tasks, n_tasks)``.
@@ -266,7 +266,8 @@ def _choose(
         return 1, "There is only one task, so there is nothing to group."
     can_share = contest.allows(curve[1].groups)
     groupings = [m for m in curve if m != _GIVEN and curve[m].n_groups > 1]
-    rivals = [m for m in groupings if m <= config.max_groups]
+    open_numbers = config.list_numbers(sum(len(group) for group in curve[1].groups))
+    rivals = [m for m in groupings if m in open_numbers]
     # Where only a number above max_groups was asked for, it is all there is.
     eligible = [m for m in (rivals if can_share else rivals or groupings) if curve[m].allowed]
     if can_share:
@@ -286,7 +287,7 @@ def _take_model(curve: Mapping[int, Candidate], chosen: int, config: GroupingCon
     n_tasks = sum(len(group) for group in curve[1].groups)
     if 1 < curve[chosen].n_groups < n_tasks:
         return chosen
-    proper = [m for m in curve if _GIVEN < m <= config.max_groups and 1 < curve[m].n_groups < n_tasks]
+    proper = [m for m in config.list_numbers(n_tasks) if m in curve and 1 < curve[m].n_groups < n_tasks]
     return max(proper, key=lambda m: (curve[m].allowed, curve[m].gain), default=None)
 
 

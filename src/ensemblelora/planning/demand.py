@@ -92,8 +92,8 @@ def list_group_numbers(config: GroupingConfig, names: Sequence[str]) -> list[int
         SolverError: If it is not settled in time whether a number can be met.
     """
     constraints, asked = read_constraints(config, names), config.n_groups_asked
-    most = min(config.max_groups, len(names))
-    numbers = {m for m in range(1, most + 1) if m == asked or can_meet(constraints, range(m, m + 1))}
+    open_numbers = config.list_numbers(len(names))
+    numbers = {m for m in open_numbers if m == asked or can_meet(constraints, range(m, m + 1))}
     return sorted(numbers if asked is None else numbers | {asked})
 
 
@@ -188,10 +188,13 @@ def _find_conflict(demands: Sequence[_Demand], names: Sequence[str]) -> list[_De
 
 def _can_be_met(demands: Sequence[_Demand], names: Sequence[str]) -> bool:
     limits = {d.key: d.value for d in demands if d.key in ("n_groups", "max_groups")}
-    most = min(limits.get("n_groups", limits.get("max_groups", len(names))), len(names))
-    kept = [d for d in demands if d.key not in limits]
+    numbers = GroupingConfig(max_groups=limits.get("max_groups", len(names))).list_numbers(len(names))
+    if "n_groups" in limits:
+        numbers = [limits["n_groups"]]
+    constraints = _constrain([d for d in demands if d.key not in limits], names)
+    gap = next((i for i in range(1, len(numbers)) if numbers[i] > numbers[i - 1] + 1), len(numbers))
     try:
-        return can_meet(_constrain(kept, names), range(limits.get("n_groups", 1), most + 1))
+        return any(can_meet(constraints, range(run[0], run[-1] + 1)) for run in (numbers[:gap], numbers[gap:]) if run)
     except SolverError as error:  # the search for groups will say so, if it finds none
         _logger.warning("constraints on groups are not checked: %s", error)
         return True

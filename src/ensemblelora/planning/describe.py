@@ -284,7 +284,8 @@ def _say_how_to_allow(
     """Name every setting that keeps a way to train out of the choice; nothing where it was open and not chosen."""
     if other.groups is None:
         return ""  # a mean over draws is no grouping that could be trained
-    values = [f"grouping.max_groups to {other.n_groups} or more"] if other.n_groups > config.max_groups else []
+    is_open = other.n_groups in config.list_numbers(sum(len(group) for group in other.groups))
+    values = [] if is_open else [f"grouping.max_groups to {other.n_groups} or more"]
     if other.name == "gradient cosine" and config.rounding == "threshold":
         values.append("grouping.rounding to best")
     steps = ["raise the budget"] if budget.list_faults(other.n_groups) else []

@@ -78,7 +78,8 @@ def search_partitions(
         )
         groups = clustering.groups
         if config.refine and config.rounding == "best":
-            share = max_solves // max(1, len(sizes))
+            # One a task leaves nothing to search, and takes no share.
+            share = max_solves // max(1, sum(m < judge.oracle.n_tasks for m in sizes))
             groups = refine_partition(groups, affinity, judge, half, max_solves=share, constraints=binding)
         found[m] = Found(groups, clustering)
     return found

@@ -34,7 +34,7 @@ class GroupingSettings(_Record):
     """How the number of groups was bound."""
 
     n_groups: int | str | None = None
-    max_groups: int | None = None
+    max_groups: int | str | None = None
     groups: list[list[str]] | None = None
     origin: str = ""
     """whose groups these are, where the run goes on from another; of that run's own record of it"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ensemblelora.affinity import choose_subset_size
+from ensemblelora.config import GroupingConfig
 from ensemblelora.report.asked_record import ConfigRecord, TaskRecord
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.document import Block, Cell, Column, Row, Section, Step, Steps, Table, Text
@@ -144,7 +145,7 @@ def _list_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     if grouping.groups is not None:
         yield "Groups", grouping.origin or "given by hand"
     elif grouping.n_groups == "auto":
-        yield "Groups", f"as many as are predicted best, at most {_bound(grouping.max_groups, run.plan.n_tasks)}"
+        yield "Groups", f"as many as are predicted best, {_bound(grouping.max_groups, run.plan.n_tasks)}"
     elif grouping.n_groups is not None:
         yield "Groups", f"{grouping.n_groups}, as asked"
     if config.affinity.subset_size is not None:
@@ -154,8 +155,13 @@ def _list_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Asked of the oracle", f"training sets of {count(size, 'task')}{why}"
 
 
-def _bound(max_groups: int | None, n_tasks: int) -> str:
-    return NOTHING if max_groups is None else str(min(max_groups, n_tasks))
+def _bound(max_groups: int | str | None, n_tasks: int) -> str:
+    if max_groups is None:
+        return f"at most {NOTHING}"
+    numbers = GroupingConfig.model_validate({"max_groups": max_groups}).list_numbers(n_tasks)
+    if n_tasks == numbers[-1] > len(numbers):
+        return f"at most {numbers[-2]}, or one a task"
+    return f"at most {numbers[-1]}"
 
 
 def _task_table(run: RunRecord) -> Table:
