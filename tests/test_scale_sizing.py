@@ -239,7 +239,7 @@ def test_the_page_shows_what_the_command_says(tmp_path, monkeypatch, capsys):
 def test_the_command_needs_no_weights(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_13B), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("data: {tasks: [demo_rte]}\n", encoding="utf-8")
+    recipe.write_text("data: {tasks: [demo_rte]}\ngrouping: {max_groups: 6}\n", encoding="utf-8")
     asked = ["forecast", str(recipe), "--model", str(tmp_path), "--machine", "8xH100", "--rows", "1000000", "--json"]
     assert main(asked) == 0
     found = json.loads(capsys.readouterr().out)
