@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ensemblelora.comparison.bench import Bench
 from ensemblelora.comparison.candidate import Candidate, Costs
 from ensemblelora.comparison.grouped import score_base, train_shared
 from ensemblelora.comparison.methods import METHODS, Method
-from ensemblelora.comparison.page import COMPARISON_FILES, write_page
+from ensemblelora.comparison.page import COMPARISON_FILES, write_headline, write_page
 from ensemblelora.comparison.planned import make_plan
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.comparison.record import Primary, place_record, read_head, read_study
@@ -411,6 +412,21 @@ def test_the_seed_of_the_rows_is_its_own(config: RunConfig) -> None:
     assert request.learning_rates == (config.training.learning_rate,)
 
 
+def test_the_headline_says_where_nothing_was_learnt(tmp_path: Path) -> None:
+    def headline(name: str, **skills: float) -> str:
+        return write_headline(write_page(make_study(tmp_path / name, skills=skills)).statistics)
+
+    learnt = headline("learnt", base=0.5, shared=0.75, ours=0.9)
+    assert "No training" not in learnt and "at chance" not in learnt
+    vain = headline("vain", base=0.95, shared=0.75, ours=0.9)
+    assert re.search(r" No training is better than the model as it is \(9\d\.\d%\)\.$", vain)
+    study = make_study(tmp_path / "chance", skills={"base": 0.5, "shared": 0.5, "ours": 0.52})
+    statistics = write_page(study).statistics
+    at_chance = replace(statistics, at_chance=statistics.tasks)
+    assert write_headline(at_chance).endswith("means anything: give more rows or epochs.")
+    assert "at chance" not in write_headline(replace(statistics, at_chance=statistics.tasks[:1]))
+
+
 def test_the_page_holds_every_method_and_all_numbers(tmp_path: Path) -> None:
     skills = {"base": 0.5, "shared": 0.75, "single": 0.6, "<b>tag</b>": 0.65, "mtl-ft": 0.8, "ours": 0.9}
     folder = make_study(
@@ -426,7 +442,7 @@ def test_the_page_holds_every_method_and_all_numbers(tmp_path: Path) -> None:
     for name in ("base", "single", "mtl-ft", "ours"):
         assert f"the method {name} ({name})" in markdown, "what lost stays"
     assert "full failed: seed 0: out of memory" in markdown
-    assert markdown.startswith("# Ours: mean test accuracy ") and "against the best of 2 rivals" in markdown
+    assert markdown.startswith("# Ours: mean test accuracy ") and ", the best of 2 rivals, corrected p" in markdown
     assert "dequantised 4-bit file" in markdown, "beside every table that could compare LoRA with QLoRA"
     assert markdown.count("*Figure: ") == 4 and "--primary ours:shared,ours:mtl-ft" in markdown
     numbers = artifacts.read_json(folder / "compare.json")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import record_comparison
 from ensemblelora import artifacts
 from ensemblelora.cli import main
+from ensemblelora.comparison.page import describe_study, write_page
 from ensemblelora.comparison.record import Primary
 from ensemblelora.config import dump_config, parse_config
-from ensemblelora.errors import UsageError
+from ensemblelora.errors import StoreError, UsageError
 from ensemblelora.reproduction import paper
 from ensemblelora.reproduction.exhibit import Reproduction, name_base_method
 from ensemblelora.reproduction.pairs import count_worse_pairs
@@ -224,3 +227,55 @@ def test_the_command_shows_a_table_a_folder(compared: Path, capsys: pytest.Captu
     assert "table4: Test accuracy" in shown and "ours | the paper's" in shown and "| 88.6%" in shown
     assert main(["reproduce", "table7", str(compared), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["exhibit"] == "table7"
+
+
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("exhibit", ["table1", "table4", "table6", "table7", "figure4", "figure7", "section2.1"])
+def test_a_record_gives_what_its_folder_gives(compared: Path, tmp_path: Path, exhibit: str) -> None:
+    page = write_page(compared)
+    outcome = {"study": describe_study(page.study)} | asdict(page.statistics)
+    record = record_comparison.collect(json.loads(json.dumps(outcome)), compared, command="-", commit="-")
+    path = tmp_path / "qlora.json"
+    artifacts.write_json(path, record)
+    of_record, of_folder = (reproduce(exhibit, [place]) for place in (path, compared))
+    assert of_record.notes == of_folder.notes and len(of_record.rows) == len(of_folder.rows)
+    for one, other in zip(of_record.rows, of_folder.rows, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():  # a record's numbers have fifteen digits
+            assert one[name] == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("name", ["comparison-cpu", "comparison-opposed"])
+def test_the_committed_comparisons_give_the_papers_tables(name: str) -> None:
+    record = artifacts.read_json(RECORDS / f"{name}.json")
+    cells = cells_of(reproduce("table4", [RECORDS / f"{name}.json"]))
+    mean = record["comparison"]["methods"]["ours"]["mean"]["accuracy"]["value"]
+    assert cells["average", "ours"]["ours"] == mean and cells["average", "ours"]["paper"] == pytest.approx(0.886)
+
+
+def test_what_is_no_record_of_a_comparison_is_refused_with_what_would_be_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere: no such folder or file; give a folder of ensemblelora compare"):
+        reproduce("table1", [tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match=r"oracle\.json: no record of a comparison; give a folder"):
+        reproduce("table1", [RECORDS / "oracle.json"])
+    with pytest.raises(UsageError, match=r"section 3\.3 needs what each training kept, and a record has figures alone"):
+        reproduce("section3.3", [RECORDS / "comparison-cpu.json"])
+    old = artifacts.read_json(RECORDS / "comparison-cpu.json")
+    del old["comparison"]["methods"]
+    artifacts.write_json(tmp_path / "old.json", old)
+    with pytest.raises(StoreError, match=r"old\.json: a record of a comparison of another version"):
+        reproduce("table1", [tmp_path / "old.json"])
+
+
+def test_measurements_are_one_table_with_figures_that_can_be_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    path = RECORDS / "analysis-linearization.json"
+    rows = reproduce("table2", [path]).rows
+    assert main(["reproduce", "table2", str(path), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("table2: ") == 1 and f"all rows: {path.name}, smollm2-135m, fine-tunings 3" in shown
+    for row in rows:
+        (line,) = (line for line in shown.splitlines() if f" {row['mean']:.3g} " in line)
+        assert line.startswith(str(row["adapter"])) and f"{row['low']:.3g}\u2013{row['high']:.3g}" in line
+    assert max(map(len, shown.splitlines())) <= 100

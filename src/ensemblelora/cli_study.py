@@ -124,7 +124,10 @@ def reproduce(
     ],
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="FOLDER...", help="Of compare, analyze or federate, or validated runs."),
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Of compare, analyze or federate, or validated runs; or records of compare or analyze.",
+        ),
     ],
     as_json: AsJson = False,
     *,
@@ -144,11 +147,12 @@ def reproduce(
     if all("claim" in row for row in made.rows):
         claims = {str(row["claim"]): {key: value for key, value in row.items() if key != "claim"} for row in made.rows}
         show_rows(claims, title=made.heading)
-    else:
-        for row in made.rows:
-            show_rows(dict(row), title=made.heading)
-    for line in made.notes:
-        typer.echo(line)
+        for line in made.notes:
+            typer.echo(line)
+        return None
+    from ensemblelora.ranking import render_lines
+
+    show_table(*render_lines(made))
 
 
 def _carry_out(asked: tuple[Any, ...], options: Mapping[str, Any], *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
@@ -22,7 +23,10 @@ from ensemblelora.report.wording import (
 )
 from ensemblelora.reproduction.exhibit import Reproduction, Row
 
-__all__ = ["render_comparison", "render_exhibit"]
+__all__ = ["render_comparison", "render_exhibit", "render_lines"]
+
+_NAMED = ("run", "model", "adapter")
+"""columns whose values say by themselves what they are"""
 
 _UNITS: Mapping[str, Callable[[float | None], str]] = {
     "accuracy": format_percent,
@@ -30,6 +34,7 @@ _UNITS: Mapping[str, Callable[[float | None], str]] = {
     "bytes": format_bytes,
     "ratio": format_ratio,
     "nats": format_number,
+    "points": lambda value: NOTHING if value is None else f"{format_number(100 * value, 1)} points",
 }
 
 
@@ -114,6 +119,39 @@ def render_exhibit(made: Reproduction) -> list[Text | Table]:
         cells = {(str(row["row"]), str(row["column"])): row for row in made.rows if row["folder"] == folder}
         parts += [Text(), _tabulate_cells(folder, cells)]
     return [*parts, Text("ours | the paper's"), *(Text(line) for line in made.notes)]
+
+
+def render_lines(made: Reproduction) -> list[Text | Table]:
+    """Show an exhibit whose rows are measurements: one table, and what is the same in all rows in one line above.
+
+    Args:
+        made: With at least one row.
+    """
+    columns = list(dict.fromkeys(name for row in made.rows for name in row))
+    values = {name: [row.get(name) for row in made.rows] for name in columns}
+    same = [name for name in columns if len(made.rows) > 1 and len(set(values[name])) == 1]
+    told = [_write_figure(values[n][0]) if n in _NAMED else f"{n} {_write_figure(values[n][0])}" for n in same]
+    shown = {name: [_write_figure(value) for value in values[name]] for name in columns if name not in same}
+    if {"low", "high"} <= set(shown):  # one column; the interval says what the deviation would
+        pairs = zip(shown["low"], shown["high"], strict=True)
+        shown["low"] = [low if low == NOTHING else f"{low}\u2013{high}" for low, high in pairs]
+        shown = {("interval" if n == "low" else n): cells for n, cells in shown.items() if n not in ("high", "sd")}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name, cells in shown.items():
+        is_text = any(isinstance(value, str) for value in values.get(name, ()))
+        widest = max(len(part) for part in (*cells, *name.split()))
+        table.add_column(textwrap.fill(name, widest), justify="left" if is_text else "right", no_wrap=True)
+    for line in zip(*shown.values(), strict=True):
+        table.add_row(*line)
+    heading = [Text(made.heading, style="bold"), *([Text(f"all rows: {', '.join(told)}", style="dim")] if told else [])]
+    return [*heading, Text(), table, Text(), *(Text(note) for note in made.notes)]
+
+
+def _write_figure(value: float | str | None) -> str:
+    """A name as it is, a number with three digits that count: distances are thousandths."""
+    if value is None:
+        return NOTHING
+    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def _tabulate_cells(folder: str, cells: Mapping[tuple[str, str], Row]) -> Table:

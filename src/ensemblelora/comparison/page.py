@@ -129,7 +129,14 @@ def describe_study(study: StudyRecord) -> dict[str, Any]:
 
 
 def write_headline(found: Statistics) -> str:
-    """Say in one sentence how ours stands against the best of the methods it is compared with, or which is the best."""
+    """Say how ours stands against the best of the methods it is compared with, or which is the best.
+
+    Where nothing was learnt, a second sentence says so: no difference between methods means anything then.
+    """
+    return f"{_write_outcome(found)}{_write_vain(found)}"
+
+
+def _write_outcome(found: Statistics) -> str:
     metric = "accuracy" if any("accuracy" in method.mean for method in found.methods.values()) else "nll"
     ranked = [method for method in rank_methods(found) if metric in method.mean]
     against = [pair.b for pair in found.primary if pair.a == OURS and pair.metric == metric]
@@ -141,10 +148,27 @@ def write_headline(found: Statistics) -> str:
             change = describe_change(result, found.confidence)
             p_value = "" if result.p_holm is None else f", corrected p {format_p_value(result.p_holm)}"
             mean = _write_mean(found, OURS, metric)
-            others = f"the best of {len(rivals)} rivals, {rivals[0].title}" if len(rivals) > 1 else rivals[0].title
-            return f"Ours: mean test {what} {mean}; {change} in {what} against {others}{p_value}."
+            others = f", the best of {len(rivals)} rivals" if len(rivals) > 1 else ""
+            return f"Ours: mean test {what} {mean}; {change} against {rivals[0].title}{others}{p_value}."
     best = _write_mean(found, ranked[0].name, metric)
     return f"Of {count(len(ranked), 'method')}, {ranked[0].title} has the best mean test {what}: {best}."
+
+
+def _write_vain(found: Statistics) -> str:
+    """Say so where no task was learnt, or no training did better than none."""
+    told = ""
+    base = found.methods.get("base")
+    trained = [method for name, method in found.methods.items() if name != "base"]
+    metric = "accuracy" if base is not None and "accuracy" in base.mean else "nll"
+    sign = 1 if metric == "accuracy" else -1
+    known = [sign * method.mean[metric].value for method in trained if metric in method.mean]
+    if base is not None and metric in base.mean and known and sign * base.mean[metric].value >= max(known):
+        told += f" No training is better than the model as it is ({_write_mean(found, 'base', metric)})."
+    if trained and found.at_chance and set(found.at_chance) == set(found.tasks):
+        told += (
+            " All tasks are at chance, so that no difference between methods means anything: give more rows or epochs."
+        )
+    return told
 
 
 def _write_steps(study: StudyRecord, found: Statistics) -> Steps:

@@ -1,7 +1,8 @@
 """Tables 1, 4, 6 and 7, figures 4 and 7 and sections 2.1 and 3.3 of the paper, from records of comparisons. No torch.
 
-In: folders of ``ensemblelora compare``. Out: :class:`~.exhibit.Reproduction`, a table a folder: methods across, tasks,
-FLOPs and memory down, the paper's numbers beside ours. A method that was not compared has the paper's alone.
+In: folders of ``ensemblelora compare``, or records of them. Out: :class:`~.exhibit.Reproduction`, a table a folder:
+methods across, tasks, FLOPs and memory down, the paper's numbers beside ours. A method that was not compared has the
+paper's alone.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from ensemblelora.artifacts import read_json
 from ensemblelora.comparison.ablation import collect_first_rounds, collect_numbers, compare_boosting
 from ensemblelora.comparison.page import describe_study
 from ensemblelora.comparison.record import StudyRecord, read_study
 from ensemblelora.comparison.sections import describe_change
 from ensemblelora.comparison.statistics import Figure, MethodResult, Statistics, compute_statistics
-from ensemblelora.errors import UsageError
+from ensemblelora.config import parse_config
+from ensemblelora.errors import ConfigError, StoreError, UsageError
 from ensemblelora.report.wording import count
 from ensemblelora.reproduction import paper
 from ensemblelora.reproduction.exhibit import Reproduction, Row, name_base_method
@@ -33,20 +38,21 @@ _BASE_LINES = ("lora", "qlora")
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """A comparison's record and its statistics."""
+    """A comparison.
 
-    study: StudyRecord
+    Attributes:
+        name: Of its folder, or of the record made of it.
+        base_method: Adapter and base, as the paper's numbers name them.
+        about: Model, sizes, epochs and seeds, as :func:`~.page.describe_study` has them.
+        statistics: All its figures.
+        study: Row by row; none of a record, which keeps figures alone.
+    """
+
+    name: str
+    base_method: str
+    about: Mapping[str, Any]
     statistics: Statistics
-
-    @property
-    def name(self) -> str:
-        """The folder's."""
-        return self.study.folder.resolve().name
-
-    @property
-    def base_method(self) -> str:
-        """Adapter and base, as the paper's numbers name them."""
-        return name_base_method(self.study.config)
+    study: StudyRecord | None
 
     def find(self, method: str) -> MethodResult | None:
         """A method's result; none where it was not carried out."""
@@ -54,7 +60,7 @@ class Compared:
 
     def describe(self) -> str:
         """Model, adapter, sizes, epochs and seeds in one line."""
-        about = describe_study(self.study)
+        about = self.about
         sizes = {part: _span([int(n) for n in about[f"n_{part}"].values()]) for part in ("train", "validation", "test")}
         told = ", ".join(f"{size} {part}" for part, size in sizes.items())
         rounded = " (itself a dequantised 4-bit file)" if about["model"].endswith((".gguf", "smollm2-135m")) else ""
@@ -64,16 +70,40 @@ class Compared:
         )
 
 
-def open_compared(folder: Path) -> Compared:
-    """Read a comparison's folder.
+def open_compared(place: Path) -> Compared:
+    """Read a comparison's folder, or a file that ``benchmarks/record_comparison.py`` made of one.
 
     Raises:
-        UsageError: If it is none, or has no record yet.
+        UsageError: If it is neither, or has no result yet.
+        StoreError: If a file is damaged.
     """
-    study = read_study(folder)
+    if place.is_file():
+        return _open_record(place)
+    if not place.exists():
+        raise UsageError(f"{place}: no such folder or file; give a folder of ensemblelora compare, or a record of one")
+    study = read_study(place)
     if not study.records:
-        raise UsageError(f"{folder}: no method has a result yet")
-    return Compared(study, compute_statistics(study))
+        raise UsageError(f"{place}: no method has a result yet")
+    name, base_method = study.folder.resolve().name, name_base_method(study.config)
+    return Compared(name, base_method, describe_study(study), compute_statistics(study), study)
+
+
+def _open_record(path: Path) -> Compared:
+    content = read_json(path)
+    outcome = content.get("comparison") if isinstance(content, dict) else None
+    if not isinstance(outcome, dict):
+        raise UsageError(
+            f"{path}: no record of a comparison; give a folder of ensemblelora compare, or what "
+            "benchmarks/record_comparison.py made of one"
+        )
+    try:
+        statistics = TypeAdapter(Statistics).validate_python(outcome)
+        return Compared(
+            path.stem, name_base_method(parse_config(content["config"])), outcome["study"], statistics, None
+        )
+    except (KeyError, ValidationError, ConfigError) as error:
+        what = str(error).splitlines()[0]
+        raise StoreError(f"{path}: a record of a comparison of another version ({what}); record it again") from None
 
 
 def _span(sizes: Sequence[int]) -> str:
@@ -166,7 +196,7 @@ def _figure_7(found: Sequence[Compared]) -> Reproduction:
     for entry in found:
         for name, printed in paper.FIGURE_7.items():
             for label, value in printed.items():
-                unit = {"memory_bytes": "bytes"}.get(label, "accuracy" if label.startswith("accuracy") else "ratio")
+                unit = {"memory_bytes": "bytes"}.get(label, "points" if label.startswith("accuracy") else "ratio")
                 rows.append(_cell(entry, label.removesuffix("_bytes"), name, unit, _relate(entry, name, label), value))
     notes = (
         "The paper: Llama-3-8B, QAdapter, all rows, 10 epochs, 3 seeds, as its text tells the figure. Its memory is a "
@@ -185,7 +215,7 @@ def write_ensemble_gain(found: Sequence[Compared]) -> list[Row]:
     for entry in found:
         gain = _relate(entry, "mtl-ft-ensemble", "accuracy over shared")
         printed = paper.ENSEMBLE_GAIN.get(entry.base_method)
-        rows.append(_cell(entry, "accuracy over one adapter", "mtl-ft-ensemble", "accuracy", gain, printed))
+        rows.append(_cell(entry, "accuracy over one adapter", "mtl-ft-ensemble", "points", gain, printed))
         method = entry.find("mtl-ft-ensemble")
         shared = entry.find("shared")
         kept, peak = (_compare_costs(method, shared, what) for what in ("n_bytes", "peak_memory_bytes"))
@@ -208,6 +238,11 @@ def _section_3_3(found: Sequence[Compared]) -> Reproduction:
         "number for any m. One group here: one adapter for all. Nothing but the groups differs between the columns."
     ]
     for entry in found:
+        if entry.study is None:
+            raise UsageError(
+                f"{entry.name}: section 3.3 needs what each training kept, and a record has figures alone; give the "
+                "comparison's folder, of the methods ours-m1 to ours-m6, or ours-boost-0 and ours-boost-1"
+            )
         numbers = collect_numbers(entry.study, entry.statistics)
         for number in numbers:
             column = count(number.n_groups, "group")
@@ -217,7 +252,7 @@ def _section_3_3(found: Sequence[Compared]) -> Reproduction:
             rows += [_cell(entry, row, column, "nats", value, None) for row, value in losses.items()]
             rows.append(_cell(entry, "density", column, "nats", number.density, None))
             rows.append(_cell(entry, "plans of so many seeds", column, "ratio", float(number.n_chosen), None))
-        rows += _list_first_rounds(entry)
+        rows += _list_first_rounds(entry, entry.study)
         if (change := compare_boosting(entry.statistics, "accuracy")) is not None:
             told = describe_change(change, entry.statistics.confidence)
             notes.append(f"{entry.name}: accuracy of {change.a} against {change.b}: {told}.")
@@ -226,9 +261,9 @@ def _section_3_3(found: Sequence[Compared]) -> Reproduction:
     return _finish("section3.3", "The number of groups, and one step of boosting", rows, found, notes)
 
 
-def _list_first_rounds(entry: Compared) -> Iterator[Row]:
+def _list_first_rounds(entry: Compared, study: StudyRecord) -> Iterator[Row]:
     """What one booster changes: its group's training rows, relative, and the test rows of all tasks."""
-    rounds = collect_first_rounds(entry.study)
+    rounds = collect_first_rounds(study)
     if not rounds:
         return
     errors, losses = ([getattr(one, name) for one in rounds] for name in ("error_reduction", "nll_reduction"))
@@ -239,7 +274,7 @@ def _list_first_rounds(entry: Compared) -> Iterator[Row]:
         yield _cell(entry, row, "one booster", "accuracy", mean, printed)
     change = compare_boosting(entry.statistics, "accuracy")
     gain, sd = _read(change, lambda c: c.difference), _read(change, lambda c: c.seed_sd)
-    yield _cell(entry, "test accuracy, raised by", "one booster", "accuracy", gain, paper.BOOSTING_GAIN, sd=sd)
+    yield _cell(entry, "test accuracy, raised by", "one booster", "points", gain, paper.BOOSTING_GAIN, sd=sd)
     kept = sum(one.is_kept for one in rounds) / len(rounds)
     yield _cell(entry, "kept", "one booster", "accuracy", kept, None)
 
