@@ -32,7 +32,7 @@ from ensemblelora.selection.search import (
     search_forward,
     search_swaps,
 )
-from ensemblelora.selection.strategies import STRATEGIES, Selection, choose_strategies, select
+from ensemblelora.selection.strategies import DEFAULT_STRATEGY, STRATEGIES, Selection, choose_strategies, select
 from ensemblelora.selection.values import (
     VALUATIONS,
     choose_prefix,
@@ -413,7 +413,8 @@ def test_settings_no_search_can_follow_are_refused(changes, told):
 
 def test_strategies_go_by_name():
     assert choose_strategies(["beam", "forward", "beam"]) == ("beam", "forward")
-    assert choose_strategies(["all"]) == tuple(STRATEGIES)
+    whole = choose_strategies(["all"])
+    assert whole[0] == DEFAULT_STRATEGY == "backward" and sorted(whole) == sorted(STRATEGIES)
     with pytest.raises(UsageError, match="unknown strategy 'greedy': expected all, or some of forward, backward"):
         choose_strategies(["greedy"])
     with pytest.raises(UsageError, match="no strategy"):

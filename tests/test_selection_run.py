@@ -166,7 +166,7 @@ def test_costs_are_counted(run):
 def test_true_fine_tunings_are_counted_set_by_set(run):
     config, record = run
     with open_bench(check_request(config, TARGET, ["forward"])) as bench:
-        forward = record.strategies[0]
+        forward = next(found for found in record.strategies if found.strategy == "forward")
         asked = list_asked(bench.prospect, forward, None)
         steps = [len(bench.prospect.everything) - k for k in range(len(forward.sources) + 1)]
         assert len(asked) == 1 + sum(steps) == forward.n_asked
@@ -243,7 +243,10 @@ def test_a_selection_that_was_broken_off_goes_on(run, inputs, tmp_path, monkeypa
     assert all(torch.equal(first[key], after[key]) for key in first)
     found, before = read(config), read(run[0])
     assert found["test"]["scores"]["forward"] == before["test"]["scores"]["forward"]
-    assert without_times(found["strategies"][0]) == without_times(before["strategies"][0]), "two runs of a config agree"
+    (same,) = (one for one in before["strategies"] if one["strategy"] == "forward")
+    fits = {"row_iterations": 0}  # of sets that an earlier strategy asked about, none
+    alike = without_times(found["strategies"][0]) | fits == without_times(same) | fits
+    assert alike, "two runs of a config agree"
 
 
 def record_folder(config: RunConfig, target: str = TARGET) -> Path:

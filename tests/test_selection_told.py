@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from ensemblelora import artifacts
 from ensemblelora.accounting.meter import StageRecord
 from ensemblelora.cli import main
 from ensemblelora.config import RunConfig
-from ensemblelora.selection.caveats import Better, find_better, list_caveats
+from ensemblelora.selection.caveats import Better, find_better, list_caveats, name_choice, say_better
 from ensemblelora.selection.clusters import find_typical
 from ensemblelora.selection.costs import count_new
 from ensemblelora.selection.page import compose_page, describe_method, list_notes, write_headline
@@ -77,10 +79,11 @@ def test_a_better_prediction_is_named_with_its_gain_its_reason_and_the_next_step
     assert (better.strategy, better.sources) == ("backward", (0, 1))
     assert better.gain == pytest.approx(0.37 * 1.005) and 0 < better.gain_se < 0.01
     (told,) = list_caveats(prospect, "mine", ["a", "b"], first, better)
-    assert told.startswith("The best prediction is not what forward chose: backward chooses all of them, whose ")
-    assert "predicted loss is 0.37" in told and "stops at the first step that does not pay" in told
+    assert told.startswith("It adds one source at a time and stops at the first step that does not pay (here: ")
+    assert say_better(better, ["a", "b"]).startswith("backward chooses all 2, whose predicted loss is 0.37")
     assert "no further step is predicted to gain anything (the best one -0.05" in told
-    assert told.endswith("Try --strategy backward, which begins with all sources.")
+    assert f"Backward, which begins with all sources, found the lowest of {other.n_asked} sets' predictions" in told
+    assert told.endswith("is partly luck: compare both on test rows with --strategy forward,backward.")
 
 
 class Scattered(Scripted):
@@ -102,6 +105,46 @@ def test_what_is_worse_or_within_an_error_is_not_named():
     assert find_better(scattered, none, [replace(whole, sources=(0,))]) is None
 
 
+def test_the_lowest_of_many_predictions_has_to_be_clearer():
+    """A gain of three errors tells of one other set, and may be the luck of a thousand."""
+
+    class Mild(Scripted):
+        def row_nll(self, choices):
+            rows = super().row_nll(choices)
+            return rows + np.array([len(choice) for choice in choices])[None, :, None] * self.wobble
+
+        @property
+        def wobble(self):
+            return np.resize([0.7, -0.7], len(self.validation_groups))
+
+    prospect = Mild({(): 0.7, (0,): 0.4}, 1)
+    none = select(prospect, "forward", SHAPE)
+    gain = prospect.compare([(0,)], over=())
+    n_errors = gain.values[0] / gain.errors[0]
+    assert 2 < n_errors < 3.5, "else this test says nothing"
+    whole = replace(none, strategy="backward", sources=(0,), n_asked=1)
+    assert find_better(prospect, replace(none, sources=()), [whole]) is not None
+    assert find_better(prospect, replace(none, sources=()), [replace(whole, n_asked=1000)]) is None
+
+
+def test_a_choice_is_named_by_what_is_left_out_where_that_is_shorter():
+    names = [f"s{j}" for j in range(9)]
+    assert name_choice(tuple(range(9)), names) == "all 9" and name_choice((), names) == ""
+    assert name_choice((0, 1, 2, 3, 5, 6, 7, 8), names) == "all but s4"
+    assert name_choice((0, 1), names) == "s0 and s1"
+    assert name_choice((0,), ["a"]) == "a"
+
+
+def test_what_too_few_rows_can_tell_is_said_with_its_size():
+    prospect = Scattered({(): 0.7, (0,): 0.69}, 1)
+    whole = select(prospect, "backward", SHAPE)
+    told = list(list_caveats(prospect, "mine", ["a"], whole, None))
+    what = "the choice" if whole.sources else "all sources"
+    n_rows = len(np.unique(prospect.validation_groups))
+    assert any(line.startswith(f"{n_rows} validation rows of mine can't tell a gain below some ") for line in told)
+    assert any(line.endswith(f"from chance; that of {what} over no source is smaller.") for line in told)
+
+
 def test_few_validation_rows_are_named_as_a_plan_names_them():
     first = select(make_prospect((0.0,)), "forward", SHAPE)
     few = make_prospect((0.0,), n_validation=8)
@@ -117,7 +160,7 @@ def test_headline_screen_and_page_name_what_is_better(searched):
     assert any(told.startswith("Few validation rows") for told in record.warnings)
     worse = with_better(record)
     assert "But forward chooses none, whose predicted loss is 0.3700 ± 0.0300 nats lower still" in write_headline(worse)
-    assert "try --strategy forward." in write_headline(worse)
+    assert write_headline(worse).endswith("to be checked, see the warning.")
     assert "an apt warning" in write_page(worse)
     lines = [part.plain for part in render_selection(worse) if hasattr(part, "plain")]
     assert "warning: an apt warning" in lines
@@ -222,6 +265,15 @@ def test_clusters_are_shown_with_their_rows_and_examples(copied, inputs):
     table = next(part for part in render_selection(record) if "a typical row begins" in _heads(part))
     assert list(table.columns[0].cells) == list(sources)
     assert list(table.columns[1].cells) == [str(source.n_rows) for source in sources.values()]
+    chosen = record.name_sources(record.strategies[0].sources)
+    assert list(table.columns[2].cells) == ["yes" if name in chosen else "no" for name in sources]
+    long = replace(record, sources=tuple(replace(source, examples=("many words " * 40,)) for source in record.sources))
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(*render_selection(long))
+    assert all(
+        any(line.startswith(f"{name} ") and "many words" in line for line in shown.getvalue().splitlines())
+        for name in sources
+    ), "a long text leaves the other columns their place"
     whole = select_sources(copied, TARGET, wants_final=False)
     assert "What is in each cluster" not in write_page(whole)
 

@@ -24,7 +24,7 @@ from ensemblelora.report.wording import (
     format_signed,
     join_names,
 )
-from ensemblelora.selection.caveats import say_better
+from ensemblelora.selection.caveats import name_choice, say_better
 from ensemblelora.selection.record import SAMPLES_FILE, Change, FinalTable, SelectionRecord
 from ensemblelora.selection.strategies import STRATEGIES, Selection
 
@@ -87,7 +87,7 @@ def write_headline(record: SelectionRecord) -> str:
     """Say what the first strategy chose, what that is predicted to give, whether another is better, how it tested."""
     first, n_sources = record.strategies[0], _count_sources(record)
     if first.sources:
-        some = join_names(record.name_sources(first.sources), limit=_MOST_NAMED)
+        some = name_choice(first.sources, [source.name for source in record.sources])
         chosen = f"all {n_sources}" if 1 < len(first.sources) == len(record.sources) else f"{some} of {n_sources}"
         told = f"For {record.target}, {first.strategy} chooses {chosen}: predicted validation loss "
         told += f"{format_number(first.nll)} nats, {_say_gain(first)} than without any."
@@ -95,7 +95,7 @@ def write_headline(record: SelectionRecord) -> str:
         told = f"For {record.target}, {first.strategy} chooses none of {n_sources}: {first.stopped}."
     if record.better is not None:
         names = [source.name for source in record.sources]
-        told += f" But {say_better(record.better, names)}: try --strategy {record.better.strategy}."
+        told += f" But {say_better(record.better, names)}: to be checked, see the warning."
     if record.test is None:
         return told
     adapters = {final.method: final.adapter for final in record.finals}

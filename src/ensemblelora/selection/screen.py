@@ -11,8 +11,8 @@ from ensemblelora.report.wording import (
     format_interval,
     format_number,
     format_signed,
-    join_names,
 )
+from ensemblelora.selection.caveats import name_choice
 from ensemblelora.selection.page import (
     PAGE_FILE,
     describe_method,
@@ -26,8 +26,10 @@ from ensemblelora.selection.strategies import STRATEGIES
 
 __all__ = ["render_selection"]
 
-_MOST_NAMED = 4
 _MOST_CLUSTERS = 16
+_ROOM = 78
+"""characters of a narrow screen that a cluster's name and text share"""
+_LEAST_SHOWN = 24
 
 
 def render_selection(record: SelectionRecord) -> list[Text | Table]:
@@ -56,7 +58,7 @@ def _tabulate_choices(record: SelectionRecord) -> Table:
     for name, _, found in list_choices(record):
         table.add_row(
             name,
-            join_names(record.name_sources(found.sources), limit=_MOST_NAMED) or NOTHING,
+            name_choice(found.sources, [source.name for source in record.sources]) or NOTHING,
             _write(format_number(found.nll), found.nll_se),
             _write(format_signed(found.gain, 4), found.gain_se),
             _write(format_signed(found.gain_over_all, 4), found.gain_over_all_se),
@@ -67,14 +69,24 @@ def _tabulate_choices(record: SelectionRecord) -> Table:
 def _tabulate_clusters(record: SelectionRecord) -> list[Text | Table]:
     """Rows of each cluster, and how a typical one begins."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    cut = [(j, source) for j, source in enumerate(record.sources) if source.examples]
     table.add_column("cluster")
     table.add_column("rows", justify="right")
-    table.add_column("a typical row begins", no_wrap=True, overflow="ellipsis")
-    cut = [source for source in record.sources if source.examples]
-    for source in cut[:_MOST_CLUSTERS]:
-        table.add_row(source.name, f"{source.n_rows:,}", Text(source.examples[0]))
+    table.add_column("chosen")
+    table.add_column("a typical row begins")
+    width = max(_LEAST_SHOWN, _ROOM - max(len(source.name) for _, source in cut))
+    chosen = set(record.strategies[0].sources)
+    for j, source in cut[:_MOST_CLUSTERS]:
+        table.add_row(
+            source.name, f"{source.n_rows:,}", "yes" if j in chosen else "no", _cut(source.examples[0], width)
+        )
     left_out = len(cut) - _MOST_CLUSTERS
     return [table, *([Text(f"and {left_out} more: see the report", style="dim")] if left_out > 0 else [])]
+
+
+def _cut(text: str, width: int) -> Text:
+    """The beginning of a text: a column that is wider than the screen would take the place of the others."""
+    return Text(text if len(text) <= width else f"{text[: width - 1]}\u2026")
 
 
 def _tabulate_test(record: SelectionRecord, test: FinalTable) -> Table:

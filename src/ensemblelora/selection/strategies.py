@@ -96,12 +96,12 @@ class Selection:
 
 
 def choose_strategies(names: Sequence[str]) -> tuple[str, ...]:
-    """Find strategies by name, in the order given; ``all`` stands for every one.
+    """Find strategies by name, in the order given; ``all`` stands for every one, the default first.
 
     Raises:
         UsageError: If a name is unknown; lists those there are.
     """
-    wanted = [one for name in names for one in (STRATEGIES if name == "all" else [name])]
+    wanted = [one for name in names for one in ((DEFAULT_STRATEGY, *STRATEGIES) if name == "all" else [name])]
     unknown = [name for name in wanted if name not in STRATEGIES]
     if unknown or not wanted:
         told = f"unknown strategy {', '.join(map(repr, unknown))}" if unknown else "no strategy"
