@@ -372,3 +372,8 @@ def test_tables_of_transfer_have_ours_beside_the_papers(home: Path, tmp_path: Pa
     assert {"figure11", "sectionB.6"} <= set(EXHIBITS)
     with pytest.raises(ConfigError):
         read_options(find_analysis("transfer"), ["tolerance=-1"])
+
+
+def test_a_misspelt_analysis_is_guessed():
+    with pytest.raises(UsageError, match=r"analysis 'linearisation': expected one of .*; did you mean linearization\?"):
+        find_analysis("linearisation")

@@ -502,7 +502,7 @@ def test_a_dry_run_counts_fine_tunings_and_writes_nothing(
     )
     tasks = json.dumps(list(config.data.tasks))
     assert main(["compare", str(recipe), "--dry-run", "--methods", "shared", "--set", f"data.tasks={tasks}", "-q"]) == 0
-    assert "fine tunings" in capsys.readouterr().out
+    assert "fine-tunings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

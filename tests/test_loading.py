@@ -188,7 +188,7 @@ def test_a_short_key_of_another_task_is_no_overlap(tmp_path: Path) -> None:
 def test_overlaps_can_be_refused(tmp_path: Path) -> None:
     card = write_card(tmp_path, {"train": make_rows(20), "dev": make_rows(3)}, test_split="dev")
     assert sum(overlap.n_examples for overlap in load(card).overlaps) >= 3
-    with pytest.raises(DataError, match=r"splits overlap: .*test rows of 'toy' share the content of .*'toy'.*remove"):
+    with pytest.raises(DataError, match=r"splits overlap: .*test rows of 'toy' have the same text as .*'toy'.*remove"):
         load(card, overlap="refuse")
 
 
@@ -197,7 +197,7 @@ def test_overlaps_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCapture
     splits = {"train": rows, "val": rows[:5], "dev": rows[:3]}
     load(write_card(tmp_path, splits, test_split="dev", validation_split="val"), overlap="report")
     (told,) = (record.getMessage() for record in caplog.records)
-    assert "splits overlap: 5 validation rows of 'toy' share the content of train rows of 'toy'" in told
+    assert "splits overlap: 5 validation rows of 'toy' have the same text as train rows of 'toy'" in told
     assert "and so do 6 rows of 2 more pairs of splits: scores on such rows flatter" in told
 
 

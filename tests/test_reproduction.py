@@ -214,7 +214,7 @@ def test_section_2_1_takes_validated_runs_for_its_pairs(tmp_path: Path) -> None:
 
 
 def test_an_exhibit_needs_its_folders(compared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="exhibit 'table9': expected one of table2, table3, table5, figure2, table1"):
+    with pytest.raises(UsageError, match="exhibit 'table9': expected one of extension, extension-sizes, figure11"):
         reproduce("table9", [compared])
     with pytest.raises(UsageError, match=r"no comparison \(study.json is missing\)"):
         reproduce("table4", [tmp_path])

@@ -304,3 +304,9 @@ def test_messages_call_adapters_and_stages_by_words(inputs, tmp_path, capsys):
     assert "an adapter of family0" in shown.err and "fine-tuning on what was chosen: " in shown.err
     assert "pool-" not in shown.err and "pool-" not in shown.out
     assert "the test rows were read once, at the end" in " ".join(shown.out.split())
+
+
+def test_a_slip_in_a_strategy_is_told_before_anything_is_loaded(inputs, capsys):
+    assert main(["select", str(inputs), "--target", TARGET, "--strategy", "forward,,shaply"]) == 2
+    told = capsys.readouterr().err
+    assert "unknown strategy '', 'shaply': expected all, or some of forward" in told and "loading" not in told

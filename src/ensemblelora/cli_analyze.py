@@ -34,7 +34,12 @@ def analyze(
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Seeds of theta0 and of the order of rows.")] = 1,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="KEY=VALUE", help="An option of the analysis, such as n_subsets=2; repeatable."),
+        typer.Option(
+            "--with",
+            metavar="KEY=VALUE",
+            help="An option of the analysis, such as n_subsets=2 or base_methods=[lora,qlora]; repeatable. A wrong key "
+            "lists those there are.",
+        ),
     ] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,

@@ -102,8 +102,11 @@ def select(
 ) -> None:
     """Choose the sources that help one target, fine-tune on them, and test that against all and none; in RUN-select."""
     config = _read_source(source, request)
-    names = [name.strip() for name in strategy.split(",") if name.strip()]
+    names = [name.strip() for name in strategy.split(",")]
     with talking(**asdict(talk)):
+        from ensemblelora.selection.strategies import choose_strategies
+
+        choose_strategies(names)  # a slip is told before anything is loaded
         options = _settle(config, wanted, search)
         note(f"loading libraries, data and model {config.model.name} ...")  # nothing else is said for seconds
         if dry_run:

@@ -154,6 +154,8 @@ def _head(name: str) -> str:
     """What a column is called: its numbers are written with their units, which the name need not repeat."""
     if name == "flops" or name.endswith("_flops"):
         return name.replace("_", " ").replace("flops", "FLOPs")
+    if name == "fine_tunings":
+        return "fine-tunings"
     plain = "time" if name == "seconds" else name.removeprefix("n_").removesuffix("_bytes")
     return plain.replace("_seconds", "_time").replace("_", " ")
 

@@ -6,6 +6,7 @@ were made from and what they cost, and the page. Broken off, the same call goes 
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,9 @@ def find_analysis(name: str) -> Analysis:
         UsageError: If it is unknown; lists those there are.
     """
     if name not in ANALYSES:
-        raise UsageError(f"analysis {name!r}: expected one of {', '.join(ANALYSES)}")
+        close = difflib.get_close_matches(name, ANALYSES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"analysis {name!r}: expected one of {', '.join(ANALYSES)}{hint}")
     return ANALYSES[name]
 
 

@@ -77,11 +77,11 @@ def summarize_overlaps(overlaps: Sequence[Overlap]) -> str:
 
 def describe_overlap(overlap: Overlap) -> str:
     """Say in a line which split repeats what of which; the examples are rows as the data file numbers them."""
-    what = "the content" if overlap.kind == "content" else "the group key"
+    alike = "have the same text as" if overlap.kind == "content" else "belong to the same passage or group as"
     (first_task, first_split), (second_task, second_split) = overlap.first, overlap.second
     pair = " and ".join(overlap.example_ids)
     return (
-        f"{overlap.n_examples} {second_split} rows of {second_task!r} share {what} of {first_split} rows of "
+        f"{overlap.n_examples} {second_split} rows of {second_task!r} {alike} {first_split} rows of "
         f"{first_task!r} (such as rows {pair} of the data)"
     )
 

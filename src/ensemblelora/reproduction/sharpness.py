@@ -53,7 +53,10 @@ def _figure_9(folders: Sequence[Path]) -> Reproduction:
     for folder, result in found:
         claims = list(_claim_widths(result))
         if not claims:
-            raise UsageError(f"{folder}: figure 9 needs the part width")
+            raise UsageError(
+                f"{folder}: no bottleneck adapters of several widths in it, of which figure 9 is; measure them with: "
+                "ensemblelora analyze sharpness CONFIG --with parts=[width]"
+            )
         rows += name_claims(folder, folders, claims)
     notes = (
         *(_describe(folder, result) for folder, result in found),

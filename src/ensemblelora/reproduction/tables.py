@@ -46,7 +46,7 @@ def reproduce(exhibit: str, folders: Sequence[Path | str]) -> Reproduction:
         UsageError: If the exhibit is unknown, or a folder does not hold what it is made from.
     """
     if exhibit not in EXHIBITS:
-        raise UsageError(f"exhibit {exhibit!r}: expected one of {', '.join(EXHIBITS)}")
+        raise UsageError(f"exhibit {exhibit!r}: expected one of {', '.join(sorted(EXHIBITS))}")
     return EXHIBITS[exhibit]([Path(folder) for folder in folders])
 
 
