@@ -340,6 +340,8 @@ FAULTY = {
     "a header alone": ("a.csv", b"text,label\n", "empty"),
     "no header": ("a.csv", table(CELLS[1:]), "expected columns"),
     "more cells than columns": ("a.csv", table([*CELLS, ["a", "b", "c", "d"]]), "can't be read"),
+    "more cells than columns everywhere": ("a.csv", table([CELLS[0], *(["so", *row] for row in CELLS[1:])]), "line 2 has 3"),
+    "more tabs than columns": ("a.tsv", table([CELLS[0], *(["so", *row] for row in CELLS[1:])], delimiter="\t"), "'tab'"),
     "an open quote": ("a.csv", table(CELLS) + b'"never closed,no\n', None),
     "utf-16": ("a.csv", table(CELLS).decode().encode("utf-16"), None),
     "latin-1": ("a.csv", table([*CELLS, ["café", "no"]]).decode().encode("latin-1"), "save it as UTF-8"),
@@ -500,6 +502,47 @@ def test_a_file_of_questions_is_read_or_refused_in_one_line(content, tmp_path):
         render_inputs(make_card(), [row if isinstance(row, dict) else {"text": row} for row in rows])
     except EnsembleLoraError as error:
         assert_one_line(error)
+
+
+QUESTION_FILES = {
+    "a table": ("rows.csv", table([["text", "label"], ["a, b", "no"], ["c", "yes"]])),
+    "semicolons": ("rows.csv", table([["text", "label"], ["a, b", "no"], ["c", "yes"]], delimiter=";")),
+    "tabs": ("rows.TSV", table([["text"], ["a, b"], ["c"]], delimiter="\t")),
+    "an array": ("rows.json", b'[{"text": "a, b"},\n {"text": "c"}]'),
+    "an array of texts": ("rows.json", b'["a, b", "c"]'),
+    "objects in lines": ("rows.json", b'{"text": "a, b"}\n{"text": "c"}\n'),
+    "lines": ("rows.jsonl", b'\xef\xbb\xbf{"text": "a, b"}\r\n\r\n"c"\r\n'),
+    "texts": ("rows.txt", b"a, b\nc\n"),
+}
+
+
+@pytest.mark.parametrize("name", QUESTION_FILES)
+def test_questions_come_in_every_format_that_tasks_come_in(name, tmp_path):
+    file, content = QUESTION_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    rows = read_questions(tmp_path / file)
+    assert [row["text"] if isinstance(row, dict) else row for row in rows] == ["a, b", "c"]
+
+
+NO_QUESTIONS = {
+    "no lines of JSON": ("rows.jsonl", b"just a text\n", "line 1: not valid JSON"),
+    "a number": ("rows.json", b"[1, 2]", "row 1: expected an object of columns or a text, got '1'"),
+    "longer rows": ("rows.csv", b"text\na,b\nc,d\n", "line 2 has 2 fields, the header 1"),
+    "another format": ("rows.jsonl", gzip.compress(b"a"), "not UTF-8"),
+    "nothing there": ("rows.parquet", None, "not found"),
+    "no such text": ("rows.txt", None, r"can't be read \(No such file or directory\)"),
+}
+
+
+@pytest.mark.parametrize("name", NO_QUESTIONS)
+def test_a_file_without_questions_is_told_by_its_line(name, tmp_path):
+    file, content, told = NO_QUESTIONS[name]
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=told) as caught:
+        read_questions(tmp_path / file)
+    assert_one_line(caught.value)
+    assert str(caught.value).count(file) == 1
 
 
 def test_the_corpus_is_large_enough():

@@ -503,7 +503,7 @@ def test_predict_takes_texts_or_a_file(loaded, tmp_path, capsys):
     assert main(["predict", "r", "--task", "boolq", "--text", "one", "--text", "two"]) == 0
     assert capsys.readouterr().out == "yes\nyes\n"
     rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "one"}\n\n"two"\nthree\n', encoding="utf-8")
+    rows.write_text('{"text": "one"}\n\n"two"\n"three"\n', encoding="utf-8")
     assert main(["predict", "r", "--task", "boolq", "--file", str(rows), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [{"label": "yes", "probabilities": {"yes": 1.0}}] * 3
     folder = Path("r")
@@ -527,7 +527,8 @@ def test_without_a_task_both_certainties_are_named(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert err.splitlines() == [
         "warning: in this run's own test: on books no method is above chance.",
-        "warning: 1 row of 2 may be of another task than shown (less than 50 % sure): name the task with --task",
+        "warning: 2 rows of 2 may be of another task than shown (less than 80 % sure; most often "
+        "books or films), and its answer another then: name the task with --task",
     ]
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines == [

@@ -105,7 +105,10 @@ def test_every_screen_names_the_next_command(tmp_path: Path) -> None:
         screen = Console(width=200, file=io.StringIO(), record=True)
         for part in summarize(folder, size=(200, 80)):
             screen.print(part)
-        assert screen.export_text().splitlines()[-1].startswith(f"next: ensemblelora {command} {folder}")
+        last = screen.export_text().splitlines()[-1]
+        assert last.startswith(f"next: ensemblelora {command} {folder}")
+        named = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["task_names"][0]
+        assert (f"--task {named} --text ..." in last) == (command == "predict")
 
 
 def test_two_runs_that_differ_in_loss_alone_are_told_apart(tmp_path: Path) -> None:

@@ -162,7 +162,10 @@ def predict(
         typer.Option("--text", metavar="TEXT", help="A text to answer, or a JSON object of columns; repeatable."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="A file of them, one a line, instead of --text.")
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help="A csv, tsv, JSON, JSONL or parquet file of them, or a text a line."
+        ),
     ] = None,
     as_json: AsJson = False,
     talk: Talk,

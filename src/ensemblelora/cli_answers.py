@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ __all__ = ["show_answer", "show_routed", "warn_of_routing"]
 
 _logger = logging.getLogger(__name__)
 
+_SURE = 0.8
+"""how likely a row's task has to be to go without a warning"""
+
 
 def show_routed(predictions: Sequence[Prediction]) -> None:
     """Show every row's answer, and the task that it was taken to be of."""
@@ -27,13 +31,19 @@ def warn_of_routing(predictions: Sequence[Prediction]) -> None:
     """Warn of rows without a task's name that may well be of another task than they were taken to be of."""
     from ensemblelora.report.wording import count
 
-    unsure = sum((one.task_probability or 0.0) < 0.5 for one in predictions)
-    if unsure:
-        _logger.warning(
-            "%s of %s may be of another task than shown (less than 50 %% sure): name the task with --task",
-            count(unsure, "row"),
-            len(predictions),
-        )
+    unsure = [one for one in predictions if (one.task_probability or 0.0) < _SURE]
+    if not unsure:
+        return
+    likeliest = Counter(tuple(sorted(list(one.routing)[:2])) for one in unsure if one.routing and len(one.routing) > 1)
+    pair = f"; most often {' or '.join(likeliest.most_common(1)[0][0])}" if likeliest else ""
+    _logger.warning(
+        "%s of %d may be of another task than shown (less than %.0f %% sure%s), and its answer another then: name the "
+        "task with --task",
+        count(len(unsure), "row"),
+        len(predictions),
+        100 * _SURE,
+        pair,
+    )
 
 
 def show_answer(answer: Mapping[str, Mapping[str, Any]], names: Sequence[str], confidence: float) -> None:

@@ -92,14 +92,15 @@ def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int,
     parts += [Text(line, style="yellow") for line in _list_warnings(list_warnings(record), n_warnings)]
     report = folder / REPORT_HTML_FILE
     parts.append(Text(f"report: {report}" if report.exists() else f"run folder: {folder}", no_wrap=True))
-    parts.append(Text(f"next: {_tell_next(folder, is_planned=results is None)}", no_wrap=True))
+    parts.append(Text(f"next: {_tell_next(folder, plan, is_planned=results is None)}", no_wrap=True))
     return parts
 
 
-def _tell_next(folder: Path, *, is_planned: bool) -> str:
-    """The command that goes on from here."""
-    command = "run" if is_planned else "predict"
-    return f"ensemblelora {shlex.join([command, str(folder)])}{'' if is_planned else ' --text ...'}"
+def _tell_next(folder: Path, plan: PlanRecord, *, is_planned: bool) -> str:
+    """The command that goes on from here; tasks may look alike, so that it names one."""
+    if is_planned:
+        return f"ensemblelora {shlex.join(['run', str(folder)])}"
+    return f"ensemblelora {shlex.join(['predict', str(folder), '--task', plan.task_names[0]])} --text ..."
 
 
 def _leave_out_boosted(results: ResultsRecord | None) -> ResultsRecord | None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ensemblelora.data.csv_format import choose_csv_options, refuse_longer_rows
 from ensemblelora.data.remote import Source, check_url, fetch, is_url, list_files, name_of, show_place, show_url
 from ensemblelora.data.task import TaskCard
 from ensemblelora.errors import DataError, EnsembleLoraError, MissingExtraError, quote
@@ -37,7 +38,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_HEADER_BYTES = 65536
 _SHOWN_BYTES = 24
 """in front of the one that can't be read"""
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -126,7 +126,10 @@ def read_file(source: Source, **options: Any) -> Dataset:
     with _quiet(), _one_line_faults(f"data file {shown}: can't be read as {reader}"):
         # The reader knows a file by its path and time, and would give the rows of another that had both.
         name = f"sha256-{file_sha256(path)[:32]}"
-        return _restore_dates(load_dataset(reader, name, data_files=[str(path)], split="train", **options))
+        rows = load_dataset(reader, name, data_files=[str(path)], split="train", **options)
+        if reader == "csv":
+            refuse_longer_rows(path, rows.column_names, options["sep"])
+        return _restore_dates(rows)
 
 
 def list_folder(url: str) -> list[str]:
@@ -152,20 +155,7 @@ def _choose_reader(source: Source) -> str:
 def _choose_options(options: Mapping[str, Any], source: Source, reader: str) -> dict[str, Any]:
     """The reader's options for a file."""
     kept = _settle_options(options, f"data file {show_place(source)}")
-    if reader != "csv":
-        return kept
-    return {"sep": _find_separator(source), "keep_default_na": False, **kept}
-
-
-def _find_separator(source: Source) -> str:
-    """A tab in a tsv; in a csv a comma, or what spreadsheets of other languages write: its first line tells."""
-    if name_of(source).suffix.lower() == ".tsv":
-        return "\t"
-    header = b""
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            header = file.readline(_HEADER_BYTES)
-    return next((separator for separator in ",;\t" if separator.encode() in header), ",")
+    return {**choose_csv_options(source), **kept} if reader == "csv" else kept
 
 
 def _read_storage(options: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +250,10 @@ def _draw_from_file(source: Source, draw: Draw, reader: str, options: dict[str, 
     else:
         _check_file(source)
     more |= _choose_options(options, source, reader)
-    return _draw_rows(f"data file {show_place(source)}", draw, reader, data_files=str(source), split="train", **more)
+    rows = _draw_rows(f"data file {show_place(source)}", draw, reader, data_files=str(source), split="train", **more)
+    if reader == "csv":
+        refuse_longer_rows(source, rows.column_names, more["sep"])
+    return rows
 
 
 def _draw_rows(what: str, draw: Draw, *where: Any, split: str, **options: Any) -> Dataset:
