@@ -303,6 +303,7 @@ def table(rows: list[list[Any]], **dialect: Any) -> bytes:
 
 ROWS = [{"text": f"text {i}", "label": ["no", "yes"][i % 2]} for i in range(40)]
 CELLS = [["text", "label"], *([row["text"], row["label"]] for row in ROWS)]
+LONGER = [CELLS[0], *(["so", *cells] for cells in CELLS[1:])]
 N_ROWS = len(ROWS)
 
 
@@ -340,8 +341,8 @@ FAULTY = {
     "a header alone": ("a.csv", b"text,label\n", "empty"),
     "no header": ("a.csv", table(CELLS[1:]), "expected columns"),
     "more cells than columns": ("a.csv", table([*CELLS, ["a", "b", "c", "d"]]), "can't be read"),
-    "more cells than columns everywhere": ("a.csv", table([CELLS[0], *(["so", *row] for row in CELLS[1:])]), "line 2 has 3"),
-    "more tabs than columns": ("a.tsv", table([CELLS[0], *(["so", *row] for row in CELLS[1:])], delimiter="\t"), "'tab'"),
+    "more cells than columns everywhere": ("a.csv", table(LONGER), "line 2 has 3"),
+    "more tabs than columns": ("a.tsv", table(LONGER, delimiter="\t"), "'tab'"),
     "an open quote": ("a.csv", table(CELLS) + b'"never closed,no\n', None),
     "utf-16": ("a.csv", table(CELLS).decode().encode("utf-16"), None),
     "latin-1": ("a.csv", table([*CELLS, ["café", "no"]]).decode().encode("latin-1"), "save it as UTF-8"),

@@ -191,7 +191,7 @@ def test_tables_of_the_paper_are_made_from_a_validated_run(tmp_path: Path, capsy
     with pytest.raises(UsageError, match="not validated yet; measure it with: ensemblelora validate"):
         reproduce("table2", [run])
     validate_run(run, n_subsets=9)
-    with pytest.raises(UsageError, match="exhibit 'table9': expected one of extension, .*table2, table3, table4"):
+    with pytest.raises(UsageError, match=r"exhibit 'table9': expected one of extension, .*table2, table3, table4"):
         reproduce("table9", [run])
     records = [json.loads(line) for line in (run / "validation" / "truth.jsonl").read_text().splitlines()]
     moved = [record["relative_distance"] for record in records if len(record["tasks"]) == 3]

@@ -1,4 +1,4 @@
-"""Rows to predict, from a file: a table with a header, a JSON array, or a JSON object, JSON text or plain text a line."""
+"""Rows to predict, from a file: a table with a header, a JSON array, or a JSON object or text a line."""
 
 from __future__ import annotations
 
