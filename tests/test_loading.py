@@ -198,7 +198,29 @@ def test_overlaps_are_told_in_one_line(tmp_path: Path, caplog: pytest.LogCapture
     load(write_card(tmp_path, splits, test_split="dev", validation_split="val"), overlap="report")
     (told,) = (record.getMessage() for record in caplog.records)
     assert "splits overlap: 5 validation rows of 'toy' have the same text as train rows of 'toy'" in told
-    assert "and so do 6 rows of 2 more pairs of splits: scores on such rows flatter" in told
+    assert "(row 1 of the data is row 1 there)" in told
+    assert "and so do 6 rows of 2 more pairs of splits: scores on such rows don't show what new rows would get" in told
+
+
+def test_rows_with_another_answer_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turned = [row | {"label": 1 - row["label"]} for row in make_rows(20)]
+    splits = {"train": make_rows(20), "dev": [*turned[:4], *make_rows(20)[4:6]], "val": [{"text": "y", "label": 0}]}
+    found = load(write_card(tmp_path, splits, test_split="dev", validation_split="val"))
+    (overlap,) = found.overlaps
+    assert (overlap.n_examples, overlap.n_opposed) == (6, 4)
+    assert [record.getMessage() for record in caplog.records] == list(found.warnings)
+    first, second = found.warnings
+    assert "(row 1 of the data is row 1 there; 4 of them with another answer)" in first
+    assert second.startswith(
+        "texts that stand with more than one answer: 4 of 'toy' (row 1 of train and row 1 of dev, say)"
+    )
+
+
+def test_answers_that_differ_within_a_split_are_told_and_others_are_not(tmp_path: Path) -> None:
+    same = [{"text": "TEXT  number 7", "label": 1}, {"text": "text number 8", "label": 0}]
+    *_, warning = load(write_card(tmp_path, {"train": [*make_rows(30), *same, *make_rows(4, label=0)]})).warnings
+    assert "more than one answer: 2 of 'toy' (rows 2 and 34, say)" in warning
+    assert load(write_card(tmp_path, {"train": make_rows(30)})).warnings == ()
 
 
 def test_rows_shared_by_two_training_sets_are_no_overlap(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def test_pictures_of_affinities_say_so_where_the_groups_are_not_from_them(tmp_pa
     assert "\u2013" in chosen, "the gap to the bound is of affinity's clusters"
 
 
+def test_what_is_wrong_with_the_rows_is_told_with_the_results(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert "3 texts of 'rte' are <b>odd</b>." in list_warnings(load_record(tmp_path))
+    assert r"are \<b\>odd\</b\>." in render_markdown(compose_document(load_record(tmp_path)))
+
+
 def test_every_screen_names_the_next_command(tmp_path: Path) -> None:
     for make, command in ((make_planned_run, "run"), (make_run, "predict")):
         folder = tmp_path / command

@@ -129,8 +129,8 @@ class TestStory:
     def test_tells_what_was_asked_predicted_and_measured(self, finished):
         asked, predicted, outcome = (step.text for step in write_steps(load_record(finished)).steps)
         assert asked == "10 tasks with 1,045 training rows on smollm2-135m: lora of rank 8, 3 epochs."
-        assert "3 groups: validation loss 0.723 against 0.751" in predicted and "3 warnings" in predicted, (
-            "one is of the training"
+        assert "3 groups: validation loss 0.723 against 0.751" in predicted and "4 warnings" in predicted, (
+            "one is of the training, one of the rows"
         )
         assert "Accuracy 62.0% against 59.7% (one adapter for all): +2.3 points (95% interval 0.4 to 4.2)" in outcome
 

@@ -19,6 +19,7 @@ from ensemblelora import progress
 from ensemblelora.config import DataConfig
 from ensemblelora.data.candidates import choose_rows, size_pools
 from ensemblelora.data.catalog import find_cards, load_card, parse_card, resolve_cards
+from ensemblelora.data.contradictions import describe_contradictions
 from ensemblelora.data.examples import hold
 from ensemblelora.data.folder import tasks_from_folder
 from ensemblelora.data.overlap import describe_overlap, find_overlaps, summarize_overlaps
@@ -81,9 +82,11 @@ def load_tasks(config: DataConfig, *, seed: int, commits: Mapping[tuple[str, str
     if overlaps and config.overlap == "refuse":
         found = "; ".join(map(describe_overlap, overlaps))
         raise DataError(f"splits overlap: {found}; remove the rows, or set data.overlap to report")
-    if overlaps:
-        logger.warning("splits overlap: %s", summarize_overlaps(overlaps))
-    return TaskSet(tuple(tasks), overlaps)
+    warnings = [f"splits overlap: {summarize_overlaps(overlaps)}"] if overlaps else []
+    warnings += [contradictions] if (contradictions := describe_contradictions(tasks)) else []
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return TaskSet(tuple(tasks), overlaps, tuple(warnings))
 
 
 def load_task(card: TaskCard, config: DataConfig, *, seed: int) -> Task:

@@ -127,6 +127,7 @@ class Overlap:
         second: Task and split whose rows were seen already.
         n_examples: How many examples of ``second`` are affected.
         example_ids: One affected pair, by id.
+        n_opposed: How many of them have another answer in ``first``.
     """
 
     kind: Literal["content", "group"]
@@ -134,6 +135,7 @@ class Overlap:
     second: tuple[str, str]
     n_examples: int
     example_ids: tuple[str, str]
+    n_opposed: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class TaskSet:
 
     tasks: tuple[Task, ...]
     overlaps: tuple[Overlap, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """what is wrong with the rows, in sentences"""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -107,6 +107,7 @@ class TasksRecord(_Record):
     """tasks.json: the tasks in their order."""
 
     tasks: tuple[TaskRecord, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def by_name(self) -> dict[str, TaskRecord]:

@@ -138,9 +138,10 @@ def write_linearity(run: RunRecord) -> Section | None:
 
 
 def list_warnings(run: RunRecord) -> tuple[str, ...]:
-    """What to keep in mind before believing a run: what training showed first, then what the plan said itself."""
+    """What to keep in mind before believing a run: of training, of the rows, and the plan's own."""
     shown = (_warn_of_outcome(run), _warn_of_linearity(run.results.linearity)) if run.results else ()
-    return (*(warning for warning in shown if warning), *run.plan.warnings)
+    of_rows = tuple(f"{warning[0].upper()}{warning[1:]}." for warning in run.tasks.warnings) if run.tasks else ()
+    return (*(warning for warning in shown if warning), *of_rows, *run.plan.warnings)
 
 
 def list_unmoved(linearity: Linearity) -> frozenset[str]:

@@ -128,7 +128,12 @@ def make_records(
     digest = artifacts.fingerprint(cards)
     return {
         path.name: describe_environment(model, str(base.device), max_tokens, before),
-        artifacts.TASKS_FILE: {"tasks": cards, "overlaps": overlaps, "sha256": digest},
+        artifacts.TASKS_FILE: {
+            "tasks": cards,
+            "overlaps": overlaps,
+            "warnings": list(tasks.warnings),
+            "sha256": digest,
+        },
     }
 
 
