@@ -262,12 +262,13 @@ def test_the_summary_shows_the_plans_warnings_and_counts_those_it_leaves_out(tmp
     shown = capsys.readouterr().out
     lines = [line.rstrip() for line in shown.splitlines() if line.startswith("warning: ")]
     assert lines[0].startswith("warning: R² of the linear model is below 0.5 on social_i_qa and winogrande"), "measured"
-    assert lines[1:] == [f"warning: {warning}" for warning in told], "there is room"
+    assert lines[1] == "warning: 3 texts of 'rte' are <b>odd</b>.", "what is wrong with the rows"
+    assert lines[2:] == [f"warning: {warning}" for warning in told], "there is room"
     console.show_table(*summarize(run, size=(100, 40)))
     shown = capsys.readouterr().out
     n_shown = sum(line.startswith("warning: ") for line in shown.splitlines())
-    assert 0 < n_shown < 9 and f"and {9 - n_shown} warnings more: see the report" in shown, "the report has all nine"
-    assert list(write_warnings(load_record(run)).blocks[0].items)[1:] == told and len(told) == 8
+    assert 0 < n_shown < 10 and f"and {10 - n_shown} warnings more: see the report" in shown, "the report has all ten"
+    assert list(write_warnings(load_record(run)).blocks[0].items)[2:] == told and len(told) == 8
 
 
 @pytest.mark.parametrize(("change", "is_told"), [(0.0, True), (0.01, True), (-0.01, False)])
@@ -285,8 +286,13 @@ def test_the_summary_says_where_the_groups_alone_do_as_well_as_the_ensemble(chan
     console.show_table(*summarize(run, size=(120, 80)))
     shown = capsys.readouterr().out
     mean = np.mean([score["accuracy"] for score in better.values()])
-    told = f"own group and boosters only: {100 * mean:.1f}% in 1.5 passes, --set ensemble.weights=own"
+    told = f"own group and boosters only, without weights: {100 * mean:.1f}% in 1.5 passes"
     assert (told in shown) == is_told, shown
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config["ensemble"]["weights"] = "own"
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    console.show_table(*summarize(run, size=(120, 80)))
+    assert "own group and boosters only" not in capsys.readouterr().out, "it is the ensemble then"
 
 
 def test_an_adapter_that_kept_its_start_is_named_as_the_base_model(tmp_path, capsys):
@@ -308,7 +314,7 @@ def test_an_adapter_that_kept_its_start_is_named_as_the_base_model(tmp_path, cap
         (["run", "x", "--seed", "many"], "Invalid value for '--seed'"),
         (["run", "x", "--wrong"], "No such option"),
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file or folder"),
-        (["tasks", "nothing"], "neither a card file nor one of the shipped cards"),
+        (["tasks", "nothing"], "neither a card, a data file nor one of the shipped cards"),
         (["predict", "r", "--task", "t"], "--text or as --file"),
         (["predict", "r", "--task", "t", "--text", "a", "--file", "b"], "--text or as --file"),
         (["predict", "r", "--task", "t", "--file", "nowhere.jsonl"], "nowhere.jsonl: can't be read"),

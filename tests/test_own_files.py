@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from ensemblelora.cards import show_card
 from ensemblelora.config import DataConfig
 from ensemblelora.data.choices import find_choice_columns
 from ensemblelora.data.loading import load_card, load_tasks, parse_card, resolve_cards
@@ -248,3 +249,15 @@ def test_rows_with_the_same_fault_are_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row train:\d+: label 2 .*\(and 19 more faulty rows\)") as fault:
         load(tmp_path)
     assert str(fault.value).count("label 2") == 1
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(40)], [ask(i, "Rome") for i in range(40)]]
+)
+def test_the_card_shown_for_a_file_is_the_one_it_is_read_by(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    file = write_rows(tmp_path / "mine.jsonl", rows)
+    shown = show_card(str(file))
+    (alone,) = resolve_cards([str(file)])
+    assert (shown.task, shown.path, shown.problem) == ("mine", str(file), None) and shown.example is not None
+    file.with_suffix(".yaml").write_text(shown.card, encoding="utf-8")
+    assert load_card(file.with_suffix(".yaml")) == alone

@@ -904,6 +904,18 @@ class TestStatistics:
         visible = {row.cells[0].text: float(row.cells[3].text.split()[0]) for row in table.rows}
         assert visible["cb"] > visible["copa"] > visible["rte"] > visible["boolq"]
 
+    def test_what_is_visible_is_never_less_than_a_few_rows(self, tmp_path):
+        run = make_run(tmp_path / "run")
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        for found in results["differences"]:
+            if found["task"] == "copa" and found["metric"] == "accuracy":
+                found.update(difference=0.0, low=0.0, high=0.0)  # the two answered every row alike
+        write_json(run / "results.json", results)
+        table = find_table(compose_document(load_record(run)), "What one task's")
+        shown = {row.cells[0].text: row.cells for row in table.rows}["copa"]
+        rows, points = int(shown[1].text), float(shown[3].text.split()[0])
+        assert 2 < points / (100 / rows) < 4, "in rows"
+
 
 class TestWording:
     @pytest.mark.parametrize(

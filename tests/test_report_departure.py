@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ensemblelora.artifacts import CHANGE_FILE, CONFIG_FILE, PLAN_FILE, read_json, save_arrays, write_json
 from ensemblelora.errors import StoreError
-from ensemblelora.report.build import compose_document
+from ensemblelora.report.build import compose_document, render_markdown
 from ensemblelora.report.departure import _find_parted, explain_departure, part_pairs
 from ensemblelora.report.document import Section, Text
 from ensemblelora.report.headline import _tile_of_flops
@@ -45,6 +45,19 @@ def ask_for(folder: Path, **grouping: Any) -> None:
 
 def explain(folder: Path) -> str:
     return explain_departure(load_record(folder))
+
+
+def test_one_adapter_that_stays_the_base_model_is_told(tmp_path: Path) -> None:
+    for name, is_told in (("base", True), ("singles", False)):
+        predicted = read_json(make(tmp_path / name) / PLAN_FILE)["predicted"]
+        make(tmp_path / name, predicted={**predicted, "shared": predicted[name]})
+        screen = Console(width=300, file=io.StringIO(), record=True)
+        for part in summarize(tmp_path / name, size=(300, 80)):
+            screen.print(part)
+        told = "One adapter for all is predicted to stay the base model"
+        assert (told in screen.export_text()) == is_told
+        page = render_markdown(compose_document(load_record(tmp_path / name)))
+        assert (told in page) == is_told
 
 
 def test_nothing_is_said_where_map_and_plan_agree(tmp_path: Path) -> None:

@@ -276,11 +276,13 @@ add_analyze_command(app)
 
 @app.command(rich_help_panel=_SETUP)
 def tasks(
-    card: Annotated[str | None, typer.Argument(metavar="CARD", help="A shipped card's name, or a card file.")] = None,
+    card: Annotated[
+        str | None, typer.Argument(metavar="CARD", help="A shipped card's name, a card file, or a data file.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the shipped task cards, or show one with an example as the model sees it."""
+    """List the shipped task cards, or show a card, or a data file, with an example as the model sees it."""
     from ensemblelora import cards
 
     with talking(debug=debug):

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ensemblelora.artifacts import REPORT_HTML_FILE
 from ensemblelora.evaluation.rows import BOOSTED_GROUP, OWN_GROUP
-from ensemblelora.report.departure import explain_departure
+from ensemblelora.report.departure import explain_departure, explain_unmoved
 from ensemblelora.report.headline import describe_shape, write_headline
 from ensemblelora.report.plan_sections import describe_validation
 from ensemblelora.report.reading import leave_out_repeats, load_record
@@ -77,7 +77,7 @@ def _compose(record: RunRecord, folder: Path, *, has_tasks: bool, n_groups: int,
     parts: list[Part] = [Text(headline, style="bold")]
     gap = [Text()] if has_tasks or results is None else []
     if has_tasks or results is None:
-        parts.append(Text(f"{plan.reason} {explain_departure(record)}".strip()))
+        parts.append(Text(" ".join(filter(None, (plan.reason, explain_unmoved(plan), explain_departure(record))))))
     parts += [Text(), _list_groups(record, n_groups), Text()]
     if results is None:
         parts += [_tabulate_predictions(plan), *gap]
@@ -205,10 +205,15 @@ def _tell_extremes(plan: PlanRecord, results: ResultsRecord) -> Iterator[str]:
 
 
 def _tell_cheaper(record: RunRecord) -> Iterator[str]:
-    """Say where each task's own group, with its boosters, does as well as the ensemble: a way of its own, left out."""
+    """Say where each task's own group, with its boosters, does as well as the ensemble: a way of its own, left out.
+
+    It is no advice: who chooses a method by its test rows has none left to judge it by.
+    """
     results, costs = record.results, record.costs
     if results is None or BOOSTED_GROUP not in results.methods or OWN_GROUP not in results.methods:
         return
+    if record.config.ensemble.weights == "own":
+        return  # that is what serves
     metric = "accuracy" if results.methods[BOOSTED_GROUP].count("accuracy", record.plan.task_names) else "nll"
     ours, theirs = (results.methods[name].mean(metric, record.plan.task_names) for name in ("ensemble", BOOSTED_GROUP))
     if ours is None or theirs is None or (ours > theirs if metric == "accuracy" else ours < theirs):
@@ -217,7 +222,7 @@ def _tell_cheaper(record: RunRecord) -> Iterator[str]:
     passes = spent.inference_forward_passes if spent else None
     price = f" in {format_ratio(passes)} passes" if passes is not None else ""
     score = format_percent(theirs) if metric == "accuracy" else f"loss {format_number(theirs)}"
-    yield f"own group and boosters only: {score}{price}, --set ensemble.weights=own"
+    yield f"own group and boosters only, without weights: {score}{price}"
 
 
 def _tabulate_methods(record: RunRecord, results: ResultsRecord) -> Table:

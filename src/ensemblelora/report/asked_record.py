@@ -60,6 +60,12 @@ class EvaluationSettings(_Record):
     n_bootstrap: int = 2000
 
 
+class EnsembleSettings(_Record):
+    """What answers."""
+
+    weights: str | None = None
+
+
 class ModelSettings(_Record):
     """The base model, and whether it is held in four bits."""
 
@@ -78,6 +84,7 @@ class ConfigRecord(_Record):
     grouping: GroupingSettings = GroupingSettings()
     training: TrainingSettings = TrainingSettings()
     boosting: BoostingSettings = BoostingSettings()
+    ensemble: EnsembleSettings = EnsembleSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     text: str = ""
 

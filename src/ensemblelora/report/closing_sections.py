@@ -49,7 +49,8 @@ def write_reproduction(run: RunRecord) -> Section:
     blocks: list[Block] = [
         Text(
             "The run folder's config holds every setting, defaults included. A finished stage is not run again; give "
-            "another folder with --out to start afresh."
+            "another folder with --out to start afresh. Paths in it that do not begin with / count from the folder "
+            "that the run was started in."
         ),
         Fold(command, language="sh"),
     ]

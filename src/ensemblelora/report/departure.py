@@ -16,7 +16,7 @@ from ensemblelora.report.hierarchy import build_tree
 from ensemblelora.report.records import PlanRecord, RunRecord
 from ensemblelora.report.wording import format_number, format_signed, join_names
 
-__all__ = ["explain_departure", "is_by_cosine", "part_pairs"]
+__all__ = ["explain_departure", "explain_unmoved", "is_by_cosine", "part_pairs"]
 
 Matrix = npt.NDArray[np.float64]
 _Blocks = Sequence[Sequence[int]]
@@ -36,6 +36,17 @@ def explain_departure(run: RunRecord) -> str:
     if not np.isfinite(values).any():
         return ""
     return _explain_one(run, values) if len(run.plan.groups) == 1 else _explain_groups(run, values)
+
+
+def explain_unmoved(plan: PlanRecord) -> str:
+    """Say why one adapter for all is predicted as the base model, digit for digit, where it is."""
+    shared, base = plan.predicted.shared.nll, plan.predicted.base.nll
+    if not shared or shared != base:
+        return ""
+    return (
+        "One adapter for all is predicted to stay the base model: no step of its simulated training lowers the mean "
+        "validation loss."
+    )
 
 
 def is_by_cosine(plan: PlanRecord) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ensemblelora.report.cells import task_cell
 from ensemblelora.report.charts import draw_curve
-from ensemblelora.report.departure import explain_departure, is_by_cosine, part_pairs
+from ensemblelora.report.departure import explain_departure, explain_unmoved, is_by_cosine, part_pairs
 from ensemblelora.report.document import (
     Block,
     Cell,
@@ -178,6 +178,7 @@ def _prediction_table(plan: PlanRecord) -> Table | None:
     coverage = describe_coverage(plan.predicted.plan.n_accuracies, plan.n_tasks)
     columns = (Column("Training", is_number=False), Column("Mean loss"), Column(f"Mean accuracy {coverage}".strip()))
     note = "Means over tasks, ± one standard error. Predicted from gradients at the base model, before any training."
+    note = _join(note, explain_unmoved(plan))
     return Table(f"Predicted performance on {describe_validation(plan)}", columns, rows, note)
 
 

@@ -119,8 +119,8 @@ def _power_table(run: RunRecord, confidence: float) -> Table | None:
     )
     note = (
         f"Difference in accuracy between the ensemble and {method_label(rival).lower()} that would be found in "
-        f"{_POWER:.0%} of runs, from comparing the two row by row where that was done, else as if they erred "
-        "independently."
+        f"{_POWER:.0%} of runs, from comparing the two row by row where that was done (with one more row on which they "
+        "differ than there was), else as if they erred independently."
     )
     return Table("What one task's test rows could show", columns, tuple(rows), note)
 
@@ -135,8 +135,12 @@ def _describe_groups(score: TaskScore) -> str:
 def _difference_error(results: ResultsRecord, rival: str, task: str, confidence: float) -> float | None:
     """Return the standard error of ensemble minus rival; none where the rows can't give one."""
     paired = results.find_difference("ensemble", rival, "accuracy", task)
-    if paired is not None and paired.low is not None and paired.high is not None:
-        return _standard_error(paired.low, paired.high, confidence)
+    score = results.methods["ensemble"].per_task.get(task)
+    n_rows = (score.n_groups or score.n_examples) if score else 0
+    if paired is not None and n_rows:
+        # Few rows on which the two differ, or none, say little about how many there will be: one more is added to them.
+        width = 0.0 if paired.low is None or paired.high is None else paired.high - paired.low
+        return math.hypot(_standard_error(0.0, width, confidence), 1 / n_rows)
     scores = [results.methods[method].per_task.get(task) for method in ("ensemble", rival)]
     errors = [_accuracy_error(score, confidence) for score in scores]
     return math.hypot(*(error or 0.0 for error in errors)) if all(errors) else None
