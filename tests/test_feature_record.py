@@ -30,7 +30,7 @@ def report_of(run: Path, **changes: object) -> str:
 def test_the_measured_distortion_stands_beside_the_linearity(make, tmp_path: Path) -> None:
     section = report_of(make(tmp_path)).partition("## Does the linear model hold")[2].partition("\n## ")[0]
     assert "Gradients of 48,384 numbers were projected to 400 at random." in section
-    assert "off by 3.4% of the norms" in section and "to 400 numbers is off by 3.4%" in section
+    assert "off by 3.4% of their lengths" in section and "to 400 numbers is expected to be off by 3.4%" in section
     assert ("R²" in section) == (make is make_run)
 
 
@@ -47,8 +47,8 @@ def test_a_run_without_the_record_is_reported_without_it(tmp_path: Path) -> None
         ({"form": "gram", "projection_error": None}, "all inner products were kept, in 400 numbers each."),
         ({"form": "coordinates"}, "The predictions were made from all 48,384 numbers of each gradient."),
         ({"projection_error": None}, "Gradients of 48,384 numbers were projected to 400 at random."),
-        ({"proj_dim": 100, "projection_error": 0.5}, "off by 50.0% of the norms' product in the median; a random "
-         "projection to 100 numbers is off by 6.7%."),
+        ({"proj_dim": 100, "projection_error": 0.5}, "off by 50.0% of their lengths' product in the median; a random "
+         "projection to 100 numbers is expected to be off by 6.7%."),
     ],
 )  # fmt: skip
 def test_every_form_has_its_words(changes: dict[str, object], told: str) -> None:

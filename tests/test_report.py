@@ -494,7 +494,7 @@ class TestFewTasks:
         z = np.array(document.figures[0].spec["data"][0]["z"], dtype=float)
         assert np.nanstd(z) > 1e-3
         text = render_markdown(document)
-        assert "training sets of 2 tasks (affinity.subset_size 3, but one less than all)" in text
+        assert "training sets of 2 tasks (affinity.subset_size asks for 3; a set leaves a task out)" in text
         assert "its mean over all its training sets" in text and "27 validation rows, 9 a task" in text
 
 

@@ -133,7 +133,9 @@ def _list_groups(record: RunRecord, n_shown: int) -> Table:
     table.add_column(no_wrap=True, overflow="ellipsis")
     for index, group in enumerate(plan.groups[:n_shown]):
         names = ", ".join(plan.task_names[task] for task in group)
-        table.add_row(f"group {group_letter(index)}", Text(f"{names} ({STAYED})" if index in stayed else names))
+        table.add_row(
+            f"group {group_letter(index)} (group-{index})", Text(f"{names} ({STAYED})" if index in stayed else names)
+        )
     if len(plan.groups) > n_shown:
         table.add_row("", f"and {count(len(plan.groups) - n_shown, 'group')} more")
     return table

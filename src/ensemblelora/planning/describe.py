@@ -101,7 +101,7 @@ def describe_choice(chosen: Candidate, best: Candidate, rivals: Sequence[Candida
     """Say why a number of groups was accepted, and whether one adapter for all was a choice at all."""
     reason = f"{chosen.n_groups} groups: {_describe_gain(chosen)}"
     if chosen != best:
-        reason += f"; {best.n_groups} groups are better by less than one standard error"
+        reason += f"; {best.n_groups} groups are better by less than one standard error, so the smaller number is taken"
     if dropped := [str(candidate.n_groups) for candidate in rivals if not candidate.allowed]:
         reason += f"; {', '.join(dropped)} groups are over budget"
     if not can_share:

@@ -46,11 +46,12 @@ def _describe_form(record: FeatureRecord) -> str:
         return f"The predictions were made from all {full} of each gradient."
     if record.form == "gram":
         text = f"Of gradients of {full}, all inner products were kept, in {kept} numbers each."
-        return text if error is None else f"{text} They are off by {error} of the norms' product in the median."
+        return text if error is None else f"{text} They are off by {error} of the two lengths' product in the median."
     text = f"Gradients of {full} were projected to {kept} at random."
     if error is None:
         return text
     return (
-        f"{text} Their inner products are off by {error} of the norms' product in the median; a random projection to "
-        f"{kept} numbers is off by {format_percent(_EXPECTED_MEDIAN / record.proj_dim**0.5)}."
+        f"{text} The inner product of two, on which predictions rest, is then off by {error} of their lengths' product "
+        f"in the median; a random projection to {kept} numbers is expected to be off by "
+        f"{format_percent(_EXPECTED_MEDIAN / record.proj_dim**0.5)}."
     )

@@ -109,8 +109,9 @@ def write_affinity(run: RunRecord) -> Section | None:
     legend = Legend(f"worse together {format_signed(-reach)}", f"{format_signed(reach)} better together", "diverging")
     level = "its mean over all its training sets" if plan.n_tasks == 3 else _WHAT_LEVELS_ARE
     caption = (
-        "Each cell: how much better than usual the two tasks do in training sets that hold both, once each task's own "
-        f"level ({level}) is taken off. Grouping is blind to those levels."
+        "Each cell: how much better the two tasks do in training sets that hold both than each of them usually does "
+        f"({level}); 0 is as usual. So it ranks partners, and a pair above 0 may still lose by training together: see "
+        "who helps whom."
     )
     if len(figures) > 1:
         caption += (
@@ -153,7 +154,7 @@ def _cards(plan: PlanRecord) -> tuple[GroupCard, ...]:
             group_letter(group),
             group % N_GROUP_COLOURS,
             tuple(plan.task_names[task] for task in tasks),
-            count(len(tasks), "task"),
+            f"{count(len(tasks), 'task')}, adapter group-{group}",
         )
         for group, tasks in enumerate(plan.groups)
     )
@@ -267,8 +268,8 @@ def _curve_table(plan: PlanRecord) -> Table:
     labels = ("Predicted loss", "Saved", "Gap to bound", "Adapters, at most", "Forward passes, at most")
     columns = (Column("Groups", is_number=False), *(Column(label) for label in labels))
     note = (
-        "± one standard error; of the predicted losses most of it is common to all, and drops out of what is saved. "
-        "Gap to bound: how far the clustering is from the best possible objective at that number; 0 is proven best. "
+        "± one standard error; most of a predicted loss's is common to all rows, and drops out of what is saved. Gap "
+        "to bound: by how much a better clustering of that number could still beat this one; at 0 there is none. "
         "At most: with every booster that may be added and every group's adapter asked for every row."
     )
     return Table("What each number of groups would give and cost", columns, rows, note)

@@ -151,7 +151,7 @@ def _list_facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     if config.affinity.subset_size is not None:
         asked = config.affinity.subset_size
         size = choose_subset_size(run.plan.n_tasks, asked)
-        why = f" (affinity.subset_size {asked}, but one less than all)" if 1 < size < asked else ""
+        why = f" (affinity.subset_size asks for {asked}; a set leaves a task out)" if 1 < size < asked else ""
         yield "Asked of the oracle", f"training sets of {count(size, 'task')}{why}"
 
 
@@ -181,7 +181,7 @@ def _task_table(run: RunRecord) -> Table:
     rows.append(Row((Cell("All tasks"), Cell(""), *totals), is_summary=True))
     labels = (*_PARTS.values(), *(["Rows cut"] if is_cut else []))
     columns = (Column("Task", is_number=False), Column("Answers", is_number=False), *map(Column, labels))
-    note = f"Letters: groups of the plan, {group_letter(0)} the first."
+    note = f"Letters: groups of the plan; {group_letter(0)} is group-0 among the adapters, and so on."
     if is_cut:
         note += (
             " Rows cut: those longer than data.max_length, which lost the start of their text; beside it, the "
