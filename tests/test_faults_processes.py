@@ -160,12 +160,13 @@ def is_alive(pid: int) -> bool:
 # Interrupted
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path, server):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_stops_cleanly_and_says_how_to_go_on(number, tmp_path, server):
     recipe = make_inputs(tmp_path)
     child = start(server, ["run", str(recipe), "--quiet"], tmp_path / "log.txt")
     while not (tmp_path / "run" / "stages" / "features.json").exists():
         time.sleep(0.01)
-    assert child.kill(signal.SIGINT) == 130, talk_of(tmp_path)
+    assert child.kill(number) == 130, talk_of(tmp_path)
     told = last_line(tmp_path)
     assert told == f"interrupted; continue with: ensemblelora run {tmp_path / 'run'}"
     assert "Traceback" not in talk_of(tmp_path)

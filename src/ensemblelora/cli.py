@@ -1,6 +1,7 @@
 """The command line: arguments in, one call, result out.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, config or data, 130 interrupted. ``--help`` imports no torch.
+Exit codes: 0 done, 1 failed, 2 wrong usage, config or data, 130 interrupted, by Ctrl-C or SIGTERM. ``--help`` imports
+no torch.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from ensemblelora import progress
 from ensemblelora.errors import EnsembleLoraError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from rich.console import Console
 
 __all__ = ["describe_failure", "round_floats", "say", "show_json", "show_rows", "show_table", "talking"]
@@ -66,8 +68,11 @@ def talking(*, quiet: bool = False, verbose: int = 0, debug: bool = False) -> It
 
 @contextmanager
 def _keeping_interrupts() -> Iterator[None]:
-    """Deliver a Ctrl-C again that struck while Python cleared an object away: there it is forgotten."""
-    before = sys.unraisablehook
+    """Take the request to end that schedulers send (SIGTERM) for a Ctrl-C, and lose neither.
+
+    A Ctrl-C that strikes while Python clears an object away is forgotten there: it is delivered again.
+    """
+    before, owner = sys.unraisablehook, os.getpid()
 
     def strike_again(lost: sys.UnraisableHookArgs) -> None:
         if lost.exc_type is KeyboardInterrupt:
@@ -75,11 +80,23 @@ def _keeping_interrupts() -> Iterator[None]:
         else:
             before(lost)
 
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked worker ends as any process does
+            signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT if os.getpid() == owner else number)
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
     sys.unraisablehook = strike_again
+    if is_ours:
+        signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         sys.unraisablehook = before
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

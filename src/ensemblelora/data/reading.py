@@ -379,7 +379,7 @@ def _one_line_faults(what: str) -> Iterator[None]:
             cause = cause.__cause__
         reason = " ".join(str(cause).split()) or type(cause).__name__
         if "corresponds to no data" in reason:  # the reader's words for a header alone
-            reason = "it is empty"
+            reason = "it has a header and no rows, or is empty"
         if isinstance(cause, UnicodeDecodeError):
             before = cause.object[max(0, cause.start - _SHOWN_BYTES) : cause.start].decode("utf-8", "replace")
             behind = f" behind {quote(before)}" if before else ""
