@@ -114,7 +114,10 @@ def test_ours_is_what_the_stages_make_of_the_same_adapters(pool: Pool) -> None:
     pool.load([member.name for member in members])
     scores = [group_scores(pool.probe, s, members, range(2), max_tokens=999) for s in pool.rows.validation]
     own = [next(g for g, group in enumerate(groups) if task in group) for task in pool.everyone]
-    weights, _ = stages.settle_weights(scores, pool.rows.validation, own, pool.config.ensemble, seed=0)
+    every = [range(2)] * len(own)
+    weights, _ = stages.settle_weights(
+        scores, pool.rows.validation, own, every, pool.config.ensemble, n_groups=2, seed=0
+    )
     np.testing.assert_allclose(candidate.notes["weights"], weights, atol=1e-4)
     for found, theirs, row in zip(candidate.predict("validation"), scores, weights, strict=True):
         if found.kind != "sequence":

@@ -492,6 +492,28 @@ def test_the_papers_values_run_to_the_end(tmp_path):
     assert {store.read(name, "train").mode for name in TASKS[:4]} == {"logodds"}
 
 
+def test_only_groups_that_are_predicted_best_for_a_task_compete_for_it(tmp_path):
+    recipe, found, spent = copy_run(tmp_path), {}, {}
+    alone = {"grouping": {"n_groups": 5}, "boosting": {"n_rounds": 0}}
+    for most in (None, 2):
+        pipeline.run(
+            read_config(recipe, **alone, ensemble={"max_candidates": most, "min_weight": 0.0}), until="combine"
+        )
+        found[most] = np.array(read_json(tmp_path, "ensemble.json")["weights"])
+        stages = {record["stage"]: record for record in read_json(tmp_path, "costs.json")["stages"]}
+        spent[most] = stages["combine"]["flops"]
+    predicted = np.array(read_plan(read_json(tmp_path, "plan.json")).by_group)
+    assert predicted.shape == (5, 5) and spent[2] == pytest.approx(2 / 5 * spent[None], rel=0.01)
+    oracle = read_plan(read_json(tmp_path, "plan.json")).predicted.singles
+    groups = read_plan(read_json(tmp_path, "plan.json")).groups
+    for task, (row, whole) in enumerate(zip(found[2], found[None], strict=True)):
+        own = next(g for g, group in enumerate(groups) if task in group)
+        assert predicted[task, own] == pytest.approx(oracle.nll[task])
+        best = min((g for g in range(5) if g != own), key=lambda g: predicted[task, g])
+        assert set(np.flatnonzero(row)) <= {own, best} and (whole > 0).sum() > 2
+        assert row.sum() == pytest.approx(1)
+
+
 def test_the_fits_that_the_ridge_was_chosen_from_are_in_the_ledger(tmp_path):
     pipeline.run(read_config(copy_run(tmp_path), estimation={"method": "ridge"}), until="affinity")
     trials = read_json(tmp_path, "oracle.json")["penalty_table"]

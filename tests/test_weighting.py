@@ -13,7 +13,7 @@ from scipy import optimize, special
 
 from ensemblelora.config import EnsembleConfig, parse_config
 from ensemblelora.errors import ConfigError, DataError, TrainingError
-from ensemblelora.weighting import MemberLogits, combine, drop_negligible, fit_weights
+from ensemblelora.weighting import MemberLogits, choose_candidates, combine, drop_negligible, fit_weights
 from ensemblelora.weighting.fit import _cut_folds
 from ensemblelora.weighting.loss import derive, prepare, row_losses, take
 from ensemblelora.weighting.solver import minimise
@@ -419,3 +419,30 @@ def test_negligible_weights_go_and_the_rest_sums_to_one() -> None:
     np.testing.assert_array_equal(drop_negligible(weights, 0.0), weights)
     spread_thin = np.full((1, 60), 1 / 60)
     np.testing.assert_allclose(drop_negligible(spread_thin, 0.02), spread_thin, err_msg="the largest always stay")
+
+
+# Who competes
+
+
+def test_a_tasks_candidates_are_its_own_group_and_those_predicted_best_for_it() -> None:
+    predicted = [[0.5, 0.2, 0.9, 0.3], [0.5, 0.2, 0.9, 0.3], [0.1, 0.1, 0.1, 0.1]]
+    config = EnsembleConfig(max_candidates=2)
+    assert choose_candidates([0, 1, 3], 4, config, predicted) == ((0, 1), (1, 3), (0, 3))
+    assert choose_candidates([2, 2, 2], 4, EnsembleConfig(max_candidates=3), predicted)[0] == (1, 2, 3)
+    for few, config in ((1, EnsembleConfig(max_candidates=1)), (1, EnsembleConfig(weights="own"))):
+        assert choose_candidates([0, 1, 3], 4, config, predicted) == ((0,), (1,), (3,)) and few == 1
+        assert config.count_candidates(4) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "predicted"),
+    [
+        (EnsembleConfig(max_candidates=None), [[0.1, 0.2, 0.3]]),
+        (EnsembleConfig(max_candidates=5), [[0.1, 0.2, 0.3]]),
+        (EnsembleConfig(max_candidates=2, weights="global"), [[0.1, 0.2, 0.3]]),
+        (EnsembleConfig(max_candidates=2, weights="uniform"), [[0.1, 0.2, 0.3]]),
+        (EnsembleConfig(max_candidates=2), ()),
+    ],
+)
+def test_every_group_competes_where_that_is_asked_for_or_nothing_is_predicted(config: Any, predicted: Any) -> None:
+    assert choose_candidates([1], 3, config, predicted) == ((0, 1, 2),)

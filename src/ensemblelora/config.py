@@ -239,11 +239,20 @@ class EnsembleConfig(Stage):
     route: bool = Field(
         False, description="Run one group alone for tasks whose weights gain no more than a standard error over it."
     )
+    max_candidates: int | None = Field(
+        4, ge=1, description="Groups that compete for a task: its own and those predicted best for it; none: all."
+    )
     min_weight: float = Field(0.02, ge=0, lt=0.5, description="Groups below this weight for a task are not run for it.")
     own_group_prior: float = Field(0.9, gt=0, le=1, description="Prior weight of a task's own group.")
     kl_penalty: Literal["auto"] | NonNegativeFloat = Field(
         "auto", description="Pull to the prior; auto: by 5-fold validation."
     )
+
+    def count_candidates(self, n_groups: int) -> int:
+        """Return how many of m groups compete for each task."""
+        if self.weights == "own":
+            return 1
+        return min(n_groups, self.max_candidates or n_groups) if self.weights == "task" else n_groups
 
 
 class EvaluationConfig(Stage):
@@ -269,7 +278,13 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
     "grouping": {"max_groups": 6, "rounding": "threshold", "threshold": 1.0, "refine": False},
     "training": {"learning_rate": 2e-5, "num_train_epochs": 10, "loss": "vocab_softmax", "sampling": "proportional"},
     "boosting": {"n_rounds": 1, "boosting_rate": 0.1, "direction": "projected", "line_search": False},
-    "ensemble": {"weights": "global", "combine": "logits", "kl_penalty": 0.0, "min_weight": 0.0},
+    "ensemble": {
+        "weights": "global",
+        "combine": "logits",
+        "kl_penalty": 0.0,
+        "min_weight": 0.0,
+        "max_candidates": None,
+    },
 }
 """The paper's values and readings, also where our defaults are the same; their sources are in docs/decisions."""
 

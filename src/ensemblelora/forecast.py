@@ -181,7 +181,8 @@ def forecast_run(config: RunConfig, probe: AdaptedModel, rows: Rows) -> dict[str
 def list_stages(run: Forecaster) -> dict[str, StageForecast]:
     """Predict the cost of every stage and their total."""
     config, probe, rows, n_boosters = run.config, run.probe, run.rows, run.config.boosting.n_rounds
-    predicted, n_members = _prediction_tokens(run), run.most_groups + n_boosters
+    predicted = _prediction_tokens(run)
+    n_members = config.ensemble.count_candidates(run.most_groups) + n_boosters
     step, check = _fill_step(run), _fill(run, rows.validation, 2 * config.training.max_tokens_per_batch)
     one, (training, checking) = adapter_bytes(probe), _count_training(run)
     validated = _times(_count_forward(run, rows.validation, predicted), n_members + bool(n_boosters))
@@ -300,14 +301,15 @@ def _count_direction(run: Forecaster, train: Sequence[EncodedSplit]) -> tuple[St
 def _count_evaluation(run: Forecaster) -> StageRecord:
     """At most: every member on every test row, and the answers of every method to free-text questions."""
     config, probe, tokens = run.config, run.probe, _prediction_tokens(run)
-    n_members = run.most_groups + config.boosting.n_rounds + len(config.evaluation.baselines)
+    n_candidates = config.ensemble.count_candidates(run.most_groups)
+    n_members = n_candidates + config.boosting.n_rounds + len(config.evaluation.baselines)
     meter = Meter("evaluate")
     for split in run.rows.test:
         if split.kind == "sequence":
             n_steps = int((split.row_lengths - split.answer_starts).max())
             lengths = np.array([len(context) for context in list_contexts(split)])
             for batch in plan_batches(lengths + n_steps, split.row_counts, tokens):
-                times = len(config.evaluation.baselines) + 1 + run.most_groups
+                times = len(config.evaluation.baselines) + 1 + n_candidates
                 count_generation(meter, probe.costs, lengths[batch].tolist(), n_steps=n_steps, times=times)
     scored = _times(_count_forward(run, run.rows.test, tokens), n_members)
     return scored.joined(meter.record).joined(_count_lower(probe, run.rows.test))

@@ -276,15 +276,15 @@ def _count_passes(plan: _Plan) -> dict[str, int]:
     trained = training.num_train_epochs * one_epoch + checks
     direction = count_training_step_flops(upper.shape, data.work(n_train), upper.adapter)
     n_below = plan.unkept[0] * n_train
+    n_asked = config.ensemble.count_candidates(plan.n_members - n_rounds) + n_rounds
     boost = _BOOST_PASSES * plan.forward(n_train) + direction + (_BOOST_PASSES + 1) * plan.below(n_below)
     return {
         "features": features + plan.below(n_below + plan.unkept[1] * n_validation),
         "train": trained,
         "boost": n_rounds * (boost + plan.forward(data.n_validation) + below_validation),
-        "combine": plan.n_members * plan.forward(data.n_validation) + below_validation,
+        "combine": n_asked * plan.forward(data.n_validation) + below_validation,
         "baselines": trained,
-        "evaluate": (plan.n_members + len(config.evaluation.baselines)) * plan.forward(data.n_test)
-        + plan.below(data.n_test),
+        "evaluate": (n_asked + len(config.evaluation.baselines)) * plan.forward(data.n_test) + plan.below(data.n_test),
     }
 
 

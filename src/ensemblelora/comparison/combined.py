@@ -27,6 +27,7 @@ from ensemblelora.ensemble import Member, needed_adapters, sum_groups
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.grouping import Partition, to_labels
 from ensemblelora.stages import list_boost_tasks, settle_boosting, settle_weights
+from ensemblelora.weighting import choose_candidates
 
 __all__ = ["Boosted", "Weighting", "boost_members", "train_ours", "weigh_members"]
 
@@ -89,7 +90,8 @@ def train_ours(
     added = [one for one in shared if one not in trained]  # where the plan is one group, it is there already
     names = [one.name for one in (*trained, *added)]
     members = (*(Member(name, g, "group", 1.0) for g, name in enumerate(names)), *boosted.members)
-    rows, weighed = weigh_members(pool, members, to_labels(groups).tolist(), weights)
+    predicted = planned.plan.by_group if regroup is None else ()
+    rows, weighed = weigh_members(pool, members, to_labels(groups).tolist(), weights, predicted)
     select = planned.costs if regroup is None else charge_features(pool, planned) if boosted.rounds else NOTHING
     costs = Costs.of([*trained, *boosted.spent, *added], kept=[*trained, *boosted.kept, *added]).plus(weighed, select)
     tasks = (*groups, *(pool.everyone for _ in added))
@@ -99,7 +101,11 @@ def train_ours(
 
 
 def weigh_members(
-    pool: Pool, members: Sequence[Member], own: Sequence[int], weights: Weighting | None = None
+    pool: Pool,
+    members: Sequence[Member],
+    own: Sequence[int],
+    weights: Weighting | None = None,
+    predicted: Sequence[Sequence[float]] = (),
 ) -> tuple[npt.NDArray[np.float64], Costs]:
     """Find every task's weights on validation rows.
 
@@ -108,6 +114,8 @@ def weigh_members(
         members: One adapter a group, and boosters.
         own: The group each task was trained in.
         weights: None: the config's.
+        predicted: Loss of every task under every group's adapter, by which candidates are chosen; of other groupings
+            than the plan's none is known, and every group competes. So does what is added to the plan's groups.
 
     Returns:
         Weights ``(n_tasks, m)``, and what scoring the validation rows took, where that was needed.
@@ -123,9 +131,13 @@ def weigh_members(
         return np.eye(len(groups))[list(own)], NOTHING
     if config.weights == "uniform":
         return np.full((pool.n_tasks, len(groups)), 1 / len(groups)), NOTHING
-    names = {t: needed_adapters(members, groups, split.kind) for t, split in enumerate(pool.rows.validation)}
-    scores = [sum_groups(pool.score(some, t, "validation"), some, members, groups) for t, some in names.items()]
-    fitted, _ = settle_weights(scores, pool.rows.validation, own, config, seed=pool.config.seed)
+    splits, n_groups = pool.rows.validation, len(groups)
+    n_planned = len(predicted[0]) if predicted else n_groups
+    chosen = choose_candidates(own, n_planned, config, predicted)
+    candidates = [(*some, *range(n_planned, n_groups)) for some in chosen]
+    names = {t: needed_adapters(members, candidates[t], split.kind) for t, split in enumerate(splits)}
+    scores = [sum_groups(pool.score(some, t, "validation"), some, members, candidates[t]) for t, some in names.items()]
+    fitted, _ = settle_weights(scores, splits, own, candidates, config, n_groups=n_groups, seed=pool.config.seed)
     return fitted, Costs.of_scoring(pool, names, "validation")
 
 

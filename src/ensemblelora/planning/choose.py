@@ -179,6 +179,7 @@ def choose_groups(
         n_groups_asked=config.n_groups_asked,
         n_groups_auto=curve[choice.auto].n_groups,
         n_validation=tuple(len(oracle.validation_groups(task)) for task in range(oracle.n_tasks)),
+        by_group=tuple(tuple(losses) for losses in judge.predict_each(groups).tolist()),
     )
 
 

@@ -96,6 +96,12 @@ class Judge:
             losses, hits = losses[seeds][:, rows], hits[seeds][:, rows]
         return float(losses.mean()), float(hits.mean())
 
+    def predict_each(self, groups: Sequence[Group]) -> FloatArray:
+        """Predict every task's mean validation loss under every group, its own or not, ``(n_tasks, len(groups))``."""
+        self.oracle.solve(list(groups))
+        outcomes = (self.oracle.row_outcomes(list(groups), task) for task in range(self.oracle.n_tasks))
+        return np.array([np.mean([one.nll.mean(axis=1) for one in seeds], axis=0) for seeds in outcomes])
+
     def judge(self, *found: Partition) -> JudgedRows:
         """Judge partitions: one for all rows, or the one found by each half, which the other half judges.
 

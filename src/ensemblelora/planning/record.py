@@ -141,6 +141,8 @@ class Plan:
             the prediction.
         n_groups_auto: The number of groups that the prediction chooses.
         n_validation: Validation rows of each task that the predictions rest on; empty in records of older versions.
+        by_group: Every task's predicted mean validation loss under every group, ``(n_tasks, n_groups)``; empty in
+            records of older versions.
     """
 
     task_names: tuple[str, ...]
@@ -155,6 +157,7 @@ class Plan:
     n_groups_asked: int | None = None
     n_groups_auto: int | None = None
     n_validation: tuple[int, ...] = ()
+    by_group: tuple[tuple[float, ...], ...] = ()
 
 
 def read_plan(values: Any) -> Plan:

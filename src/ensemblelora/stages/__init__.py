@@ -5,7 +5,7 @@ fingerprint of its inputs, the value is read back instead of computed. The order
 stages that judge the outcome are in judging.py. Test rows enter no fingerprint and no computation here.
 
 :mod:`.request` refuses what can't be carried out; :mod:`.rows` holds what is learnt from; :mod:`.warmup` may move the
-start; :mod:`.choosing` has the stages up to the plan, :mod:`.learning` those that train.
+start; :mod:`.choosing` has the stages up to the plan, :mod:`.learning` those that train, :mod:`.combining` the weights.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from ensemblelora.stages.choosing import (
     read_oracle,
     take_features,
 )
+from ensemblelora.stages.combining import combine_members, settle_weights
 from ensemblelora.stages.fine_tuning import finish_whole
 from ensemblelora.stages.kept import score_members
 from ensemblelora.stages.learning import (
     BOOSTING_FILE,
     boost_groups,
-    combine_members,
     find_boosters,
     keep_adapter,
     list_boost_tasks,
     settle_boosting,
-    settle_weights,
     train_adapter,
     train_groups,
 )

@@ -5,25 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from ensemblelora import artifacts, boosting, progress, training, weighting
-from ensemblelora.adapters import THETA0, AdaptedModel, load_adapter, save_adapter
+from ensemblelora import artifacts, boosting, progress, training
+from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
-from ensemblelora.config import BoostingConfig, EnsembleConfig, RunConfig
+from ensemblelora.config import BoostingConfig, RunConfig
 from ensemblelora.data.encoding import EncodedSplit
 from ensemblelora.data.subset import list_rows, take_examples
-from ensemblelora.ensemble import Ensemble, Member, load_ensemble, needed_adapters, save_ensemble, sum_groups
 from ensemblelora.errors import StoreError
 from ensemblelora.files import is_temporary
 from ensemblelora.fusion import can_mix
 from ensemblelora.gradients.collect import make_projector
 from ensemblelora.planning import Plan
-from ensemblelora.prediction import MemberScores, member_nll
 from ensemblelora.stages.bench import Bench
 from ensemblelora.stages.fine_tuning import (
     CHECKPOINTS,
@@ -34,7 +27,6 @@ from ensemblelora.stages.fine_tuning import (
     train_one,
     write_adapter,
 )
-from ensemblelora.stages.kept import score_members
 from ensemblelora.stages.rows import Rows
 from ensemblelora.startpoint import WARMUP, settle_training
 from ensemblelora.store import FeatureStore
@@ -43,12 +35,10 @@ from ensemblelora.workspace import StageRun, Workspace
 __all__ = [
     "BOOSTING_FILE",
     "boost_groups",
-    "combine_members",
     "find_boosters",
     "keep_adapter",
     "list_boost_tasks",
     "settle_boosting",
-    "settle_weights",
     "train_adapter",
     "train_groups",
 ]
@@ -193,56 +183,6 @@ def find_boosters(
     )
 
 
-def combine_members(
-    work: Workspace,
-    probe: AdaptedModel,
-    plan: Plan,
-    members: Sequence[str],
-    rounds: Sequence[BoostRound],
-    rows: Rows,
-    *,
-    earlier: Sequence[Path] = (),
-) -> Ensemble:
-    """Fit every task's weights over the groups, on validation rows. Leaves ``ensemble.json``.
-
-    Beside the weights stands each task's loss by its own group's adapter alone, as the plan predicted it.
-    Scores of the same adapters and rows are taken over from the run folders ``earlier``.
-    """
-    config, path = work.config, work.path / artifacts.ENSEMBLE_FILE
-    every = (
-        *(Member(name, g, "group", 1.0) for g, name in enumerate(members)),
-        *(Member(entry.name, entry.group, "booster", entry.rate) for entry in rounds if entry.accepted),
-    )
-    digests = {member.name: work.adapter_digest(member.name) for member in every}
-    described = [_describe_round(index, entry) for index, entry in enumerate(rounds)]
-    inputs = (rows.learning_fingerprint(), work.start_fingerprint, plan.groups, digests, described, config.ensemble)
-    with work.stage("combine", *inputs) as stage:
-        if stage.is_needed:
-            groups, known = range(len(plan.groups)), {**digests, THETA0: work.start_fingerprint}
-            scores, alone = [], []
-            for split in rows.validation:
-                names = needed_adapters(every, groups, split.kind)
-                found = score_members(
-                    work.path,
-                    probe,
-                    split,
-                    names,
-                    known,
-                    earlier=earlier,
-                    max_tokens=config.evaluation.max_tokens_per_batch,
-                    meter=stage.meter,
-                )
-                scores.append(sum_groups(found, names, every, groups))
-                own_scores = sum_groups(found, names, every[: len(members)], groups)
-                alone.append(member_nll(own_scores, split.labels).mean(axis=1))
-            model = _fit_ensemble(scores, plan, every, rows, config)
-            own_nll = [float(losses[g]) for losses, g in zip(alone, model.group_of, strict=True)]
-            extra = {"boosting": described, "own_validation_nll": own_nll, "adapter_sha256": digests}
-            save_ensemble(model, path, **extra)
-            stage.files.append(path)
-    return load_ensemble(path)
-
-
 def list_boost_tasks(
     groups: Sequence[Sequence[int]], rows: Rows, store: FeatureStore, probe: AdaptedModel
 ) -> list[list[BoostTask]]:
@@ -263,42 +203,6 @@ def settle_boosting(config: RunConfig) -> BoostingConfig:
     """A step is fitted to all projections together; the ridge stays what it is beside one of them."""
     penalty = config.boosting.l2_penalty * config.gradients.n_projections
     return config.boosting.model_copy(update={"l2_penalty": penalty})
-
-
-def settle_weights(
-    scores: Sequence[MemberScores],
-    splits: Sequence[EncodedSplit],
-    own_groups: Sequence[int],
-    config: EnsembleConfig,
-    *,
-    seed: int,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Every task's weights over m groups, as they are served: fitted, routed where asked for, without small ones.
-
-    Args:
-        scores: What the groups say about every task's validation rows, ``(m, n_rows, K)``.
-        splits: These rows.
-        own_groups: The group each task was trained in.
-        config: How they are fitted, and what of it is served.
-        seed: The run's root seed.
-
-    Returns:
-        Weights ``(n_tasks, m)``, and which tasks could be routed ``(n_tasks,)``.
-    """
-    logits = [
-        weighting.MemberLogits(
-            values=found.values,
-            labels=split.labels,
-            groups=split.groups,
-            row_example=found.row_example if split.kind == "sequence" else None,
-        )
-        for found, split in zip(scores, splits, strict=True)
-    ]
-    fitted = weighting.fit_weights(logits, own_groups, config, seed=seed)
-    weights = fitted.serving_weights if config.route else fitted.weights
-    if config.weights in ("task", "global"):
-        weights = weighting.drop_negligible(weights, config.min_weight)
-    return weights, fitted.routed
 
 
 def _find_rows(split: EncodedSplit, ids: Sequence[str], probe: AdaptedModel) -> EncodedSplit:
@@ -368,33 +272,3 @@ def _drop_adapters(work: Workspace, *, keep: Sequence[str], keep_boosters_of: Se
         if is_finished and folder.name not in kept and folder.name.partition("-boost-")[0] not in keep_boosters_of:
             work.folder.forget(folder.name)
             shutil.rmtree(folder)
-
-
-def _fit_ensemble(
-    scores: Sequence[MemberScores], plan: Plan, members: tuple[Member, ...], rows: Rows, config: RunConfig
-) -> Ensemble:
-    owners = {task: g for g, group in enumerate(plan.groups) for task in group}
-    own = [owners[task] for task in range(len(rows.names))]
-    weights, routed = settle_weights(scores, rows.validation, own, config.ensemble, seed=config.seed)
-    return Ensemble(
-        task_names=rows.names,
-        groups=plan.groups,
-        members=members,
-        weights=tuple(tuple(float(weight) for weight in row) for row in weights),
-        routed=tuple(bool(is_routed) for is_routed in routed),
-        combine=config.ensemble.combine,
-    )
-
-
-def _describe_round(index: int, entry: BoostRound) -> dict[str, Any]:
-    return {
-        "round": index + 1,
-        "group": entry.group,
-        "train_loss_before": entry.train_nll_before,
-        "train_loss_after": entry.train_nll_after,
-        "heldout_before": entry.heldout_nll_before,
-        "heldout_after": entry.heldout_nll_after,
-        "rate": entry.rate * entry.step_length,
-        "accepted": entry.accepted,
-        "reason": entry.reason,
-    }
