@@ -18,11 +18,12 @@ from ensemblelora.data.batching import collate, schedule_training
 from ensemblelora.errors import ConfigError, DataError
 from ensemblelora.forecast import forecast_run, list_stages, make_forecaster
 from ensemblelora.gradients.plan import iterate_pass
+from ensemblelora.pace import divide_work
 from ensemblelora.prefix import count_slots
 from ensemblelora.speed import Speed, choose_timed
 from ensemblelora.training import choose_layout
 from tests.tiny import make_split
-from tests.tiny_run import TASKS, finished_run, make_inputs, read_config, read_json
+from tests.tiny_run import TASKS, copy_run, finished_run, make_inputs, read_config, read_json
 
 
 def read_tree(folder: Path) -> dict[str, int]:
@@ -254,3 +255,15 @@ def test_it_refuses_what_a_run_refuses(changes, error, tmp_path):
     shutil.copytree(finished_run() / "tasks", tmp_path / "tasks")
     with pytest.raises(error):
         pipeline.estimate(read_config(finished_run() / "recipe.yaml", **changes))
+
+
+def test_shares_of_the_work_are_those_of_the_ledger(tmp_path):
+    """Told from tokens alone, within a factor of two of what a run was charged; its tests write free text, too."""
+    recipe = copy_run(tmp_path)
+    config = read_config(recipe)
+    tasks, rows, _ = stages.prepare(config)
+    work = divide_work(config, rows)
+    spent = {record["stage"]: record["flops"] for record in read_json(tmp_path, "costs.json")["stages"]}
+    assert set(work) <= set(spent) and len(tasks.names) == 5
+    pace = {name: spent[name] / work[name] for name in ("features", "train", "baselines", "combine")}
+    assert max(pace.values()) < 2 * min(pace.values()), pace

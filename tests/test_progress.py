@@ -160,3 +160,29 @@ def test_short_loops_and_terminals_get_no_such_lines(clock, terminal):
     with progress.announcing(console):
         run_loop(clock, 10, 100.0 if terminal else 1.0, total=10)
     assert stream.getvalue() == ""
+
+
+def test_the_end_of_a_stage_says_how_long_the_rest_will_take(monkeypatch):
+    console, stream = listen(terminal=False)
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    work = {"features": 1.0, "train": 6.0, "combine": 2.0, "evaluate": 3.0}
+    with progress.announcing(console), progress.counting(["features", "group", "train", "combine", "evaluate"], work):
+        for name, seconds in (("features", 10), ("group", 2), ("combine", 20), ("evaluate", 30)):  # train: done before
+            with progress.stage(name):
+                clock[0] += seconds
+    told = [line for line in stream.getvalue().splitlines() if "..." not in line]
+    assert told == [
+        "[1/5] features: 10.0 s, about 2 min to go",  # 11 units, 10 s each
+        "[2/5] group: 2.0 s, about 2 min to go",
+        "[4/5] combine: 20.0 s, about 32 s to go",
+        "[5/5] evaluate: 30.0 s",
+    ]
+
+
+def test_nothing_is_said_of_the_rest_before_anything_tells(monkeypatch):
+    console, stream = listen(terminal=False)
+    with progress.announcing(console), progress.counting(["group", "train"], {"group": 0.01, "train": 5.0}):
+        with progress.stage("group"):
+            pass
+    assert "to go" not in stream.getvalue()

@@ -16,6 +16,7 @@ from ensemblelora.config import RunConfig, dump_config
 from ensemblelora.earlier import foresee_place, list_changes
 from ensemblelora.errors import ConfigError
 from ensemblelora.forecast import add_up, forecast_run
+from ensemblelora.pace import divide_work
 from ensemblelora.report.wording import count, join_names
 from ensemblelora.scheduling import Cluster, open_scheduler
 from ensemblelora.sharding import find_place
@@ -88,7 +89,7 @@ def run(config: RunConfig, *, until: str = "report", cluster: Cluster | None = N
     tasks, rows, probe = stages.prepare(config)
     start = stages.identify_start(config, probe, rows)
     with (
-        progress.counting(_list_stages(config, until)),
+        progress.counting(_list_stages(config, until), divide_work(config, rows) if cluster is None else None),
         open_scheduler(cluster) as scheduler,
         open_workspace(config, until=until, start_fingerprint=start, scheduler=scheduler) as work,
     ):

@@ -2,13 +2,14 @@
 
 The library announces stages and wraps its loops; it never prints. The command line turns the announcements
 on with :func:`announcing`: bars on a terminal; anywhere else a line per stage, and one every half minute from the
-loop that is running. Stages of a sequence that is known beforehand are numbered (:func:`counting`).
+loop that is running. Stages of a sequence that is known beforehand are numbered (:func:`counting`), and where their
+shares of the work are known, the end of each says about how long the rest will take.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ __all__ = ["announcing", "counting", "mention", "note", "number", "skip", "stage
 Item = TypeVar("Item")
 
 _SILENT_SECONDS = 30.0
+_TELLING_SHARE = 0.02
+"""of the work, from which its pace tells of the rest"""
 
 
 @dataclass
@@ -35,7 +38,26 @@ class _Listener:
 
 _listener: ContextVar[_Listener | None] = ContextVar("_listener", default=None)
 _bars: ContextVar[Progress | None] = ContextVar("_bars", default=None)
-_sequence: ContextVar[tuple[str, ...]] = ContextVar("_sequence", default=())
+
+
+@dataclass
+class _Sequence:
+    """Stages in their order, each one's share of the work where it is known, and the seconds that some have taken."""
+
+    names: tuple[str, ...] = ()
+    work: Mapping[str, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def predict_rest(self, name: str) -> float | None:
+        """Seconds that the stages after this one will take, at the pace so far; None while that says little."""
+        done = sum(self.work.get(other, 0.0) for other in self.spent)
+        if name not in self.names or done < _TELLING_SHARE * sum(self.work.values()):
+            return None
+        later = self.names[self.names.index(name) + 1 :]
+        return sum(self.spent.values()) / done * sum(self.work.get(other, 0.0) for other in later) if done else None
+
+
+_sequence: ContextVar[_Sequence] = ContextVar("_sequence", default=_Sequence())  # noqa: B039 (the default stays empty)
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
@@ -87,13 +109,22 @@ def stage(name: str) -> Iterator[None]:
     except BaseException:
         note(f"{title}: stopped after {time.perf_counter() - started:.1f} s")
         raise
-    note(f"{title}: {time.perf_counter() - started:.1f} s")
+    seconds, sequence = time.perf_counter() - started, _sequence.get()
+    if name in sequence.names:
+        sequence.spent[name] = seconds
+    rest = sequence.predict_rest(name)
+    note(f"{title}: {seconds:.1f} s{f', about {_round_time(rest)} to go' if rest else ''}")
 
 
 @contextmanager
-def counting(names: Sequence[str]) -> Iterator[None]:
-    """Number the stages of these names inside this context, which come in this order: ``[3/9] group``."""
-    token = _sequence.set(tuple(names))
+def counting(names: Sequence[str], work: Mapping[str, float] | None = None) -> Iterator[None]:
+    """Number the stages of these names inside this context, which come in this order: ``[3/9] group``.
+
+    Args:
+        names: The stages.
+        work: What each takes, in any unit; then the end of a stage says about how long the others will take.
+    """
+    token = _sequence.set(_Sequence(tuple(names), dict(work or {})))
     try:
         yield
     finally:
@@ -108,13 +139,13 @@ def number(name: str) -> str:
         ...     number("affinity"), number("export")
         ('[2/2] affinity', 'export')
     """
-    names = _sequence.get()
+    names = _sequence.get().names
     return f"[{names.index(name) + 1}/{len(names)}] {name}" if name in names else name
 
 
 def skip(name: str, reason: str) -> None:
     """Say why a stage that is counted is left out, so that no number is missing; nothing of any other stage."""
-    if name in _sequence.get():
+    if name in _sequence.get().names:
         note(f"{number(name)}: {reason}")
 
 
