@@ -248,7 +248,9 @@ def test_boosting_and_weights_agree_with_and_without(tmp_path: Path) -> None:
         given = {"projector": projector, "max_tokens": 200, "seed": 0, "meter": Meter("boost")}
         rounds = boost(model, members, [tasks, []], settings, **given)
         scores = [predict_members(model, split, members, max_tokens=200) for split in held]
-        weights, _ = settle_weights(scores, held, [0, 0], [(0, 1)] * 2, EnsembleConfig(), n_groups=2, seed=0)
+        weights, _ = settle_weights(
+            scores, held, [0, 0], [(0, 1)] * 2, EnsembleConfig(min_weight=0.0), n_groups=2, seed=0
+        )
         found.append(([(r.train_nll_before, r.train_nll_after, r.heldout_nll_after) for r in rounds], weights))
     assert found[0][0] and found[0][0][0][1] < found[0][0][0][0], "the booster has changed something"
     assert 0 < found[0][1].min(), "both members count, so that the weights say something"

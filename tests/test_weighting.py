@@ -13,7 +13,7 @@ from scipy import optimize, special
 
 from ensemblelora.config import EnsembleConfig, parse_config
 from ensemblelora.errors import ConfigError, DataError, TrainingError
-from ensemblelora.weighting import MemberLogits, choose_candidates, combine, drop_negligible, fit_weights
+from ensemblelora.weighting import MemberLogits, choose_candidates, combine, drop_negligible, drop_unraised, fit_weights
 from ensemblelora.weighting.fit import _cut_folds
 from ensemblelora.weighting.loss import derive, prepare, row_losses, take
 from ensemblelora.weighting.solver import minimise
@@ -419,6 +419,25 @@ def test_negligible_weights_go_and_the_rest_sums_to_one() -> None:
     np.testing.assert_array_equal(drop_negligible(weights, 0.0), weights)
     spread_thin = np.full((1, 60), 1 / 60)
     np.testing.assert_allclose(drop_negligible(spread_thin, 0.02), spread_thin, err_msg="the largest always stay")
+
+
+def test_weights_that_the_rows_did_not_raise_go_and_the_own_groups_never() -> None:
+    weights = np.array([[0.9, 0.05, 0.05], [0.05, 0.85, 0.1], [0.06, 0.44, 0.5], [0.3, 0.3, 0.4], [0.05, 0.0, 0.95]])
+    found = drop_unraised(weights, [0, 1, 0, 2, 0], 0.9)  # the others begin with 0.05 each
+    np.testing.assert_array_equal(found[0], [1.0, 0.0, 0.0])
+    np.testing.assert_allclose(found[1:4], [[0.0, 0.85 / 0.95, 0.1 / 0.95], [0.06, 0.44, 0.5], [0.3, 0.3, 0.4]])
+    np.testing.assert_array_equal(found[4], [0.05, 0.0, 0.95])
+    np.testing.assert_array_equal(drop_unraised(np.ones((2, 1)), [0, 0], 0.9), np.ones((2, 1)))
+    np.testing.assert_array_equal(drop_unraised(weights, [0, 1, 0, 2, 0], 1.0), weights)
+
+
+def test_where_rows_say_nothing_the_own_group_answers_alone() -> None:
+    alike = make_task(n=200, skills=(1.0, 1.0, 1.0))
+    values = np.repeat(alike.values[:1], 3, axis=0)
+    task = MemberLogits(values, alike.labels, alike.groups)
+    fitted = fit_weights([task], [1], EnsembleConfig(), seed=0)
+    np.testing.assert_allclose(fitted.weights, [[0.05, 0.9, 0.05]], atol=1e-4)
+    np.testing.assert_array_equal(drop_unraised(fitted.weights, [1], 0.9), [[0.0, 1.0, 0.0]])
 
 
 # Who competes

@@ -242,7 +242,9 @@ class EnsembleConfig(Stage):
     max_candidates: int | None = Field(
         4, ge=1, description="Groups that compete for a task: its own and those predicted best for it; none: all."
     )
-    min_weight: float = Field(0.02, ge=0, lt=0.5, description="Groups below this weight for a task are not run for it.")
+    min_weight: float = Field(
+        0.02, ge=0, lt=0.5, description="Least weight of a group that is run; of weights per task also twice its prior."
+    )
     own_group_prior: float = Field(0.9, gt=0, le=1, description="Prior weight of a task's own group.")
     kl_penalty: Literal["auto"] | NonNegativeFloat = Field(
         "auto", description="Pull to the prior; auto: by 5-fold validation."

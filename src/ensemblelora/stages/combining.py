@@ -114,7 +114,13 @@ def settle_weights(
     is_apart = config.weights in ("task", "own")  # else one fit, over all groups, is of all tasks
     parts = [([one], [place]) for one, place in zip(logits, places, strict=True)] if is_apart else [(logits, places)]
     fits = [weighting.fit_weights(*part, config, seed=seed) for part in parts]
-    rows = [row for fitted in fits for row in (fitted.serving_weights if config.route else fitted.weights)]
+    shown = [fitted.serving_weights if config.route else fitted.weights for fitted in fits]
+    if config.weights == "task" and config.min_weight > 0:
+        shown = [
+            weighting.drop_unraised(some, fitted.own_groups.tolist(), config.own_group_prior)
+            for some, fitted in zip(shown, fits, strict=True)
+        ]
+    rows = [row for some in shown for row in some]
     weights = np.zeros((len(rows), n_groups))
     for whole, groups, row in zip(weights, candidates, rows, strict=True):
         whole[list(groups)] = row

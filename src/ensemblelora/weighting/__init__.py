@@ -8,7 +8,7 @@ In: what every group's model says about each task's validation rows. Out: :class
 from __future__ import annotations
 
 from ensemblelora.weighting.candidates import choose_candidates
-from ensemblelora.weighting.fit import EnsembleWeights, drop_negligible, fit_weights
+from ensemblelora.weighting.fit import EnsembleWeights, drop_negligible, drop_unraised, fit_weights
 from ensemblelora.weighting.loss import MemberLogits, combine
 from ensemblelora.weighting.temperature import fit_temperature
 
@@ -18,6 +18,7 @@ __all__ = [
     "choose_candidates",
     "combine",
     "drop_negligible",
+    "drop_unraised",
     "fit_temperature",
     "fit_weights",
 ]

@@ -20,7 +20,7 @@ from ensemblelora.seeding import generator_for
 from ensemblelora.weighting.loss import MemberLogits, TaskLoss, prepare, row_losses, take
 from ensemblelora.weighting.solver import Fit, minimise
 
-__all__ = ["EnsembleWeights", "drop_negligible", "fit_weights"]
+__all__ = ["EnsembleWeights", "drop_negligible", "drop_unraised", "fit_weights"]
 
 Array = npt.NDArray[np.float64]
 
@@ -29,6 +29,8 @@ _FEW_EXAMPLES = 50
 _STRONG_PENALTY = 1.0
 _PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 _N_FOLDS = 5
+_RAISED = 2.0
+"""times its prior weight, from which a group's weight is more than the prior's"""
 _FOLD_GAP = 1e-5  # far below what five folds can tell apart
 
 
@@ -109,6 +111,26 @@ def fit_weights(
 def drop_negligible(weights: Array, smallest: float) -> Array:
     """Set weights below ``smallest`` to zero, never a row's largest, and let rows sum to one again."""
     kept = np.where((weights >= smallest) | (weights == weights.max(axis=1, keepdims=True)), weights, 0.0)
+    return np.asarray(kept / kept.sum(axis=1, keepdims=True))
+
+
+def drop_unraised(weights: Array, own_groups: Sequence[int], own_prior: float) -> Array:
+    """Set other groups' weights to zero that the rows did not raise to twice what they began with.
+
+    Where rows say nothing, the fit stays at the prior, and every group would be run for it. A row's largest weight and
+    its own group's stay.
+
+    Args:
+        weights: ``(n_tasks, m)``.
+        own_groups: The group each task was trained in.
+        own_prior: Prior weight of a task's own group.
+    """
+    n_groups = weights.shape[1]
+    if n_groups == 1:
+        return weights
+    is_own = np.eye(n_groups, dtype=bool)[list(own_groups)]
+    least = _RAISED * (1 - own_prior) / (n_groups - 1)
+    kept = np.where((weights >= least) | is_own | (weights == weights.max(axis=1, keepdims=True)), weights, 0.0)
     return np.asarray(kept / kept.sum(axis=1, keepdims=True))
 
 
