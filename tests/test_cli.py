@@ -440,6 +440,25 @@ def test_a_ctrl_c_that_python_swallows_comes_again(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("is_swallowed", [False, True])
+@pytest.mark.parametrize("on_sigint", [signal.SIG_IGN, signal.default_int_handler])  # ignored in a shell's background
+def test_a_request_to_end_ends_as_ctrl_c_does(on_sigint, is_swallowed, capsys):
+    before = signal.signal(signal.SIGINT, on_sigint), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with console.talking(quiet=True), pytest.raises(KeyboardInterrupt):
+            if is_swallowed:
+                swallow = Swallow()
+                del swallow
+            else:
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(30)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_loaded_is_said_before_anything_heavy_is_imported(recipe_file):
     code = f"""
 import sys

@@ -76,14 +76,17 @@ def _keeping_interrupts() -> Iterator[None]:
 
     def strike_again(lost: sys.UnraisableHookArgs) -> None:
         if lost.exc_type is KeyboardInterrupt:
-            threading.Timer(_MOMENT, signal.raise_signal, [signal.SIGINT]).start()
+            # In the background (nohup, a shell's &) a Ctrl-C is ignored, and it was the other.
+            number = signal.SIGTERM if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else signal.SIGINT
+            threading.Timer(_MOMENT, signal.raise_signal, [number]).start()
         else:
             before(lost)
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker ends as any process does
-            signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT if os.getpid() == owner else number)
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a forked worker ends as any process does
+        signal.raise_signal(number)
 
     is_ours = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
