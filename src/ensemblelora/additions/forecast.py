@@ -81,10 +81,13 @@ def _count_boosting(carrier: Carrier, group: int) -> int:
 
 def _count_combining(carrier: Carrier) -> int:
     """Scores of validation rows, by which weights are fitted; what boosting has scored is not scored again."""
-    flops = 0
+    flops, m = 0, len(carrier.groups)
+    asked = carrier.work.config.ensemble.count_candidates(m)
+    share = (asked - 1) / (m - 1) if m > 1 else 0.0  # which of the others compete is not known yet
     for i, split in enumerate(carrier.rows.validation):
-        every = sum(_new(carrier, g, split) for g in range(len(carrier.groups))) + _start(carrier, split)
         own = next(g for g, group in enumerate(carrier.groups) if i in group)
+        others = sum(_new(carrier, g, split) for g in range(m) if g != own)
+        every = _new(carrier, own, split) + share * others + _start(carrier, split)
         if carrier.is_onward(own) and carrier.list_boosters(own):
             every -= _new(carrier, own, split) + _start(carrier, split)
         flops += round(every * _count(carrier, [split], _tokens(carrier)))
