@@ -77,11 +77,19 @@ def test_the_readme_lists_every_recipe() -> None:
 
 
 def test_recipes_that_are_compared_with_each_other_train_alike() -> None:
-    configs = [load_config(path) for path in RECIPES if path.stem.startswith("comparison-")]
+    others = {ROOT / "recipes" / f"comparison-{name}.yaml" for name in ("bottleneck", "qlora")}
+    configs = [load_config(path) for path in RECIPES if path.stem.startswith("comparison-") and path not in others]
     assert len(configs) == 4
     parts = ("model", "adapter", "training", "boosting", "ensemble", "evaluation")
     assert len({yaml.safe_dump(config.model_dump(mode="json", include=set(parts))) for config in configs}) == 1
     assert {config.data.seed for config in configs} == {0}, "the same rows for all seeds"
+    lora, *same = (
+        load_config(path).model_dump(mode="json", exclude={"out": True, "adapter": True, "model": {"quantization"}})
+        for path in (ROOT / "recipes" / "comparison-cpu.yaml", *sorted(others))
+    )
+    assert same == [lora] * 2, "another base method alone"
+    upper = {load_config(path).adapter.layers_to_transform for path in others}
+    assert upper == {"top_third"}
 
 
 @pytest.mark.parametrize("part", [[2, 2], [0, 0], [-1, 3], [1]])

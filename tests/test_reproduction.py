@@ -253,6 +253,7 @@ def test_the_committed_comparisons_give_the_papers_tables(name: str) -> None:
     cells = cells_of(reproduce("table4", [RECORDS / f"{name}.json"]))
     mean = record["comparison"]["methods"]["ours"]["mean"]["accuracy"]["value"]
     assert cells["average", "ours"]["ours"] == mean and cells["average", "ours"]["paper"] == pytest.approx(0.886)
+    assert reproduce("figure7", [RECORDS / f"{name}.json"]).title.endswith("the paper with QAdapter, ours with lora")
 
 
 def test_what_is_no_record_of_a_comparison_is_refused_with_what_would_be_one(tmp_path: Path) -> None:

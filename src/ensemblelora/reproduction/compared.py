@@ -202,7 +202,9 @@ def _figure_7(found: Sequence[Compared]) -> Reproduction:
         "The paper: Llama-3-8B, QAdapter, all rows, 10 epochs, 3 seeds, as its text tells the figure. Its memory is a "
         "GPU's at inference, ours the process's in training.",
     )
-    return _finish("figure7", "Error against FLOPs and memory, bottleneck adapters", rows, found, notes)
+    ours = " and ".join(dict.fromkeys(entry.base_method for entry in found))
+    title = f"Error against FLOPs and memory: the paper with QAdapter, ours with {ours}"
+    return _finish("figure7", title, rows, found, notes)
 
 
 def write_ensemble_gain(found: Sequence[Compared]) -> list[Row]:
