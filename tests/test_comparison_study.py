@@ -478,6 +478,10 @@ def test_the_command_shows_what_was_found_and_goes_on_from_its_folder(
     assert main(["compare", str(folder / "config.yaml"), *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["methods"]) == {"base", "shared"} and found["study"]["seeds"] == [0, 1]
+    told = "the folder has shared from earlier, too; all are shown and corrected for"
+    for names, is_told in (("base", True), ("base,shared", False)):
+        assert main(["compare", str(folder), "--methods", names, *flags[2:-1]]) == 0
+        assert (told in capsys.readouterr().err) == is_told
     assert not place_record(tmp_path, "base", 0).exists()
 
 

@@ -99,6 +99,9 @@ def compare(
                 failures = _measure_missing(request, known, scheduler)
         else:
             write_head(request.folder, _join_heads(request, known, known, failures))
+        asked = {method.name for method in request.methods}
+        if earlier := [name for name in (known.methods if known else ()) if name not in asked]:
+            progress.note(f"the folder has {', '.join(earlier)} from earlier, too; all are shown and corrected for")
     return Study(read_study(request.folder), failures)
 
 
