@@ -25,6 +25,7 @@ from ensemblelora.cli import main
 from ensemblelora.comparison.pool import Pool
 from ensemblelora.config import dump_config
 from ensemblelora.console import round_floats
+from ensemblelora.data.loading import load_tasks
 from ensemblelora.errors import ConfigError, OutputError, StoreError, UsageError
 from ensemblelora.journal import Journal
 from ensemblelora.report.build import render_html
@@ -210,7 +211,7 @@ def test_a_page_needs_no_network_and_trusts_no_name(home: Path, name: str):
     assert render_html(document) != page and write_page(home, ANALYSES[name], result)
 
 
-def test_a_forecast_prices_every_part_and_writes_nothing(recipe: Path, tmp_path: Path, capsys):
+def test_a_forecast_prices_every_part_and_writes_nothing(recipe: Path, tmp_path: Path, capsys, monkeypatch):
     folder = tmp_path / "nothing"
     options = ("base_methods=[lora, full]", *TRANSFER[1:])
     assert analyze(recipe, folder, "transfer", options, "--dry-run", "--json") == 0
@@ -229,6 +230,12 @@ def test_a_forecast_prices_every_part_and_writes_nothing(recipe: Path, tmp_path:
         forecast_analysis(analysis, make_request(analysis, config, options, n_seeds=n, home=folder)) for n in (1, 2)
     )
     assert two["total"]["fine_tunings"] == 2 * one["total"]["fine_tunings"]
+    loaded: list[Any] = []
+    monkeypatch.setattr(
+        "ensemblelora.stages.request.load_tasks", lambda *some, **more: loaded.append(some) or load_tasks(*some, **more)
+    )
+    assert set(forecast_analysis(analysis, make_request(analysis, config, options, n_seeds=1, home=folder))) == set(one)
+    assert len(loaded) == 1, "rows are read once for all parts"
     assert {"lora, r 4, 2 epochs", "lora, r 1, 2 epochs: measuring", "bottleneck, 2 epochs", "total"} <= set(one)
 
 

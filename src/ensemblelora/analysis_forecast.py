@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ensemblelora import artifacts, stages
+from ensemblelora import artifacts, progress, stages
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import AdaptedModel
 from ensemblelora.analysis.registry import Analysis
@@ -18,6 +18,7 @@ from ensemblelora.analysis.variant import change_config
 from ensemblelora.config import RunConfig
 from ensemblelora.counting import count_full_training, count_training
 from ensemblelora.data.batching import collate
+from ensemblelora.data.task import TaskSet
 from ensemblelora.forecast import forecast_run
 from ensemblelora.stages import Rows
 
@@ -48,28 +49,32 @@ def forecast_analysis(analysis: Analysis, request: AnalysisRequest[Any]) -> dict
     Raises:
         UsageError: As the analysis would.
     """
-    _, rows, _ = stages.prepare(request.config)
+    tasks, rows, _ = stages.prepare(request.config)
     prices: dict[str, _Price] = {}
     lines = {}
     for name, work in analysis.forecast(request, rows).items():
         config = change_config(request.config, work.changes)
         kind = artifacts.fingerprint(config.model, config.adapter.method, config.adapter.layers_to_transform)
         if kind not in prices:
-            prices[kind] = _find_price(config)
+            is_alike = (config.data, config.seed) == (request.config.data, request.config.seed)
+            progress.note(f"timing a few passes for {name} ...")
+            prices[kind] = _find_price(config, tasks if is_alike else None)
         lines[name] = _multiply(work, prices[kind])
+    if len(prices) < len(lines):
+        progress.note("parts that differ in rank, width or number alone are priced as one, at the config's")
     keys = ("fine_tunings", "flops", "seconds")
     return lines | {"total": {key: sum(line[key] for line in lines.values()) for key in keys}}
 
 
-def _find_price(config: RunConfig) -> _Price:
+def _find_price(config: RunConfig, tasks: TaskSet | None) -> _Price:
     """Time a few passes of a variant, and divide a run's forecast by its rows."""
     evaluation = config.evaluation.model_copy(update={"baselines": ("base", "shared")})
     config = config.model_copy(update={"evaluation": evaluation})
-    _, rows, probe = stages.prepare(config)
+    _, rows, probe = stages.prepare(config, tasks=tasks)
     found = forecast_run(config, probe, rows)
     asked = config.grouping.n_groups_asked
     groups = config.grouping.list_numbers(len(rows.names))[-1] if asked is None else asked
-    n_members = groups + config.boosting.n_rounds + len(evaluation.baselines)
+    n_members = config.ensemble.count_candidates(groups) + config.boosting.n_rounds + len(evaluation.baselines)
     n_train, n_test = (sum(split.n_examples for split in splits) for splits in (rows.train, rows.test))
     n_validation = sum(split.n_examples for split in rows.validation)
     n_features = config.gradients.train_fraction * n_train + config.gradients.validation_fraction * n_validation

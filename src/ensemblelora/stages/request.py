@@ -42,12 +42,15 @@ _SHARED_RANDOMNESS = {
 """why columns of one wide matrix are not projections of their own"""
 
 
-def prepare(config: RunConfig, check: Callable[[TaskSet], None] | None = None) -> tuple[TaskSet, Rows, AdaptedModel]:
+def prepare(
+    config: RunConfig, check: Callable[[TaskSet], None] | None = None, *, tasks: TaskSet | None = None
+) -> tuple[TaskSet, Rows, AdaptedModel]:
     """Load and check everything a run needs; nothing is written.
 
     Args:
         config: The run's.
         check: Refuses what else the tasks alone rule out, before the model is loaded.
+        tasks: Where they were loaded for another config with the same ``data`` and ``seed``.
 
     Returns:
         The tasks, their encoded rows, and the model with theta0, where gradients are taken.
@@ -56,7 +59,7 @@ def prepare(config: RunConfig, check: Callable[[TaskSet], None] | None = None) -
         UsageError: If config, data or model are wrong.
     """
     check_installed(config.model)
-    tasks = load_tasks(config.data, seed=config.seed, commits=pinned_commits(Path(config.out)))
+    tasks = tasks or load_tasks(config.data, seed=config.seed, commits=pinned_commits(Path(config.out)))
     check_request(config, tasks)
     if check is not None:
         check(tasks)
