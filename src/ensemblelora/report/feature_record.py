@@ -31,7 +31,7 @@ def describe_features(record: FeatureRecord) -> str:
 
     Example:
         >>> describe_features(FeatureRecord(n_coordinates=4096, proj_dim=400, projection_error=0.034))[-65:]
-        'in the median; a random projection to 400 numbers is off by 3.4%.'
+        'a random projection to 400 numbers is expected to be off by 3.4%.'
     """
     text = _describe_form(record)
     if record.n_rows is None or record.n_rows_taken is None or record.n_rows_taken == record.n_rows:
