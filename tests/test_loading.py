@@ -522,7 +522,7 @@ def test_faults_name_task_and_row(tmp_path: Path, rows: Any, keys: dict[str, Any
 def test_a_file_with_a_header_alone_is_an_empty_split(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\n", encoding="utf-8")
     keys = {"dataset_path": "csv", "dataset_kwargs": {"data_files": {"train": str(tmp_path / "rows.csv")}}}
-.*it has a header and no rows"):
+    with pytest.raises(DataError, match=r"task 'toy': data file .*rows.csv: .*it has a header and no rows"):
         load(write_card(tmp_path, {}, **keys))
 
 
