@@ -280,3 +280,16 @@ def test_measurements_are_one_table_with_figures_that_can_be_told_apart(capsys: 
         (line,) = (line for line in shown.splitlines() if f" {row['mean']:.3g} " in line)
         assert line.startswith(str(row["adapter"])) and f"{row['low']:.3g}\u2013{row['high']:.3g}" in line
     assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_a_tables_cells_stay_on_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["reproduce", "table4", str(RECORDS / "comparison-cpu.json")]) == 0
+    lines = capsys.readouterr().out.replace("\u00a0", " ").splitlines()
+    flops, memory = (next(line for line in lines if line.startswith(name)) for name in ("FLOPs", "memory"))
+    assert flops.count(" T | ") == 3 and flops.count(" E") == 5 and memory.count(" | ") == memory.count(" GB") == 5
+    assert not [line for line in lines if "The average of" in line], "it has the paper's ten"
+    assert main(["reproduce", "table4", str(RECORDS / "comparison-opposed.json")]) == 0
+    assert (
+        "The average of comparison-opposed is over 6 tasks, and stands beside one over ten." in capsys.readouterr().out
+    )

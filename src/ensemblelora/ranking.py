@@ -170,4 +170,11 @@ def _write_cell(cell: Row | None) -> str:
         return NOTHING
     write = _UNITS[str(cell["unit"])]
     ours, printed = (value if isinstance(value, float) else None for value in (cell["ours"], cell["paper"]))
-    return f"{write(ours)} | {write(printed)}"
+    return " | ".join(_drop_repeated(write(ours), write(printed)))
+
+
+def _drop_repeated(left: str, right: str) -> tuple[str, str]:
+    """Two quantities in as few characters as they need: what FLOPs are stands in front of the line, a unit once."""
+    left, right = left.replace("FLOPs", ""), right.replace("FLOPs", "")
+    units = [text.split()[1:] for text in (left, right)]
+    return (left.split()[0] if units[0] == units[1] else left), right
