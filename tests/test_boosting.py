@@ -335,6 +335,31 @@ def test_a_round_that_does_not_help_held_out_rows_is_rejected_and_leaves_nothing
     assert list(adapted.peft.peft_config) == [THETA0, MEMBER]
 
 
+def test_a_drop_within_its_error_is_rejected_and_any_drop_will_do_where_that_is_asked_for(tmp_path: Path) -> None:
+    adapted = make_model()
+    tasks = make_tasks(adapted, tmp_path)
+    (kept,) = run(adapted, tasks, n_rounds=1, min_errors=0.0)
+    assert kept.accepted and kept.heldout_nll_after < kept.heldout_nll_before
+    rows = []
+    for task in tasks:  # the drop of every held-out row, from the definition
+        split, labels = task.validation, task.validation.labels
+        before, new, start = (scores_of(adapted, split, name) for name in (MEMBER, kept.name, THETA0))
+        after, present = before.copy(), np.isfinite(before)
+        after[present] += kept.rate * (new[present] - start[present])
+        losses = [-log_softmax(scores, axis=1)[np.arange(len(labels)), labels] for scores in (before, after)]
+        rows.append(losses[0] - losses[1])
+    groups = [len(np.unique(task.validation.groups)) == len(task.validation.labels) for task in tasks]
+    assert all(groups), "each row a group of its own, so that the error is the plain one"
+    drops = np.concatenate(rows)
+    n_errors = drops.mean() / (drops.std(ddof=1) / len(drops) ** 0.5)
+    assert drops.mean() == pytest.approx(kept.heldout_nll_before - kept.heldout_nll_after, rel=1e-3)
+    for factor, is_kept in ((0.99, True), (1.01, False)):
+        adapted = make_model()
+        (entry,) = run(adapted, make_tasks(adapted, tmp_path / str(factor)), n_rounds=1, min_errors=factor * n_errors)
+        assert entry.accepted == is_kept
+        assert is_kept or entry.reason.startswith("held-out loss drops by no more than chance (")
+
+
 def test_a_step_that_does_not_lower_the_training_loss_is_rejected(tmp_path: Path) -> None:
     adapted = make_model()
     (entry,) = run(adapted, make_tasks(adapted, tmp_path), tolerance=0.99)

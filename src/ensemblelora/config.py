@@ -227,6 +227,7 @@ class BoostingConfig(Stage):
     n_steps: int = Field(32, ge=1, description="Optimiser steps of direction: steps.")
     learning_rate: float = Field(5e-4, gt=0, description="Of direction: steps.")
     tolerance: float = Field(1e-4, ge=0, description="Smallest relative drop of training loss that counts.")
+    min_errors: float = Field(1.0, ge=0, description="Standard errors by which held-out loss has to drop.")
 
 
 class EnsembleConfig(Stage):
@@ -279,7 +280,7 @@ _PAPER: Mapping[str, Mapping[str, Any]] = {
     "affinity": {"subset_size": 3, "n_subsets": 200, "min_pair_count": 0, "score": "nll", "row_scale": "none"},
     "grouping": {"max_groups": 6, "rounding": "threshold", "threshold": 1.0, "refine": False},
     "training": {"learning_rate": 2e-5, "num_train_epochs": 10, "loss": "vocab_softmax", "sampling": "proportional"},
-    "boosting": {"n_rounds": 1, "boosting_rate": 0.1, "direction": "projected", "line_search": False},
+    "boosting": {"boosting_rate": 0.1, "direction": "projected", "line_search": False, "min_errors": 0.0},
     "ensemble": {
         "weights": "global",
         "combine": "logits",

@@ -19,8 +19,13 @@ __all__ = ["fit_residual", "guess_length", "mean_nll", "residual_targets"]
 
 def mean_nll(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]) -> float:
     """Mean cross-entropy of class scores ``(n, K)``, -inf past an example's choices, in nats."""
+    return float(row_nll(scores, labels).mean())
+
+
+def row_nll(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Cross-entropy of each row ``(n,)``, as in :func:`mean_nll`."""
     log_p = log_softmax(scores.astype(np.float64), axis=1)
-    return float(-log_p[np.arange(len(labels)), labels].mean())
+    return np.asarray(-log_p[np.arange(len(labels)), labels])
 
 
 def residual_targets(

@@ -212,7 +212,8 @@ def _try_round(setup: Setup, name: str, group: int, state: GroupState) -> BoostR
     new = _scores_at(setup, name, step, state.splits("validation"), length)
     heldout = state.moved("validation", new, rate)
     after, heldout_after = state.nll("train", train), state.nll("validation", heldout)
-    reason = _find_objection(setup.config, before, after, heldout_before, heldout_after)
+    error = state.drop_error("validation", heldout)
+    reason = _find_objection(setup.config, before, after, heldout_before, heldout_after, error)
     if reason is None:
         state.replace({"train": train, "validation": heldout})
     return BoostRound(
@@ -241,11 +242,14 @@ def _scores_at(
 
 
 def _find_objection(
-    config: BoostingConfig, before: float, after: float, heldout_before: float, heldout_after: float
+    config: BoostingConfig, before: float, after: float, heldout_before: float, heldout_after: float, error: float
 ) -> str | None:
     # Written so that a loss that is not a number is an objection too.
     if not after < before * (1 - config.tolerance):
         return f"training loss does not drop ({before:.4f} to {after:.4f})"
     if not heldout_after < heldout_before:
         return f"held-out loss does not drop ({heldout_before:.4f} to {heldout_after:.4f})"
+    if config.min_errors and not heldout_before - heldout_after >= config.min_errors * error:
+        drop = f"{heldout_before - heldout_after:.4f} ± {error:.4f}"
+        return f"held-out loss drops by no more than chance ({heldout_before:.4f} to {heldout_after:.4f}: {drop})"
     return None

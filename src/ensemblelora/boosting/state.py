@@ -12,9 +12,10 @@ import numpy.typing as npt
 from ensemblelora.accounting.meter import Meter
 from ensemblelora.adapters import THETA0, AdaptedModel
 from ensemblelora.blocks import FeatureBlock
-from ensemblelora.boosting.residual import mean_nll
+from ensemblelora.boosting.residual import mean_nll, row_nll
 from ensemblelora.config import BoostingConfig
 from ensemblelora.data.encoding import EncodedSplit
+from ensemblelora.estimation import compute_clustered_se
 from ensemblelora.gradients.projection import Projector
 from ensemblelora.prediction import predict_members
 
@@ -97,6 +98,15 @@ class GroupState:
         sizes = [len(split.labels) for split in self.splits(part)]
         means = [mean_nll(values, split.labels) for values, split in zip(found, self.splits(part), strict=True)]
         return float(np.average(means, weights=sizes))
+
+    def drop_error(self, part: Part, scores: Scores) -> float:
+        """Standard error of the drop of the mean loss from F to other scores, rows of one group taken together."""
+        drops, codes, n_groups = [], [], 0
+        for old, new, split in zip(self.scores(part), scores, self.splits(part), strict=True):
+            drops.append(row_nll(old, split.labels) - row_nll(new, split.labels))
+            codes.append(split.groups + n_groups)
+            n_groups += int(split.groups.max()) + 1
+        return float(compute_clustered_se(np.concatenate(drops), np.concatenate(codes)))
 
     def error(self, part: Part, scores: Scores | None = None) -> float:
         """Share of the rows of all tasks that are answered wrongly; by F, or by other scores."""
