@@ -102,7 +102,7 @@ def write_boosting(run: RunRecord) -> Section | None:
     text = (
         f"{count(n_accepted, 'booster')} of {len(rounds)} tried {'was' if n_accepted == 1 else 'were'} kept. A booster "
         "is fitted to what the group with the largest training loss still gets wrong, and kept only if the loss on "
-        "held-out rows drops."
+        "held-out rows drops by more than its standard error."
     )
     columns = (
         Column("Round", is_number=False),
