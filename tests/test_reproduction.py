@@ -293,3 +293,9 @@ def test_a_tables_cells_stay_on_one_line(capsys: pytest.CaptureFixture[str], mon
     assert (
         "The average of comparison-opposed is over 6 tasks, and stands beside one over ten." in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("exhibit", ["table2", "table3"])
+def test_what_is_no_run_is_refused_with_what_would_be_one(exhibit: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run folder; give one that `ensemblelora validate` has measured"):
+        reproduce(exhibit, [tmp_path])

@@ -63,6 +63,11 @@ class _Validated:
 
 
 def _open(folder: Path) -> _Validated:
+    if not (folder / artifacts.RUN_FILE).exists():
+        raise UsageError(
+            f"{folder}: no run folder; give one that `ensemblelora validate` has measured, or for table2, table5 and "
+            "figure2 what `ensemblelora analyze linearization` left"
+        )
     path = artifacts.RunFolder.open(folder).path
     place = path / VALIDATION_FOLDER
     if not (place / VALIDATION_FILE).exists():
