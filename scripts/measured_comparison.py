@@ -32,7 +32,8 @@ def summarize_comparison(record: Record) -> Iterator[str]:
         yield f"| {method['title']} | {' | '.join(cells)} | {spent} | {method['costs']['forward_passes']:.1f} |"
     yield ""
     yield from _wrap(
-        f"{study['model']}, {len(study['seeds'])} seed{'s' * (len(study['seeds']) > 1)}, {study['num_train_epochs']} epochs; means over "
+        f"{study['model']}, {len(study['seeds'])} seed{'s' * (len(study['seeds']) > 1)}, "
+        f"{study['num_train_epochs']} epochs; means over "
         f"{len(outcome['tasks'])} tasks, 95 % intervals over rows and seeds. FLOPs are training and choosing groups, "
         "against one adapter for all; rates tried on validation rows alike for all, not counted."
     )
