@@ -382,7 +382,7 @@ def test_the_worst_group_comes_first_and_a_rejected_one_is_left_alone(tmp_path: 
         adapted,
         ["group-0", "group-1"],
         [[tasks[0]], [tasks[1]]],
-        BoostingConfig(n_rounds=1, l2_penalty=0.1),
+        BoostingConfig(n_rounds=2, l2_penalty=0.1),
         projector=make_projector(PROJECTED, seed=0),
         max_tokens=150,
         seed=0,

@@ -215,7 +215,9 @@ class TrainingConfig(Stage):
 class BoostingConfig(Stage):
     """Adapters added where a group still errs."""
 
-    n_rounds: int = Field(1, ge=0, description="At most; stops earlier where held-out loss does not drop. Paper: 1.")
+    n_rounds: int = Field(
+        1, ge=0, description="Each of the group with the largest training loss, kept or not. Paper: 1."
+    )
     boosting_rate: float = Field(
         0.3, gt=0, le=1, description="Share of the searched step that is added; the paper uses 0.1 without a search."
     )

@@ -60,11 +60,6 @@ class Boosting:
     suffix: str
     rounds: list[BoostRound] = field(default_factory=list)
 
-    @property
-    def n_accepted(self) -> int:
-        """Boosters kept so far."""
-        return sum(entry.accepted for entry in self.rounds)
-
     def enter(self, entry: BoostRound) -> None:
         """Add a round to the record; a group whose round was rejected is left alone from then on."""
         self.rounds.append(entry)
@@ -83,7 +78,7 @@ def boost(
     seed: int,
     meter: Meter,
 ) -> tuple[BoostRound, ...]:
-    """Add at most ``config.n_rounds`` adapters; the kept ones stay in the model under their names.
+    """Carry out at most ``config.n_rounds`` rounds; kept adapters stay in the model under their names.
 
     A group is left alone once a round of its own was rejected.
 
@@ -107,7 +102,7 @@ def boost(
     if not config.n_rounds:
         return ()
     boosting = start_boosting(Setup(adapted, config, projector, max_tokens, seed, meter), members, groups)
-    while boosting.n_accepted < config.n_rounds and boost_once(boosting) is not None:
+    while len(boosting.rounds) < config.n_rounds and boost_once(boosting) is not None:
         pass
     return tuple(boosting.rounds)
 

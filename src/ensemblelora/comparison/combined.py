@@ -151,11 +151,11 @@ def boost_members(
         planned: For its features; rows without any are passed over.
         groups: Tasks of each adapter; free-text tasks are passed over.
         trained: The groups' adapters.
-        n_rounds: Boosters at most; none: the config's.
+        n_rounds: Rounds at most; none: the config's.
 
     Returns:
-        The rounds until as many boosters were kept, or every group was left alone, whichever came first; the first
-        round's cost holds that of scoring the groups.
+        As many rounds, or those until every group was left alone; the first round's cost holds that of scoring the
+        groups.
     """
     wanted = pool.config.boosting.n_rounds if n_rounds is None else n_rounds
     if not wanted:
@@ -165,13 +165,11 @@ def boost_members(
     identity = artifacts.fingerprint(__version__, [one.name for one in trained], groups, settings)
     path = pool.folder / "kept" / f"boosting-{identity[:16]}.json"
     found, is_over = _read_rounds(path)
-    if len(found.kept) < wanted and not is_over:
+    if len(found.rounds) < wanted and not is_over:
         found, is_over = _go_on(pool, planned, groups, trained, found, wanted, suffix)
         rounds, spent = [asdict(entry) for entry in found.rounds], [asdict(one) for one in found.spent]
         artifacts.write_json(path, {"rounds": rounds, "spent": spent, "is_over": is_over})
-    n_kept_before = np.cumsum([0, *(entry.accepted for entry in found.rounds)])
-    end = int((n_kept_before[:-1] < wanted).sum())
-    return Boosted(found.rounds[:end], found.spent[:end])
+    return Boosted(found.rounds[:wanted], found.spent[:wanted])
 
 
 def _read_rounds(path: Path) -> tuple[Boosted, bool]:
@@ -228,9 +226,9 @@ def _go_on(
 
 
 def _carry_out(boosting: Boosting, wanted: int, clock: _Clock) -> list[tuple[int, float]]:
-    """Boost until enough boosters were kept; FLOPs and seconds of each round."""
+    """Boost until there were as many rounds; FLOPs and seconds of each."""
     readings: list[tuple[int, float]] = []
-    while boosting.n_accepted < wanted and boost_once(boosting) is not None:
+    while len(boosting.rounds) < wanted and boost_once(boosting) is not None:
         readings.append(clock.read())
     return readings
 
