@@ -296,6 +296,7 @@ _SECTIONS: tuple[tuple[str, str, Callable[[Record], Iterator[str]]], ...] = (
     ("calibration", "Predicted and true fine-tuning", _render_calibration),
     ("comparison-opposed", "Methods, where tasks conflict", render_comparison),
     ("comparison-cpu", "Methods, on the ten datasets", render_comparison),
+    ("comparison-parts", "Numbers of groups, boosters, weights", render_comparison),
     ("comparison-bottleneck", "Methods, on the ten datasets, bottleneck adapters", render_comparison),
     ("superglue-cpu", "One run on the ten datasets", render_run),
     ("sdp", "Grouping", _render_sdp),
