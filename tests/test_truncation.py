@@ -75,7 +75,7 @@ def test_a_plan_of_three_tasks_says_what_was_cut_and_tells_the_tasks_apart(
     (line,) = (warning for warning in plan["warnings"] if "data.max_length 8" in warning)
     assert f"warning: {line}" in shown and "24 validation rows, 8 a task" in shown
     page = write_report(run).with_suffix(".md").read_text(encoding="utf-8")
-    assert "Rows cut" in page and "training sets of 2 tasks (affinity.subset_size 3" in page
+    assert "Rows cut" in page and "training sets of 2 tasks (affinity.subset_size asks for 3" in page
     fits = next(int(word) for word in line.split("; data.max_length ")[1].split())
     again = ["plan", str(recipe), "--out", str(tmp_path / "again"), "--set", f"data.max_length={fits}"]
     assert main(again) == 0 and "lost the start" not in capsys.readouterr().out
