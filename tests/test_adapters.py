@@ -21,6 +21,7 @@ from ensemblelora.adapters import (
     adapter_state,
     add_adapter,
     attach,
+    is_at_start,
     load_adapter,
     measure_distance,
     remove_adapter,
@@ -325,3 +326,13 @@ def test_adapters_and_heads_are_float32_on_a_bfloat16_base(family: str) -> None:
         np.testing.assert_allclose(
             run(adapted.network).float(), run(make_adapted(family, head="sequence_classification").network), atol=0.02
         )
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "lm"), ("bert", "sequence_classification")])
+def test_an_adapter_is_at_its_start_until_any_of_it_moves(family: str, head: str) -> None:
+    adapted = make_adapted(family, head=head)
+    add_adapter(adapted, "group-0")
+    add_adapter(adapted, "group-1")
+    assert is_at_start(adapted, "group-0") and is_at_start(adapted, THETA0)
+    disturb(adapted, "group-0")
+    assert not is_at_start(adapted, "group-0") and is_at_start(adapted, "group-1")

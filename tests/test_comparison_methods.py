@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ensemblelora import artifacts, stages
 from ensemblelora.accounting.meter import Meter
-from ensemblelora.adapters import THETA0, adapter_state, add_adapter, draw_start
+from ensemblelora.adapters import THETA0, adapter_state, add_adapter, draw_start, remove_adapter
 from ensemblelora.comparison import combined, controls
 from ensemblelora.comparison import pool as pools
 from ensemblelora.comparison.adaboost import boost_by_weights, boost_shared, cast_votes, take_samme_step
@@ -122,6 +122,19 @@ def test_ours_is_what_the_stages_make_of_the_same_adapters(pool: Pool) -> None:
     for found, theirs, row in zip(candidate.predict("validation"), scores, weights, strict=True):
         if found.kind != "sequence":
             np.testing.assert_allclose(found.values[0], np.tensordot(row, theirs.values, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_a_group_that_stayed_where_it_began_is_not_boosted(pool: Pool) -> None:
+    found = make_plan(pool)
+    groups = found.plan.groups
+    names = [pool.train(group).name for group in groups]
+    pool.load(names)
+    add_adapter(pool.probe, "unmoved")
+    try:
+        tasks = stages.list_boost_tasks(groups, [names[0], "unmoved"], pool.rows, found.store, pool.probe)
+        assert [task.train.task for task in tasks[0]] == [pool.rows.names[i] for i in groups[0]] and tasks[1] == []
+    finally:
+        remove_adapter(pool.probe, "unmoved")
 
 
 def test_ours_is_charged_for_plan_groups_rounds_and_weights(pool: Pool) -> None:

@@ -49,6 +49,7 @@ __all__ = [
     "attach",
     "count_trained",
     "draw_start",
+    "is_at_start",
     "keep_head_in_float32",
     "load_adapter",
     "measure_distance",
@@ -228,6 +229,12 @@ def adapter_state(adapted: AdaptedModel, name: str) -> dict[str, Tensor]:
     """Copy an adapter's tensors, keyed as PEFT saves them, on the CPU."""
     state = _live_state(adapted, name)
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+
+
+def is_at_start(adapted: AdaptedModel, name: str) -> bool:
+    """Whether an adapter is theta0 still: no step of its training was kept."""
+    own, start = _live_state(adapted, name), _live_state(adapted, THETA0)
+    return all(torch.equal(own[key], start[key]) for key in start)
 
 
 def set_adapter_state(adapted: AdaptedModel, name: str, state: dict[str, Tensor]) -> None:

@@ -203,7 +203,7 @@ def _go_on(
             meter=meter,
         )
         clock = _Clock(meter)
-        tasks = list_boost_tasks(groups, pool.rows, planned.store, pool.probe)
+        tasks = list_boost_tasks(groups, names, pool.rows, planned.store, pool.probe)
         boosting = start_boosting(setup, names, tasks, earlier=known.rounds, suffix=suffix)
         if known.rounds:
             clock.read()  # scoring them again is the price of asking twice, and not the method's

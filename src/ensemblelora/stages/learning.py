@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from ensemblelora import artifacts, boosting, progress, training
-from ensemblelora.adapters import AdaptedModel, load_adapter, save_adapter
+from ensemblelora.adapters import AdaptedModel, is_at_start, load_adapter, save_adapter
 from ensemblelora.boosting import BoostRound, BoostTask
 from ensemblelora.config import BoostingConfig, RunConfig
 from ensemblelora.data.encoding import EncodedSplit
@@ -174,7 +174,7 @@ def find_boosters(
     return boosting.boost(
         probe,
         members,
-        list_boost_tasks(groups, rows, store, probe),
+        list_boost_tasks(groups, members, rows, store, probe),
         settle_boosting(config),
         projector=make_projector(config.gradients, seed=config.seed),
         max_tokens=config.gradients.max_tokens_per_batch,  # its backward pass keeps activations
@@ -184,9 +184,12 @@ def find_boosters(
 
 
 def list_boost_tasks(
-    groups: Sequence[Sequence[int]], rows: Rows, store: FeatureStore, probe: AdaptedModel
+    groups: Sequence[Sequence[int]], members: Sequence[str], rows: Rows, store: FeatureStore, probe: AdaptedModel
 ) -> list[list[BoostTask]]:
     """What boosting reads of every group's tasks: of training rows, those that have features.
+
+    Nothing of a group whose adapter stayed where it began: its training loss is the largest because no step helped
+    held-out rows, and a booster is one more step.
 
     Raises:
         StoreError: If the features are of other rows.
@@ -196,7 +199,10 @@ def list_boost_tasks(
         features = store.read(rows.names[task], "train")
         return BoostTask(_find_rows(rows.train[task], features.ids, probe), rows.validation[task], features)
 
-    return [[make(task) for task in group] for group in groups]
+    return [
+        [] if is_at_start(probe, member) else [make(task) for task in group]
+        for member, group in zip(members, groups, strict=True)
+    ]
 
 
 def settle_boosting(config: RunConfig) -> BoostingConfig:
