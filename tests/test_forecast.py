@@ -234,7 +234,9 @@ def test_lower_blocks_are_counted_with_every_pass_of_rows_that_are_not_kept(top_
     found, kept = pipeline.estimate(config), pipeline.estimate(with_cache_of(config, 4.0))
     spent = {record["stage"]: record for record in read_json(folder, "costs.json")["stages"]}
     for stage in ("features", "baselines", "combine"):
-        assert found[stage]["flops"] == pytest.approx(spent[stage]["flops"], rel=0 if stage != "combine" else 0.5)
+        # A booster is tried and dropped, which the forecast counts at its most: it and theta0 beside two groups.
+        most = 2 if stage == "combine" else 1
+        assert spent[stage]["flops"] <= found[stage]["flops"] <= most * spent[stage]["flops"]
         assert found[stage]["flops"] >= kept[stage]["flops"]
     assert found["baselines"]["flops"] > kept["baselines"]["flops"], "rows that don't fit run there again"
     assert found["boost"]["flops"] > max(kept["boost"]["flops"], spent["boost"]["flops"])
