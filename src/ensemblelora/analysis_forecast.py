@@ -19,7 +19,7 @@ from ensemblelora.config import RunConfig
 from ensemblelora.counting import count_full_training, count_training
 from ensemblelora.data.batching import collate
 from ensemblelora.data.task import TaskSet
-from ensemblelora.forecast import forecast_run
+from ensemblelora.forecast import list_stages, make_forecaster
 from ensemblelora.stages import Rows
 
 __all__ = ["forecast_analysis"]
@@ -71,10 +71,9 @@ def _find_price(config: RunConfig, tasks: TaskSet | None) -> _Price:
     evaluation = config.evaluation.model_copy(update={"baselines": ("base", "shared")})
     config = config.model_copy(update={"evaluation": evaluation})
     _, rows, probe = stages.prepare(config, tasks=tasks)
-    found = forecast_run(config, probe, rows)
-    asked = config.grouping.n_groups_asked
-    groups = config.grouping.list_numbers(len(rows.names))[-1] if asked is None else asked
-    n_members = config.ensemble.count_candidates(groups) + config.boosting.n_rounds + len(evaluation.baselines)
+    run = make_forecaster(config, probe, rows)
+    found = list_stages(run)
+    n_members = config.ensemble.count_candidates(run.most_groups) + config.boosting.n_rounds + len(evaluation.baselines)
     n_train, n_test = (sum(split.n_examples for split in splits) for splits in (rows.train, rows.test))
     n_validation = sum(split.n_examples for split in rows.validation)
     n_features = config.gradients.train_fraction * n_train + config.gradients.validation_fraction * n_validation

@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from ensemblelora.blocks import OutputMode, helmert
 from ensemblelora.errors import SolverError
 
-__all__ = ["fit_residual", "guess_length", "mean_nll", "residual_targets"]
+__all__ = ["fit_residual", "guess_length", "mean_nll", "residual_targets", "row_nll"]
 
 
 def mean_nll(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.int64]) -> float:

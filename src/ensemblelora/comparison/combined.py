@@ -190,7 +190,7 @@ def _go_on(
     wanted: int,
     suffix: str,
 ) -> tuple[Boosted, bool]:
-    """Carry out rounds until enough boosters were kept; say also whether no other can follow."""
+    """Carry out rounds until there were as many as wanted; say also whether no other can follow."""
     config, names = pool.config, [one.name for one in trained]
     pool.load([*names, *(one.name for one in known.kept)])
     with Meter("boost") as meter:

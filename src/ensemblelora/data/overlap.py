@@ -54,10 +54,10 @@ def find_overlaps(tasks: Sequence[Task]) -> tuple[Overlap, ...]:
         for i, task in enumerate(tasks):
             for example in task.splits[split]:
                 seen: set[tuple[int, str]] = set()
-                answer = hash_answer(example)
                 for kind, key in _keys(task, example):
                     if key not in shared:
                         continue
+                    answer = hash_answer(example)
                     for (j, earlier), (first_id, first_answer) in holders[key].items():
                         if order[earlier] < order[split] and (j, earlier) not in seen:
                             seen.add((j, earlier))
